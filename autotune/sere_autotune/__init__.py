@@ -1,0 +1,1 @@
+"""Searches SERE's thresholds on a live engine against latency limits and an accuracy budget."""

@@ -1,0 +1,1 @@
+"""Kubernetes operator: serves SereDeployments and rolls tuned routing policies out, canary first."""

@@ -1,0 +1,191 @@
+"""The routing policy: a small table from batch size to a way of routing. Torch-free; shared by all three parts.
+
+The JSON form uses camelCase like the Kubernetes resources, so that one text serves in a file, in
+`PUT /sere/policy`, in a ConfigMap and in a manifest:
+
+    {"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "sere", "S": 2, "rho": 0.3}],
+     "similarityDigest": "sha256:..."}
+
+Outside every bucket routing is exact. A bucket counts the *real* tokens (rows) that a router call sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from enum import StrEnum
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
+
+from sere_ext.errors import PolicyError
+
+MAX_BUCKETS = 16
+MAX_LAYER_GROUPS = 8
+MAX_TOKENS = 1_048_576  # above any batch vLLM schedules; "no upper edge"
+
+
+class Kind(StrEnum):
+    """How the slots of a token beyond its top S are treated.
+
+    exact  as the model routes
+    sere   to the most similar expert that is some token's top S, if similarity >= rho (arXiv 2602.07616, Alg. 1)
+    topk   dropped: what the model would do with k = S
+    oea    dropped, then refilled from the token's own scores among active experts (arXiv 2511.02237)
+    """
+
+    EXACT = "exact"
+    SERE = "sere"
+    TOPK = "topk"
+    OEA = "oea"
+
+
+class Record(BaseModel):
+    """Base of everything that crosses a part's border: camelCase outside, snake_case inside, unknown keys refused."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain JSON values under their outside names, unset optional fields left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+class Bucket(Record):
+    """One row of the table: `min_tokens..max_tokens` real tokens, both inclusive."""
+
+    min_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] = MAX_TOKENS
+    kind: Kind
+    S: Annotated[int | None, Field(ge=1, le=64, alias="S", description="top experts a token always keeps")] = None
+    rho: Annotated[float, Field(ge=0.0, le=1.0, description="least similarity of a stand-in (sere)")] = 0.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_tokens < self.min_tokens:
+            raise ValueError(f"maxTokens {self.max_tokens} is below minTokens {self.min_tokens}")
+        if self.kind is not Kind.EXACT and self.S is None:
+            raise ValueError(f"kind {self.kind.value} needs S, the number of top experts that a token keeps")
+        if self.rho and self.kind is not Kind.SERE:
+            raise ValueError(f"rho is only meaningful for kind sere, not {self.kind.value}; leave it out")
+        return self
+
+    def describe(self) -> str:
+        """As people read it: `sere S=2 rho=0.30 for 8-64 tokens`."""
+        what = {
+            Kind.EXACT: "exact",
+            Kind.SERE: f"sere S={self.S} rho={self.rho:.2f}",
+            Kind.TOPK: f"topk {self.S}",
+            Kind.OEA: f"oea k0={self.S}",
+        }[self.kind]
+        upper = "" if self.max_tokens >= MAX_TOKENS else str(self.max_tokens)
+        return f"{what} for {self.min_tokens}-{upper} tokens" if upper else f"{what} from {self.min_tokens} tokens"
+
+
+def _check_table(buckets: tuple[Bucket, ...], where: str) -> None:
+    for before, after in itertools.pairwise(buckets):
+        if after.min_tokens <= before.max_tokens:
+            if after.min_tokens < before.min_tokens:
+                raise ValueError(f"{where}: buckets must be in ascending order of minTokens")
+            raise ValueError(
+                f"{where}: buckets overlap at {after.min_tokens}-{min(before.max_tokens, after.max_tokens)} tokens; "
+                f"make the second start at {before.max_tokens + 1}"
+            )
+
+
+class LayerGroup(Record):
+    """Buckets of their own for the MoE layers `first_layer..last_layer` (model layer numbers, inclusive)."""
+
+    first_layer: Annotated[int, Field(ge=0)]
+    last_layer: Annotated[int, Field(ge=0)]
+    buckets: Annotated[tuple[Bucket, ...], Field(max_length=MAX_BUCKETS)]
+
+
+class Policy(Record):
+    """A whole routing policy. An empty table is exact routing."""
+
+    buckets: Annotated[tuple[Bucket, ...], Field(max_length=MAX_BUCKETS)] = ()
+    layer_groups: Annotated[tuple[LayerGroup, ...], Field(max_length=MAX_LAYER_GROUPS)] = ()
+    similarity_digest: str | None = None  # of the artefact that `sere` buckets were made with
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_table(self.buckets, "buckets")
+        last = -1
+        for group in self.layer_groups:
+            if group.last_layer < group.first_layer or group.first_layer <= last:
+                raise ValueError("layerGroups must be ascending and must not overlap")
+            last = group.last_layer
+            _check_table(group.buckets, f"layerGroups {group.first_layer}-{group.last_layer}")
+        return self
+
+    @classmethod
+    def parse(cls, data: str | bytes | dict[str, Any]) -> Policy:
+        """Read a policy from JSON text or a decoded object.
+
+        Raises:
+            PolicyError: with one sentence per problem, each naming the field.
+        """
+        try:
+            return cls.model_validate(data) if isinstance(data, dict) else cls.model_validate_json(data)
+        except ValidationError as error:
+            raise PolicyError("policy: " + explain(error)) from error
+
+    @property
+    def digest(self) -> str:
+        """Content address: `sere-` and 8 hex digits of the SHA-256 of the canonical JSON; `exact` for exact routing."""
+        if not self.uses_rerouting():
+            return "exact"
+        return "sere-" + hashlib.sha256(canonical_json(self.to_json_dict())).hexdigest()[:8]
+
+    def tables(self) -> list[tuple[Bucket, ...]]:
+        return [self.buckets, *(group.buckets for group in self.layer_groups)]
+
+    def uses_rerouting(self) -> bool:
+        return any(bucket.kind is not Kind.EXACT for table in self.tables() for bucket in table)
+
+    def needs_similarity(self) -> bool:
+        return any(bucket.kind is Kind.SERE for table in self.tables() for bucket in table)
+
+    def table_for(self, layer: int) -> tuple[Bucket, ...]:
+        """The buckets that hold for one MoE layer (model layer number)."""
+        for group in self.layer_groups:
+            if group.first_layer <= layer <= group.last_layer:
+                return group.buckets
+        return self.buckets
+
+    def check_model(self, top_k: int) -> None:
+        """Raise PolicyError if some S is above the model's top-k."""
+        for table in self.tables():
+            for bucket in table:
+                if bucket.S is not None and bucket.S > top_k:
+                    raise PolicyError(
+                        f"policy: S = {bucket.S} in '{bucket.describe()}' is above the model's top-k of {top_k}; "
+                        f"use S between 1 and {top_k}"
+                    )
+
+    def describe(self) -> str:
+        return ", ".join(bucket.describe() for bucket in self.buckets) + ", exact elsewhere" if self.buckets else "exact"
+
+
+EXACT_POLICY = Policy()
+
+
+def canonical_json(data: Any) -> bytes:
+    """The bytes that digests are taken of: sorted keys, no spaces, UTF-8."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def explain(error: ValidationError) -> str:
+    """Pydantic's problems as short sentences with the field's path: `buckets.0.rho: ... (got 7)`."""
+    parts = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown field; check its spelling or remove it"
+        given = problem.get("input")
+        shown = f" (got {given!r})" if isinstance(given, int | float | str) and problem["type"] != "extra_forbidden" else ""
+        parts.append(f"{path}: {message}{shown}" if path else f"{message}{shown}")
+    return "; ".join(parts)

@@ -1,0 +1,99 @@
+"""The similarity artefact: per MoE layer one [E, E] matrix, in safetensors with versioned metadata. Torch-free header.
+
+Tensors are named `layer.<model layer number>`, float32 [E, E], symmetric, diagonal 1, larger is more alike.
+Everything needed to refuse a wrong file stands in the header, so the operator and the tuner can judge one
+without reading matrices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from sere_ext.errors import SimilarityError
+from sere_ext.policy import Record, canonical_json, explain
+
+SCHEMA_VERSION = 1
+_MAX_HEADER_BYTES = 16 * 1024 * 1024
+
+
+class SimilarityMeta(Record):
+    """What a similarity artefact was made from and of."""
+
+    schema_version: Literal[1] = 1
+    metric: Literal["frobenius", "cosine", "cka"] = "frobenius"
+    model_type: str  # config.json's model_type
+    model_name: str
+    model_revision: str = ""
+    config_digest: str  # see model_config_digest
+    data_digest: str  # sha256 of the calibration file
+    tokens: Annotated[int, Field(ge=0)]  # calibration tokens seen per layer
+    layers: tuple[int, ...]  # model layer numbers that have a matrix
+    num_experts: Annotated[int, Field(ge=1)]
+    digest: str = ""  # similarity_digest() of this metadata and the matrices' bytes
+
+
+# What of a model's config.json decides whether similarity still fits: shape and routing, not serving details.
+_CONFIG_KEYS = (
+    "model_type", "hidden_size", "num_hidden_layers", "moe_intermediate_size", "intermediate_size", "num_experts",
+    "num_local_experts", "n_routed_experts", "num_experts_per_tok", "vocab_size", "first_k_dense_replace",
+    "decoder_sparse_step", "mlp_only_layers",
+)  # fmt: skip
+
+
+def model_config_digest(config: dict[str, object]) -> str:
+    """Digest of the parts of a decoded config.json that similarity depends on. `sha256:` and 64 hex digits."""
+    text = config.get("text_config")
+    source = {**config, **text} if isinstance(text, dict) else config
+    return "sha256:" + hashlib.sha256(canonical_json({key: source.get(key) for key in _CONFIG_KEYS})).hexdigest()
+
+
+def similarity_digest(meta: SimilarityMeta, matrices: dict[int, bytes]) -> str:
+    """Content address of the matrices (raw little-endian float32 bytes by layer) and of what they were made from."""
+    state = hashlib.sha256(canonical_json(meta.model_copy(update={"digest": ""}).to_json_dict()))
+    for layer in sorted(matrices):
+        state.update(str(layer).encode())
+        state.update(matrices[layer])
+    return "sha256:" + state.hexdigest()
+
+
+def read_meta(path: str | Path) -> SimilarityMeta:
+    """Read and check the header alone, and that the file is as long as the header says.
+
+    Raises:
+        SimilarityError: missing, truncated, not safetensors, no `sere` metadata, or another schema version.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER_BYTES + 1
+            if length > _MAX_HEADER_BYTES:
+                raise SimilarityError(f"{path} is no safetensors file; make one with `sere calibrate MODEL --data FILE`")
+            header = json.loads(file.read(length))
+    except FileNotFoundError as error:
+        raise SimilarityError(f"no similarity file at {path}; make one with `sere calibrate MODEL --data FILE`") from error
+    except (OSError, ValueError) as error:
+        raise SimilarityError(f"{path} is truncated or unreadable ({error}); make it again with `sere calibrate`") from error
+    raw = header.get("__metadata__", {}).get("sere")
+    if raw is None:
+        raise SimilarityError(f"{path} has no sere metadata, so it is no similarity file; make one with `sere calibrate`")
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    if size != 8 + length + end:
+        raise SimilarityError(f"{path} is truncated: {size} bytes of {8 + length + end}; copy or make it again")
+    decoded = json.loads(raw)
+    if decoded.get("schemaVersion") != SCHEMA_VERSION:
+        raise SimilarityError(
+            f"{path} has schema version {decoded.get('schemaVersion')}, this release reads {SCHEMA_VERSION}; "
+            "make it again with `sere calibrate`"
+        )
+    try:
+        return SimilarityMeta.model_validate(decoded)
+    except ValidationError as error:
+        raise SimilarityError(f"{path}: {explain(error)}") from error
