@@ -18,7 +18,6 @@ from enum import StrEnum
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.alias_generators import to_camel
 
 from sere_ext.errors import PolicyError
 
@@ -42,10 +41,16 @@ class Kind(StrEnum):
     OEA = "oea"
 
 
+def outside_name(name: str) -> str:
+    """`tpot_ms` -> `tpotMs`. Pydantic's own generator turns `e2el_ms` into `e2ElMs`."""
+    head, *rest = name.split("_")
+    return head + "".join(part[:1].upper() + part[1:] for part in rest)
+
+
 class Record(BaseModel):
     """Base of everything that crosses a part's border: camelCase outside, snake_case inside, unknown keys refused."""
 
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(alias_generator=outside_name, populate_by_name=True, extra="forbid", frozen=True)
 
     def to_json_dict(self) -> dict[str, Any]:
         """Plain JSON values under their outside names, unset optional fields left out."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError
 
 from sere_ext.errors import ProfileError
 from sere_ext.policy import Policy, Record, canonical_json, explain
 
-API_VERSION = "serving.sere.dev/v1alpha1"
+API_VERSION: Final = "serving.sere.dev/v1alpha1"
 
 
 class ProfileKey(Record):
