@@ -29,7 +29,7 @@ $(VENV)/.ready: requirements/cpu.lock pyproject.toml
 	touch $@
 
 demo: setup ## Tune a small real MoE on a live engine, then roll the policy out on a one-node cluster
-	$(PY) -m demo
+	$(PY) -m demo $(ARGS)
 
 test: ## Everything but the GPU: lint, unit, engine, apiserver, chart, cluster
 	@$(MAKE) --no-print-directory setup

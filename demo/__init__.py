@@ -1,0 +1,1 @@
+"""`make demo`: the whole product once, through its real parts, on the small model of tests/assets."""

@@ -1,0 +1,217 @@
+"""`python -m demo`: tune the small widened model on the local engine, then roll a tuned policy out on a cluster.
+
+Stage 1 (the engine): widen the committed model, calibrate, `sere tune`.
+Stage 2 (the cluster): where Kubernetes binaries are found, a one-node cluster, `helm install`, a SereDeployment.
+Everything that is printed as a figure was measured in this run; it ends with build/demo.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "demo"
+MODEL = ROOT / "tests" / "assets" / "tiny_moe"
+MAKE = ROOT / "tests" / "assets" / "make"
+console = Console(stderr=True, highlight=False)
+
+
+def run(*command: str | Path, check: bool = True, env: dict[str, str] | None = None) -> int:
+    """Run a command in the foreground in its own process group; Ctrl-C ends the group and then this program."""
+    console.print("[dim]$ " + " ".join(str(part).replace(f"{ROOT}/", "") for part in command) + "[/dim]")
+    process = subprocess.Popen(
+        [str(part) for part in command], cwd=ROOT, env={**os.environ, **(env or {})}, start_new_session=True
+    )
+    try:
+        status = process.wait()
+    except BaseException:
+        for number, patience_s in ((signal.SIGINT, 20), (signal.SIGTERM, 10), (signal.SIGKILL, 5)):
+            try:
+                os.killpg(process.pid, number)
+                process.wait(patience_s)
+                break
+            except (ProcessLookupError, subprocess.TimeoutExpired, KeyboardInterrupt):
+                continue
+        raise
+    if check and status:
+        raise SystemExit(status)
+    return status
+
+
+def heading(text: str) -> None:
+    console.print(f"\n[bold]{text}[/bold]")
+
+
+def prepare(args: argparse.Namespace) -> Path:
+    """The widened model, its items and calibration text, and the tuning file. Returns the tuning file's path."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    model = BUILD / "model"
+    if not (model / "model.safetensors").exists():
+        run(sys.executable, MAKE / "widen.py", MODEL, model)
+    run(
+        sys.executable,
+        MAKE / "items.py",
+        "--split",
+        "eval",
+        "--count",
+        str(args.items),
+        "--seed",
+        "1",
+        "--out",
+        BUILD / "items.jsonl",
+    )
+    run(
+        sys.executable,
+        MAKE / "items.py",
+        "--split",
+        "calibration",
+        "--count",
+        "512",
+        "--seed",
+        "1",
+        "--out",
+        BUILD / "calib.jsonl",
+    )
+    slo = {"tpotMs": {"p95": args.tpot_p95_ms}, "ttftMs": {"p99": 5000}}
+    tuning = {
+        "model": str(model),
+        "engine": {"maxModelLen": 128, "extraArgs": ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32"]},
+        "similarity": str(BUILD / "similarity.safetensors"),
+        "workload": {"dataset": str(BUILD / "items.jsonl"), "load": {"concurrency": [16]}},
+        "slo": slo,
+        "accuracy": {
+            "maxDropPoints": args.max_drop_points,
+            "confidence": 0.95,
+            "tasks": [{"file": str(BUILD / "items.jsonl"), "metric": "exact"}],
+        },
+        "search": {"policies": ["sere", "topk", "oea"], "trials": args.trials, "rungs": 1, "deviceHours": 0.25},
+        "out": str(BUILD / "run"),
+    }
+    path = BUILD / "tuning.yaml"
+    path.write_text(yaml.safe_dump(tuning, sort_keys=False))
+    return path
+
+
+def stage_engine(args: argparse.Namespace) -> dict[str, Any]:
+    """Calibrate and tune; returns the profile's spec. Ends the program with the tuner's exit code if it chose nothing."""
+    heading("1/2  Tune: a real MoE model on a live vLLM engine")
+    tuning = prepare(args)
+    if not (BUILD / "similarity.safetensors").exists():
+        run("sere", "calibrate", BUILD / "model", "--data", BUILD / "calib.jsonl", "--out", BUILD / "similarity.safetensors")
+    if args.fresh:
+        import shutil
+
+        shutil.rmtree(BUILD / "run", ignore_errors=True)
+    status = run("sere", "tune", "-f", tuning, check=False)
+    if status:
+        console.print(
+            f"\nNothing was chosen (exit code {status}); exact routing stays. The report is build/demo/run/report.html."
+        )
+        raise SystemExit(status)
+    spec: dict[str, Any] = json.loads((BUILD / "run" / "profile.json").read_text())["spec"]
+    return spec
+
+
+def stage_cluster(args: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
+    """The rollout's figures, or None and one sentence on why no cluster could run."""
+    heading("2/2  Roll out: a one-node Kubernetes cluster, the operator, a SereDeployment")
+    if args.no_cluster:
+        return None, "left out with --no-cluster"
+    for probe in ("assets", "node-packages"):
+        found = subprocess.run([ROOT / "tests" / "kit" / probe], capture_output=True, text=True, cwd=ROOT, check=False)
+        if found.returncode:
+            return None, found.stdout.strip() or found.stderr.strip()
+    out = BUILD / "rollout.json"
+    out.unlink(missing_ok=True)
+    status = run(ROOT / "demo" / "cluster", out, check=False)
+    if status or not out.exists():
+        console.print(f"The cluster stage failed (exit code {status}); its logs are in build/demo/cluster.")
+        raise SystemExit(status or 1)
+    return json.loads(out.read_text()), ""
+
+
+def result(spec: dict[str, Any], rollout: dict[str, Any] | None, why_not: str) -> dict[str, Any]:
+    """The content of build/demo.json."""
+    evidence = spec["evidence"]
+    accuracy = evidence["accuracy"]
+    pair = lambda value: {"exact": value["exact"], "tuned": value["chosen"]} if value else None  # noqa: E731
+    answer: dict[str, Any] = {
+        "tpot_ms": pair(evidence["tpotMs"]),
+        "accuracy": {
+            "exact": accuracy["exact"],
+            "tuned": accuracy["chosen"],
+            "items": accuracy["items"],
+            "certified": evidence["certified"],
+            "noise_floor": accuracy["noiseFloor"],
+        },
+        "active_experts": pair(evidence.get("activeExperts")),
+        "policy": spec["policy"],
+        "rollout": rollout,
+    }
+    if rollout is None:
+        answer["rollout_skipped"] = why_not
+    return answer
+
+
+def show(answer: dict[str, Any], condition: str) -> None:
+    table = Table(title=f"Measured in this run, at {condition}", title_justify="left")
+    for column in ("", "exact", "tuned"):
+        table.add_column(column, justify="right" if column else "left")
+    tpot, accuracy, active = answer["tpot_ms"], answer["accuracy"], answer["active_experts"]
+    table.add_row("mean TPOT", f"{tpot['exact']:.2f} ms", f"{tpot['tuned']:.2f} ms  ({tpot['exact'] / tpot['tuned']:.2f}x)")
+    table.add_row("accuracy", f"{accuracy['exact']:.1%}", f"{accuracy['tuned']:.1%}")
+    if active:
+        table.add_row("active experts per layer", f"{active['exact']:.1f}", f"{active['tuned']:.1f}")
+    console.print(table)
+    word = "certified" if accuracy["certified"] else "NOT certified"
+    console.print(
+        f"Accuracy {word} on {accuracy['items']} held-out items; exact differs from exact on {accuracy['noise_floor']:.1%} of them."
+    )
+    if answer["rollout"]:
+        r = answer["rollout"]
+        console.print(
+            f"Rollout: hot in {r['seconds']:.1f} s; {r['requests']} client requests, {r['errors']} errors, {r['pod_restarts']} pod restarts."
+        )
+    else:
+        console.print(f"Rollout: not run: {answer['rollout_skipped']}")
+    console.print("Report: build/demo/run/report.html    Figures: build/demo.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__.split("\n\n", 1)[0])
+    parser.add_argument("--max-drop-points", type=float, default=1.0, help="accuracy budget of stage 1 in points")
+    parser.add_argument("--tpot-p95-ms", type=float, default=200.0, help="latency limit of stage 1 in ms")
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--items", type=int, default=4000)
+    parser.add_argument("--no-cluster", action="store_true", help="stage 1 alone")
+    parser.add_argument("--resume", dest="fresh", action="store_false", help="go on with an earlier run's study")
+    args = parser.parse_args()
+    began = time.monotonic()
+    spec = stage_engine(args)
+    rollout, why_not = stage_cluster(args)
+    answer = result(spec, rollout, why_not)
+    (ROOT / "build" / "demo.json").write_text(json.dumps(answer, indent=2) + "\n")
+    heading(f"Done in {(time.monotonic() - began) / 60:.1f} minutes")
+    show(answer, spec["evidence"]["speedup"]["condition"])
+
+
+if __name__ == "__main__":
+    # Ctrl-C and a plain kill end the same way: children first, then this program.
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        main()
+    except KeyboardInterrupt:
+        console.print("\nStopped; nothing is left running. `make demo` starts again.")
+        sys.exit(130)
