@@ -182,11 +182,14 @@ def canonical_json(data: Any) -> bytes:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def explain(error: ValidationError) -> str:
-    """Pydantic's problems as short sentences with the field's path: `buckets.0.rho: ... (got 7)`."""
+def explain(error: ValidationError, where: str = "") -> str:
+    """Pydantic's problems as short sentences with the field's path: `buckets.0.rho: ... (got 7)`.
+
+    `where` is put before every path: with "spec", `spec.buckets.0.rho: ...`.
+    """
     parts = []
     for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"])
+        path = ".".join(str(part) for part in ((where,) if where else ()) + problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "unknown field; check its spelling or remove it"

@@ -1,0 +1,243 @@
+"""SereDeployment: the intent to serve a model, and what has become of it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+from sere_ext.policy import Policy, Record
+
+from sere_operator.api.common import (
+    DnsName,
+    Duration,
+    Engine,
+    Model,
+    Resources,
+    Slo,
+    Toleration,
+    VolumeMount,
+    duration_seconds,
+)
+from sere_operator.api.tuning import Accuracy, Tuning
+
+MAX_REJECTED = 16  # digests that are remembered as rejected
+
+
+class RoutingMode(StrEnum):
+    EXACT = "Exact"
+    STATIC = "Static"
+    PROFILE = "Profile"
+    TUNED = "Tuned"
+
+
+class Approval(StrEnum):
+    AUTO = "Auto"
+    MANUAL = "Manual"
+
+
+class Strategy(StrEnum):
+    """What goes first when pods are replaced: the new one (Surge), or the old one (DrainFirst; needs no spare GPU)."""
+
+    SURGE = "Surge"
+    DRAIN_FIRST = "DrainFirst"
+
+
+class ProfileRef(Record):
+    """A SereProfile in the same namespace; with a digest, only that content is accepted."""
+
+    name: DnsName
+    digest: Annotated[
+        str | None, Field(pattern=r"^sha256:[0-9a-f]{64}$", max_length=71, description="of the profile's spec; pins its content")
+    ] = None
+
+
+class Routing(Record):
+    """Which routing policy is wanted."""
+
+    mode: Annotated[RoutingMode, Field(description="Exact, Static, Profile or Tuned. Default: Exact.")] = RoutingMode.EXACT
+    policy: Annotated[Policy | None, Field(description="the policy of mode Static")] = None
+    profile_ref: Annotated[ProfileRef | None, Field(description="the profile of mode Profile")] = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for mode, field, given in (
+            (RoutingMode.STATIC, "policy", self.policy is not None),
+            (RoutingMode.PROFILE, "profileRef", self.profile_ref is not None),
+        ):
+            if self.mode is mode and not given:
+                raise ValueError(f"mode {mode.value} needs {field}")
+            if given and self.mode is not mode:
+                raise ValueError(f"{field} is for mode {mode.value}; remove it or set the mode")
+        return self
+
+
+class AutoscalingMetric(Record):
+    """A pods metric of the cluster's custom metrics API and its wanted mean per pod."""
+
+    name: Annotated[str, Field(min_length=1, max_length=253)]
+    average_value: Annotated[str, Field(min_length=1, max_length=64, description="a Kubernetes quantity")]
+
+
+class Autoscaling(Record):
+    """Bounds for a generated HorizontalPodAutoscaler."""
+
+    min: Annotated[int, Field(ge=1, le=10_000)] = 1
+    max: Annotated[int, Field(ge=1, le=10_000)]
+    metric: AutoscalingMetric | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max < self.min:
+            raise ValueError(f"max {self.max} is below min {self.min}")
+        return self
+
+
+class Canary(Record):
+    """How a policy is tried before all pods get it."""
+
+    replicas: Annotated[int, Field(ge=1, le=1000, description="pods that try it. Default: 1.")] = 1
+    min_requests: Annotated[
+        int, Field(ge=1, le=10_000_000, description="finished requests on each side before judging. Default: 500.")
+    ] = 500
+    deadline: Annotated[Duration, Field(description="after which too few requests mean Inconclusive. Default: 30m.")] = "30m"
+
+    @property
+    def deadline_seconds(self) -> int:
+        return duration_seconds(self.deadline)
+
+
+class Rollout(Record):
+    """How changes reach the pods."""
+
+    approval: Annotated[Approval, Field(description="Manual waits for a person after the canary. Default: Auto.")] = Approval.AUTO
+    require_profile: Annotated[
+        bool | None, Field(description="tune a new engine or model revision before the old goes. Default: true when Tuned.")
+    ] = None
+    strategy: Annotated[Strategy, Field(description="Surge or DrainFirst. Default: Surge.")] = Strategy.SURGE
+    max_surge: Annotated[int | None, Field(ge=0, le=1000, description="pods above replicas. Default: 1, with DrainFirst 0.")] = (
+        None
+    )
+    max_unavailable: Annotated[
+        int | None, Field(ge=0, le=1000, description="pods below replicas. Default: 0, with DrainFirst 1.")
+    ] = None
+    canary: Canary = Canary()
+
+    @property
+    def surge(self) -> int:
+        """maxSurge in force, in pods."""
+        default = 0 if self.strategy is Strategy.DRAIN_FIRST else 1
+        return default if self.max_surge is None else self.max_surge
+
+    @property
+    def unavailable(self) -> int:
+        """maxUnavailable in force, in pods."""
+        default = 1 if self.strategy is Strategy.DRAIN_FIRST else 0
+        return default if self.max_unavailable is None else self.max_unavailable
+
+    @model_validator(mode="after")
+    def _can_move(self) -> Self:
+        if self.surge == 0 and self.unavailable == 0:
+            raise ValueError("maxSurge and maxUnavailable are both 0, so no pod could be replaced; set one of them to 1")
+        return self
+
+
+class SereDeploymentSpec(Record):
+    """What is wanted."""
+
+    model: Model
+    engine: Engine = Engine()
+    resources: Annotated[Resources | None, Field(description="of the engine's container")] = None
+    replicas: Annotated[int | None, Field(ge=0, le=10_000, description="pods. Without replicas and autoscaling: 1.")] = None
+    autoscaling: Annotated[Autoscaling | None, Field(description="instead of replicas")] = None
+    slo: Slo | None = None
+    accuracy: Accuracy | None = None
+    routing: Routing = Routing()
+    tuning: Tuning | None = None
+    rollout: Rollout = Rollout()
+    suspend: Annotated[bool, Field(description="true: the operator changes nothing, what runs goes on. Default: false.")] = False
+    volumes: Annotated[tuple[VolumeMount, ...], Field(max_length=16, description="further claims, mounted read-only")] = ()
+    node_selector: Annotated[dict[str, str] | None, Field(max_length=16)] = None
+    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = ()
+    runtime_class_name: DnsName | None = None
+
+    @property
+    def wanted_replicas(self) -> int | None:
+        """Pods to run, or None where an autoscaler decides."""
+        return None if self.autoscaling else 1 if self.replicas is None else self.replicas
+
+    @property
+    def profile_required(self) -> bool:
+        """Whether a new engine or model revision waits for a profile of its own."""
+        wanted = self.rollout.require_profile
+        return self.routing.mode is RoutingMode.TUNED if wanted is None else wanted
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.replicas is not None and self.autoscaling is not None:
+            raise ValueError("give replicas or autoscaling, not both: they would fight over the number of pods")
+        if self.routing.mode is RoutingMode.TUNED:
+            needed = {"slo": self.slo, "accuracy": self.accuracy, "tuning": self.tuning}
+            missing = [field for field, given in needed.items() if given is None]
+            if missing:
+                raise ValueError(f"routing.mode Tuned needs {', '.join(missing)}: limits to keep and how to tune")
+        return self
+
+
+class PolicyStatus(Record):
+    """Where the routing policy stands. All digests are policy digests, or `exact`."""
+
+    wanted: Annotated[str | None, Field(description="what the spec leads to, before kill switch and rejection")] = None
+    stable: Annotated[str | None, Field(description="what pods without an annotation run; also the column POLICY")] = None
+    previous: Annotated[str | None, Field(description="what was stable before; `kubectl sere rollback` goes there")] = None
+    description: Annotated[str | None, Field(max_length=2048, description="the stable policy in words")] = None
+    profile: Annotated[str | None, Field(description="the SereProfile it came from")] = None
+    override: Annotated[str | None, Field(description="exact where the kill switch is on")] = None
+
+
+class RolloutStatus(Record):
+    """A policy rollout under way. All that a restarted operator needs to go on."""
+
+    candidate: str | None = None
+    stage: Annotated[str | None, Field(description="Canary, Analysing, AwaitingApproval, Promoting or RollingBack")] = None
+    canary_pods: Annotated[tuple[str, ...], Field(max_length=64)] = ()
+    started_at: Annotated[str | None, Field(json_schema_extra={"format": "date-time"})] = None
+    attempt: int | None = None
+    next_attempt_at: Annotated[str | None, Field(json_schema_extra={"format": "date-time"})] = None
+    message: str | None = None
+    state: Annotated[
+        dict[str, Any] | None,
+        Field(
+            description="the analysis's own bookkeeping, such as the histograms it counts from",
+            json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
+        ),
+    ] = None
+
+
+class Rejection(Record):
+    """A policy that a canary showed to be worse. Remembered for this model revision."""
+
+    digest: str
+    revision: str = ""  # of model and engine, as the operator hashes them
+    message: str = ""
+    at: Annotated[str | None, Field(json_schema_extra={"format": "date-time"})] = None
+
+
+class SereDeploymentStatus(Record):
+    """What has become of it. Figures are strings with their unit, as last certified, so that a quiet minute writes nothing."""
+
+    observed_generation: int | None = None
+    conditions: Annotated[tuple[dict[str, Any], ...], Field(max_length=16)] = ()
+    replicas: Annotated[int | None, Field(description="pods there are (scale subresource)")] = None
+    ready_replicas: int | None = None
+    selector: Annotated[str | None, Field(description="label selector of the pods (scale subresource)")] = None
+    ready: Annotated[str | None, Field(description="ready of wanted, as shown by kubectl get: 2/2")] = None
+    routing: Annotated[str | None, Field(description="the mode in force; Exact while the kill switch is on")] = None
+    policy: PolicyStatus | None = None
+    rollout: RolloutStatus | None = None
+    rejected: Annotated[tuple[Rejection, ...], Field(max_length=MAX_REJECTED)] = ()
+    tuning_job: Annotated[str | None, Field(description="the SereTuningJob of this spec")] = None
+    tpot_p95: Annotated[str | None, Field(description="as certified: 17.9ms")] = None
+    speedup: Annotated[str | None, Field(description="as certified: 1.35x")] = None
+    accuracy: Annotated[str | None, Field(description="change in points as certified: -0.2")] = None
+    revision: Annotated[str | None, Field(description="hash of the pod template that is rolled out")] = None

@@ -1,0 +1,77 @@
+"""Names that people and programs meet: the API group, labels, annotations, and how long names are shortened."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+GROUP: Final = "serving.sere.dev"
+VERSION: Final = "v1alpha1"
+API_VERSION: Final = f"{GROUP}/{VERSION}"
+
+DEPLOYMENT_KIND: Final = "SereDeployment"
+TUNING_JOB_KIND: Final = "SereTuningJob"
+PROFILE_KIND: Final = "SereProfile"
+
+DEPLOYMENTS: Final = "seredeployments"  # plural resource names, as in URLs and RBAC
+TUNING_JOBS: Final = "seretuningjobs"
+PROFILES: Final = "sereprofiles"
+
+FIELD_MANAGER: Final = "sere-operator"  # of everything that the operator applies
+KUBECTL_FIELD_MANAGER: Final = "kubectl-sere"  # of the kill switch, so that the operator never undoes it
+
+# Annotations of a pod; the first three are projected into it as files (ARCHITECTURE.md, declarative source).
+POLICY_ANNOTATION: Final = f"{GROUP}/policy"  # digest that this pod is to run; absent: the ConfigMap's `stable`
+OVERRIDE_ANNOTATION: Final = f"{GROUP}/override"  # OVERRIDE_EXACT or absent; also on the SereDeployment
+REFRESH_ANNOTATION: Final = f"{GROUP}/refresh"  # a nonce; a change makes the kubelet refresh the volume at once
+CONFIG_HASH_ANNOTATION: Final = f"{GROUP}/config-hash"  # of what the operator last applied to a child
+# Annotations of a SereDeployment that people set.
+ROLLBACK_ANNOTATION: Final = f"{GROUP}/rollback"  # digest of the policy to give up; cleared by removing it
+APPROVED_ANNOTATION: Final = f"{GROUP}/approved"  # digest that may be promoted where rollout.approval is Manual
+OVERRIDE_EXACT: Final = "exact"
+
+# Keys of the policy ConfigMap that are no policy.
+STABLE_KEY: Final = "stable"
+OVERRIDE_KEY: Final = "override"
+
+# Labels. The pods of one SereDeployment are `{MANAGED_BY: FIELD_MANAGER, INSTANCE: name}`.
+NAME_LABEL: Final = "app.kubernetes.io/name"
+INSTANCE_LABEL: Final = "app.kubernetes.io/instance"
+MANAGED_BY_LABEL: Final = "app.kubernetes.io/managed-by"
+COMPONENT_LABEL: Final = "app.kubernetes.io/component"
+DEPLOYMENT_LABEL: Final = f"{GROUP}/deployment"  # the owning SereDeployment's label value (see `label_value`)
+ENGINE_COMPONENT: Final = "engine"
+TUNER_COMPONENT: Final = "tuner"
+
+MAX_NAME: Final = 63  # RFC 1123 label: Services, labels, and pod names' prefixes
+_HASH_LENGTH: Final = 8
+
+
+def fit_name(name: str, limit: int = MAX_NAME) -> str:
+    """`name` if it has at most `limit` characters, else its head and a hash of the whole, so that two long names differ.
+
+    The result ends in a letter or digit as RFC 1123 asks, given that `name` does.
+    """
+    if len(name) <= limit:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:_HASH_LENGTH]
+    return f"{name[: limit - _HASH_LENGTH - 1].rstrip('-.')}-{digest}"
+
+
+def child_name(parent: str, suffix: str, limit: int = MAX_NAME) -> str:
+    """Name of a child object, `<parent>-<suffix>`, with the parent shortened where the whole is too long.
+
+    The suffix is always kept whole, so that children of one parent stay apart and can be told by eye.
+    """
+    whole = f"{parent}-{suffix}"
+    return whole if len(whole) <= limit else f"{fit_name(parent, limit - len(suffix) - 1)}-{suffix}"
+
+
+def policy_config_map(deployment: str) -> str:
+    """Name of the ConfigMap that holds `stable` and every policy by digest."""
+    return child_name(deployment, "policy", 253)
+
+
+def label_value(name: str) -> str:
+    """A resource's name (up to 253 characters) as a label value (up to 63)."""
+    return fit_name(name)

@@ -1,0 +1,174 @@
+"""What a tuning run is told, and the SereTuningJob resource: one immutable run."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+from sere_ext.policy import Kind, Record
+
+from sere_operator.api.common import (
+    DnsName,
+    Engine,
+    Model,
+    Resources,
+    Slo,
+    Source,
+    Text,
+    Toleration,
+    Uri,
+    VolumeMount,
+)
+
+MAX_CANDIDATES = 5
+
+
+class Metric(StrEnum):
+    """How an answer is scored against the labelled one."""
+
+    EXACT = "exact"
+    NUMERIC = "numeric"
+    REGEX = "regex"
+
+
+class Task(Source):
+    """Labelled items, JSON lines of {"prompt", "answer"}, and how answers are scored."""
+
+    metric: Metric
+
+
+class Accuracy(Record):
+    """How much accuracy may be given up, and on what it is measured."""
+
+    max_drop_points: Annotated[float, Field(ge=0, le=100, description="largest drop, in points (percent of items)")]
+    confidence: Annotated[float, Field(ge=0.5, le=0.9999, description="of the certificate. Default: 0.95.")] = 0.95
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1, max_length=8)]
+
+
+class Similarity(Record):
+    """The similarity artefact: made by the run from calibration text, or one made before."""
+
+    calibrate: Annotated[Source | None, Field(description='calibration text, JSON lines of {"prompt"}')] = None
+    uri: Annotated[Uri | None, Field(description="a similarity.safetensors made by `sere calibrate`")] = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.calibrate is None) == (self.uri is None):
+            raise ValueError("give exactly one of calibrate and uri")
+        return self
+
+
+class Synthetic(Record):
+    """Requests of random tokens."""
+
+    input_tokens: Annotated[int, Field(ge=1, le=1_048_576)]
+    output_tokens: Annotated[int, Field(ge=1, le=1_048_576)]
+
+
+class Arrivals(StrEnum):
+    POISSON = "poisson"
+    CONSTANT = "constant"
+
+
+class Load(Record):
+    """How requests arrive: at a rate (open loop), or so many at a time (closed loop)."""
+
+    requests_per_second: Annotated[float | None, Field(ge=0.001, le=100_000)] = None
+    arrivals: Annotated[Arrivals | None, Field(description="of the open loop. Default: poisson.")] = None
+    concurrency: Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...] | None, Field(min_length=1, max_length=8)] = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.requests_per_second is None) == (self.concurrency is None):
+            raise ValueError("give exactly one of requestsPerSecond and concurrency")
+        if self.arrivals is not None and self.concurrency is not None:
+            raise ValueError("arrivals is for requestsPerSecond; leave it out with concurrency")
+        return self
+
+
+class Workload(Record):
+    """The traffic to tune for. Without dataset and synthetic, the accuracy items themselves are the requests."""
+
+    dataset: Source | None = None
+    synthetic: Synthetic | None = None
+    load: Load
+
+    @model_validator(mode="after")
+    def _at_most_one(self) -> Self:
+        if self.dataset is not None and self.synthetic is not None:
+            raise ValueError("give dataset or synthetic, not both")
+        return self
+
+
+class Tuning(Record):
+    """Budgets and traffic of a tuning run."""
+
+    device_hours: Annotated[float, Field(ge=0.001, le=100_000, description="device time the run may use. Default: 4.")] = 4.0
+    trials: Annotated[int, Field(ge=1, le=10_000, description="search trials the run may use. Default: 60.")] = 60
+    rungs: Annotated[int | None, Field(ge=1, le=3, description="candidates to certify at most. Default: 3.")] = None
+    policies: Annotated[
+        tuple[Kind, ...] | None, Field(min_length=1, max_length=4, description="kinds to search. Default: all.")
+    ] = None
+    similarity: Similarity
+    workload: Workload
+    search: Annotated[
+        dict[str, Any] | None,
+        Field(
+            description="further keys of tuning.yaml's `search` section, handed to the tuner, which checks them",
+            json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
+        ),
+    ] = None
+    resources: Annotated[Resources | None, Field(description="of the tuning pod. Default: spec.resources.")] = None
+    volumes: Annotated[tuple[VolumeMount, ...], Field(max_length=16, description="further claims, beside spec.volumes")] = ()
+
+
+class SereTuningJobSpec(Record):
+    """An immutable copy of what is tuned. Only `suspend` may change."""
+
+    deployment: Annotated[DnsName | None, Field(description="the SereDeployment that asked for this run")] = None
+    model: Model
+    engine: Engine = Engine()
+    resources: Resources | None = None
+    slo: Slo
+    accuracy: Accuracy
+    tuning: Tuning
+    volumes: Annotated[tuple[VolumeMount, ...], Field(max_length=16)] = ()
+    node_selector: Annotated[dict[str, str] | None, Field(max_length=16)] = None
+    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = ()
+    runtime_class_name: DnsName | None = None
+    suspend: Annotated[bool, Field(description="true stops the run; it goes on where it was when set back")] = False
+
+
+class TrialCounts(Record):
+    scheduled: int = 0
+    completed: int = 0
+    feasible: int = 0
+    infeasible: int = 0
+    failed: int = 0
+
+
+class Candidate(Record):
+    """A policy that the run considered for certification."""
+
+    policy: str  # described in words
+    digest: str = ""
+    verdict: str = ""  # e.g. "chosen", "-0.9 points, p = 0.31"
+
+
+class SereTuningJobStatus(Record):
+    """What the run has done so far. Metric values are strings with their unit, as shown."""
+
+    observed_generation: int | None = None
+    conditions: Annotated[tuple[dict[str, Any], ...], Field(max_length=16)] = ()
+    trials: TrialCounts | None = None
+    progress: Annotated[str | None, Field(description="trials done of wanted, as shown by kubectl get: 12/60")] = None
+    stage: Text | None = None
+    outcome: Annotated[Text | None, Field(description="Chosen, Infeasible, BudgetExhausted, CannotCertify or Failed")] = None
+    candidates: Annotated[tuple[Candidate, ...], Field(max_length=MAX_CANDIDATES)] = ()
+    device_hours: Annotated[str | None, Field(description="device time spent, hours")] = None
+    start_time: Annotated[str | None, Field(json_schema_extra={"format": "date-time"})] = None
+    completion_time: Annotated[str | None, Field(json_schema_extra={"format": "date-time"})] = None
+    last_progress_time: Annotated[str | None, Field(json_schema_extra={"format": "date-time"})] = None
+    result_config_map: Annotated[str | None, Field(description="named by the operator beforehand; the run writes it")] = None
+    profile: Annotated[str | None, Field(description="the SereProfile made from the result")] = None
