@@ -158,7 +158,8 @@ class Engine(Record):
     @model_validator(mode="after")
     def _no_managed_flags(self) -> Self:
         for argument in self.extra_args:
-            flag = argument.split("=", 1)[0].replace("_", "-")
+            # `--a_b`, `--a-b=1` and `--a-b.c=1` are forms of `--a-b` to vLLM.
+            flag = re.split("[=.]", argument)[0].replace("_", "-")
             if flag in MANAGED_FLAGS:
                 raise ValueError(f"extraArgs: {flag} is set by {MANAGED_FLAGS[flag]}; remove it here")
         return self

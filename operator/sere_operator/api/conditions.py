@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, WithJsonSchema
 
 
 class Documented(StrEnum):
@@ -92,6 +94,31 @@ class Reason(Documented):
     # Valid
     CONTENT_MATCHES = "ContentMatches", "The content is what the digest says."
     CONTENT_DIFFERS = "ContentDiffers", "The content is not what the digest says; the profile is not used."
+
+
+_STRING = {"type": "string", "maxLength": 32768}
+ConditionDict = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "description": "one thing told about the resource, for the generation it was judged at",
+            "properties": {
+                "type": {**_STRING, "maxLength": 316, "description": "what is told"},
+                "status": {"type": "string", "enum": ["True", "False", "Unknown"], "description": "whether it holds"},
+                "reason": {**_STRING, "maxLength": 1024, "description": "why, as one word for programs"},
+                "message": {**_STRING, "description": "why, and what happens next, for people"},
+                "observedGeneration": {"type": "integer", "minimum": 0, "description": "of the spec that was judged"},
+                "lastTransitionTime": {"type": "string", "format": "date-time", "description": "when status last changed"},
+            },
+            "required": ["type", "status", "reason", "message", "lastTransitionTime"],
+        }
+    ),
+]
+Conditions = Annotated[
+    tuple[ConditionDict, ...],
+    Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+]
 
 
 def utc_now() -> datetime:

@@ -19,6 +19,7 @@ from sere_operator.api.common import (
     VolumeMount,
     duration_seconds,
 )
+from sere_operator.api.conditions import Conditions
 from sere_operator.api.tuning import Accuracy, Tuning
 
 MAX_REJECTED = 16  # digests that are remembered as rejected
@@ -227,7 +228,7 @@ class SereDeploymentStatus(Record):
     """What has become of it. Figures are strings with their unit, as last certified, so that a quiet minute writes nothing."""
 
     observed_generation: int | None = None
-    conditions: Annotated[tuple[dict[str, Any], ...], Field(max_length=16)] = ()
+    conditions: Conditions = ()
     replicas: Annotated[int | None, Field(description="pods there are (scale subresource)")] = None
     ready_replicas: int | None = None
     selector: Annotated[str | None, Field(description="label selector of the pods (scale subresource)")] = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 from sere_ext.policy import Record
 from sere_ext.profile import ProfileSpec
 
+from sere_operator.api.conditions import Conditions
 from sere_operator.api.meta import child_name
 
 SereProfileSpec = ProfileSpec
@@ -17,7 +18,7 @@ class SereProfileStatus(Record):
     """Columns of `kubectl get sereprofiles`, and whether the content is what its digest says."""
 
     observed_generation: int | None = None
-    conditions: Annotated[tuple[dict[str, Any], ...], Field(max_length=16)] = ()
+    conditions: Conditions = ()
     digest: Annotated[str | None, Field(description="sha256 of the canonical spec")] = None
     policy: Annotated[str | None, Field(description="the policy's digest")] = None
 

@@ -20,6 +20,7 @@ from sere_operator.api.common import (
     Uri,
     VolumeMount,
 )
+from sere_operator.api.conditions import Conditions
 
 MAX_CANDIDATES = 5
 
@@ -160,7 +161,7 @@ class SereTuningJobStatus(Record):
     """What the run has done so far. Metric values are strings with their unit, as shown."""
 
     observed_generation: int | None = None
-    conditions: Annotated[tuple[dict[str, Any], ...], Field(max_length=16)] = ()
+    conditions: Conditions = ()
     trials: TrialCounts | None = None
     progress: Annotated[str | None, Field(description="trials done of wanted, as shown by kubectl get: 12/60")] = None
     stage: Text | None = None

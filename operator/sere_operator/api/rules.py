@@ -1,0 +1,183 @@
+"""Rules across fields, as the API server checks them (CEL), so that bad input is refused with the operator down.
+
+Each has its twin in a pydantic validator, for resources that an older CRD let through. Messages say what to do.
+Written for Kubernetes 1.30 and newer: no two-variable comprehensions, numbers go through `'%d'.format([...])`
+(`string(int)` is refused in a messageExpression), and every list they walk has maxItems (the server bounds their cost).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from sere_ext.policy import MAX_BUCKETS, MAX_TOKENS
+
+from sere_operator.api.common import MANAGED_FLAGS
+from sere_operator.api.tuning import SereTuningJobSpec
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One entry of `x-kubernetes-validations`: `rule` must hold, else the message (or what its expression says) is shown."""
+
+    rule: str
+    message: str = ""
+    expression: str = ""  # messageExpression; `message` is then what shows if that fails
+    field: str = ""  # path that the error names, below the place of the rule
+
+    def to_dict(self) -> dict[str, str]:
+        pairs = {"rule": self.rule, "message": self.message, "messageExpression": self.expression, "fieldPath": self.field}
+        return {key: value for key, value in pairs.items() if value}
+
+
+def exactly_one(first: str, second: str) -> Rule:
+    return Rule(f"has(self.{first}) != has(self.{second})", f"give exactly one of {first} and {second}")
+
+
+def at_most_one(first: str, second: str, why: str = "") -> Rule:
+    return Rule(f"!(has(self.{first}) && has(self.{second}))", f"give {first} or {second}, not both{why}")
+
+
+def at_least_one(*fields: str) -> Rule:
+    return Rule(
+        " || ".join(f"has(self.{field})" for field in fields), f"give at least one of {', '.join(fields[:-1])} and {fields[-1]}"
+    )
+
+
+def immutable(field: str, why: str) -> Rule:
+    """A transition rule at the parent, since one at the field itself would not see the field come or go."""
+    return Rule(
+        f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})",
+        f"{field} is immutable: {why}",
+        field=f".{field}",
+    )
+
+
+def _bucket_table() -> tuple[Rule, ...]:
+    """Neighbours ascend and do not overlap. `i` runs over the first of each pair."""
+    pairs = f"[{', '.join(str(i) for i in range(MAX_BUCKETS - 1))}].filter(i, i + 1 < self.size())"
+    top = f"(has(self[i].maxTokens) ? self[i].maxTokens : {MAX_TOKENS})"
+    next_top = f"(has(self[i + 1].maxTokens) ? self[i + 1].maxTokens : {MAX_TOKENS})"
+    start, next_start = "self[i].minTokens", "self[i + 1].minTokens"
+    overlap = f"{next_start} >= {start} && {next_start} <= {top}"
+    # Overlapping up to the open end: the second cannot start later, so the first has to end earlier.
+    told = (
+        f"({top} >= {MAX_TOKENS} ? "
+        f"'buckets overlap from %d tokens on; make the first end at %d'.format([{next_start}, {next_start} - 1]) : "
+        f"'buckets overlap at %d-%d tokens; make the second start at %d'"
+        f".format([{next_start}, {top} < {next_top} ? {top} : {next_top}, {top} + 1]))"
+    )
+    return (
+        Rule(f"{pairs}.all(i, {next_start} >= {start})", "buckets must be in ascending order of minTokens"),
+        Rule(
+            f"{pairs}.all(i, !({overlap}))",
+            "buckets overlap; make each start after the one before it ends",
+            f"{pairs}.filter(i, {overlap}).map(i, {told})[0]",
+        ),
+    )
+
+
+def _extra_args() -> Rule:
+    """Flags that the spec sets. `--a_b`, `--a-b=1` and `--a-b.c=1` are forms of `--a-b` to vLLM."""
+    managed = "[" + ", ".join(f"'{flag}'" for flag in MANAGED_FLAGS) + "]"
+    flag = "a.split('=')[0].split('.')[0].replace('_', '-')"
+    return Rule(
+        f"self.all(a, !({flag} in {managed}))",
+        f"a flag that the spec or the operator sets; remove it ({', '.join(MANAGED_FLAGS)})",
+        f"self.filter(a, {flag} in {managed})"
+        f".map(a, '%s is set by the spec or the operator; remove it here'.format([{flag}]))[0]",
+    )
+
+
+_MODE = "(has(self.mode) ? self.mode : 'Exact')"
+_TUNED = "!(has(self.routing) && has(self.routing.mode) && self.routing.mode == 'Tuned')"
+_DRAIN = "(has(self.strategy) && self.strategy == 'DrainFirst')"
+
+# By model name, or by `Model.outsideName` where the rule belongs to a field.
+RULES: Final[dict[str, tuple[Rule, ...]]] = {
+    "SereDeploymentSpec": (
+        at_most_one("replicas", "autoscaling", ": they would fight over the number of pods"),
+        Rule(f"{_TUNED} || has(self.tuning)", "routing.mode Tuned needs tuning: how to tune", field=".tuning"),
+        Rule(f"{_TUNED} || has(self.accuracy)", "routing.mode Tuned needs accuracy: how much may be given up", field=".accuracy"),
+        Rule(f"{_TUNED} || has(self.slo)", "routing.mode Tuned needs slo: at least one latency limit to keep", field=".slo"),
+    ),
+    "SereTuningJobSpec": tuple(
+        immutable(info.alias or name, "a tuning job is one run; create another job (only suspend may change)")
+        for name, info in SereTuningJobSpec.model_fields.items()
+        if name != "suspend"
+    ),
+    "ProfileSpec": (Rule("self == oldSelf", "a profile is immutable, its name stands for its content; create another one"),),
+    "Model": (
+        exactly_one("name", "uri"),
+        Rule(
+            "!has(self.uri) || !(has(self.tokenSecret) || has(self.cache))",
+            "tokenSecret and cache are for a name on the model hub; leave them out with uri",
+        ),
+    ),
+    "Source": (exactly_one("uri", "configMap"),),
+    "Task": (exactly_one("uri", "configMap"),),
+    "Similarity": (exactly_one("calibrate", "uri"),),
+    "EnvVar": (at_most_one("value", "valueFrom"),),
+    "Slo": (at_least_one("tpotMs", "ttftMs", "e2elMs"),),
+    "Percentiles": (at_least_one("p50", "p95", "p99"),),
+    "Engine.extraArgs": (_extra_args(),),
+    "Routing": (
+        Rule(f"{_MODE} != 'Static' || has(self.policy)", "mode Static needs policy", field=".policy"),
+        Rule(
+            f"!has(self.policy) || {_MODE} == 'Static'", "policy is for mode Static; remove it or set the mode", field=".policy"
+        ),
+        Rule(f"{_MODE} != 'Profile' || has(self.profileRef)", "mode Profile needs profileRef", field=".profileRef"),
+        Rule(
+            f"!has(self.profileRef) || {_MODE} == 'Profile'",
+            "profileRef is for mode Profile; remove it or set the mode",
+            field=".profileRef",
+        ),
+    ),
+    "Bucket": (
+        Rule(
+            "!has(self.maxTokens) || self.maxTokens >= self.minTokens",
+            "maxTokens is below minTokens",
+            "'maxTokens %d is below minTokens %d'.format([self.maxTokens, self.minTokens])",
+        ),
+        Rule(
+            "self.kind == 'exact' || has(self.S)",
+            "this kind needs S, the number of top experts that a token keeps",
+            "'kind %s needs S, the number of top experts that a token keeps'.format([self.kind])",
+        ),
+        Rule(
+            "!has(self.rho) || self.rho == 0.0 || self.kind == 'sere'",
+            "rho is only meaningful for kind sere; leave it out",
+            "'rho is only meaningful for kind sere, not %s; leave it out'.format([self.kind])",
+        ),
+    ),
+    "Policy.buckets": _bucket_table(),
+    "LayerGroup.buckets": _bucket_table(),
+    "LayerGroup": (Rule("self.firstLayer <= self.lastLayer", "lastLayer is below firstLayer"),),
+    "Policy.layerGroups": (
+        Rule(
+            "[0, 1, 2, 3, 4, 5, 6].all(i, i + 1 >= self.size() || self[i].lastLayer < self[i + 1].firstLayer)",
+            "layerGroups must be ascending and must not overlap",
+        ),
+    ),
+    "Load": (
+        exactly_one("requestsPerSecond", "concurrency"),
+        Rule(
+            "!(has(self.arrivals) && has(self.concurrency))", "arrivals is for requestsPerSecond; leave it out with concurrency"
+        ),
+    ),
+    "Workload": (at_most_one("dataset", "synthetic"),),
+    "Autoscaling": (
+        Rule(
+            "!has(self.min) || self.max >= self.min",
+            "max is below min",
+            "'max %d is below min %d'.format([self.max, self.min])",
+        ),
+    ),
+    "Rollout": (
+        Rule(
+            f"(has(self.maxSurge) ? self.maxSurge : ({_DRAIN} ? 0 : 1)) > 0 || "
+            f"(has(self.maxUnavailable) ? self.maxUnavailable : ({_DRAIN} ? 1 : 0)) > 0",
+            "maxSurge and maxUnavailable are both 0, so no pod could be replaced; set one of them to 1",
+        ),
+    ),
+}

@@ -1,0 +1,111 @@
+"""The committed CRDs are what the models say, and the converter refuses what a structural schema cannot say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import BaseModel, Field
+from sere_operator.api.crdgen import DEFINITIONS, Definition, render
+from sere_operator.api.rules import RULES
+from sere_operator.api.schema import SchemaError, structural_schema
+
+CRDS = Path(__file__).parents[3] / "manifests" / "crd"
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS, ids=lambda d: d.kind)
+def test_committed_crd_is_current(definition: Definition) -> None:
+    committed = (CRDS / definition.file_name).read_text()
+    assert committed == render(definition), "run `python -m sere_operator.api.crdgen`"
+
+
+def test_no_crd_is_committed_that_is_not_generated() -> None:
+    assert {path.name for path in CRDS.glob("*.yaml")} == {definition.file_name for definition in DEFINITIONS}
+
+
+def schemas(schema: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(schema, dict):
+        yield schema
+        for value in schema.values():
+            yield from schemas(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from schemas(value)
+
+
+def test_every_rule_is_used() -> None:
+    used = {
+        validation["rule"]
+        for definition in DEFINITIONS
+        for schema in schemas(definition.to_dict())
+        for validation in schema.get("x-kubernetes-validations", [])
+    }
+    unused = {name for name, rules in RULES.items() for rule in rules if rule.rule not in used}
+    assert not unused, "rules of models or fields that no CRD holds"
+
+
+class Inner(BaseModel):
+    """An inner thing."""
+
+    kind: Literal["only"]
+
+
+class Outer(BaseModel):
+    maybe: Annotated[Inner | None, Field(description="this use of it")] = None
+    count: Annotated[int, Field(ge=1, le=3)] = 2
+    names: Annotated[tuple[str, ...], Field(max_length=4)] = ()
+    by_name: dict[str, float] | None = None
+
+
+def test_references_are_inlined_nulls_flattened_and_constants_become_enums() -> None:
+    assert structural_schema(Outer, {}) == {
+        "type": "object",
+        "properties": {
+            "maybe": {
+                "type": "object",
+                "description": "this use of it",
+                "properties": {"kind": {"type": "string", "enum": ["only"]}},
+                "required": ["kind"],
+            },
+            "count": {"type": "integer", "format": "int64", "minimum": 1, "maximum": 3, "description": "Default: 2."},
+            "names": {"type": "array", "maxItems": 4, "items": {"type": "string"}},
+            "by_name": {"type": "object", "additionalProperties": {"type": "number"}},
+        },
+    }
+
+
+class Exclusive(BaseModel):
+    field: Annotated[int, Field(gt=0)]
+
+
+class Union(BaseModel):
+    field: int | list[int]
+
+
+class Unbounded(BaseModel):
+    field: list[int]
+
+
+class Unique(BaseModel):
+    field: Annotated[set[int], Field(max_length=3)]
+
+
+class Unknown(BaseModel):
+    field: dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (Exclusive, "exclusiveMinimum"),
+        (Union, "union of 2"),
+        (Unbounded, "max_length"),
+        (Unique, "uniqueItems"),
+        (Unknown, "unknown form"),
+    ],
+)
+def test_what_a_structural_schema_cannot_say_is_refused_with_its_path(model: type[BaseModel], told: str) -> None:
+    with pytest.raises(SchemaError, match=f"{model.__name__}.field: .*{told}"):
+        structural_schema(model, {})
