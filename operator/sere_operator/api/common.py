@@ -20,6 +20,8 @@ MANAGED_FLAGS: dict[str, str] = {
     "--host": "the operator itself",
     "--port": "the operator itself",
     "--additional-config": "spec.routing",
+    "--max-num-active-seqs": "the tuner's load; leave it to spec.tuning.workload",
+    "--disable-log-stats": "the operator itself, whose canary reads the statistics",
     "--worker-extension-cls": "the plug-in itself",
 }
 
@@ -200,7 +202,7 @@ class Percentiles(Record):
 
     @model_validator(mode="after")
     def _some(self) -> Self:
-        if self.p50 is None and self.p95 is None and self.p99 is None:
+        if not self.to_json_dict():
             raise ValueError("give at least one of p50, p95 and p99")
         return self
 

@@ -115,7 +115,13 @@ RULES: Final[dict[str, tuple[Rule, ...]]] = {
         ),
     ),
     "Source": (exactly_one("uri", "configMap"),),
-    "Task": (exactly_one("uri", "configMap"),),
+    "Task": (
+        exactly_one("uri", "configMap"),
+        Rule(
+            "(has(self.metric) && self.metric == 'regex') == has(self.pattern)",
+            "metric regex needs pattern, and pattern is for metric regex only",
+        ),
+    ),
     "Similarity": (exactly_one("calibrate", "uri"),),
     "EnvVar": (at_most_one("value", "valueFrom"),),
     "Slo": (at_least_one("tpotMs", "ttftMs", "e2elMs"),),
@@ -163,6 +169,12 @@ RULES: Final[dict[str, tuple[Rule, ...]]] = {
         exactly_one("requestsPerSecond", "concurrency"),
         Rule(
             "!(has(self.arrivals) && has(self.concurrency))", "arrivals is for requestsPerSecond; leave it out with concurrency"
+        ),
+    ),
+    "Load.concurrency": (
+        Rule(
+            "[0, 1, 2, 3, 4, 5, 6].all(i, i + 1 >= self.size() || self[i] < self[i + 1])",
+            "concurrency must be ascending without repeats",
         ),
     ),
     "Workload": (at_most_one("dataset", "synthetic"),),

@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
-from sere_ext.policy import Kind, Record
+from sere_ext.policy import Record
 
 from sere_operator.api.common import (
     DnsName,
@@ -31,12 +31,35 @@ class Metric(StrEnum):
     EXACT = "exact"
     NUMERIC = "numeric"
     REGEX = "regex"
+    CONTAINS = "contains"
+
+
+class SearchKind(StrEnum):
+    """Kinds of re-routing to search. Exact routing is always trial 0."""
+
+    SERE = "sere"
+    TOPK = "topk"
+    OEA = "oea"
 
 
 class Task(Source):
     """Labelled items, JSON lines of {"prompt", "answer"}, and how answers are scored."""
 
-    metric: Metric
+    metric: Annotated[Metric, Field(description="how an answer is scored. Default: exact.")] = Metric.EXACT
+    pattern: Annotated[str | None, Field(max_length=1024, description="regex: its first group is compared with the answer")] = (
+        None
+    )
+    max_tokens: Annotated[int | None, Field(ge=1, le=65_536, description="answer length limit. Default: 64.")] = None
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
+        Field(max_length=8, description="strings that end an answer"),
+    ] = ()
+
+    @model_validator(mode="after")
+    def _pattern_for_regex(self) -> Self:
+        if (self.metric is Metric.REGEX) != (self.pattern is not None):
+            raise ValueError("metric regex needs pattern, and pattern is for metric regex only")
+        return self
 
 
 class Accuracy(Record):
@@ -44,7 +67,10 @@ class Accuracy(Record):
 
     max_drop_points: Annotated[float, Field(ge=0, le=100, description="largest drop, in points (percent of items)")]
     confidence: Annotated[float, Field(ge=0.5, le=0.9999, description="of the certificate. Default: 0.95.")] = 0.95
-    tasks: Annotated[tuple[Task, ...], Field(min_length=1, max_length=8)]
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1, max_length=8, description="labelled items and their scoring")]
+    search_items: Annotated[
+        int | None, Field(ge=20, le=1_000_000, description="items kept for the search; the rest certify. Default: a sixth.")
+    ] = None
 
 
 class Similarity(Record):
@@ -64,12 +90,11 @@ class Synthetic(Record):
     """Requests of random tokens."""
 
     input_tokens: Annotated[int, Field(ge=1, le=1_048_576)]
-    output_tokens: Annotated[int, Field(ge=1, le=1_048_576)]
+    output_tokens: Annotated[int, Field(ge=2, le=1_048_576)]
 
 
 class Arrivals(StrEnum):
     POISSON = "poisson"
-    CONSTANT = "constant"
 
 
 class Load(Record):
@@ -85,6 +110,8 @@ class Load(Record):
             raise ValueError("give exactly one of requestsPerSecond and concurrency")
         if self.arrivals is not None and self.concurrency is not None:
             raise ValueError("arrivals is for requestsPerSecond; leave it out with concurrency")
+        if self.concurrency is not None and list(self.concurrency) != sorted(set(self.concurrency)):
+            raise ValueError("concurrency must be ascending without repeats")
         return self
 
 
@@ -109,7 +136,7 @@ class Tuning(Record):
     trials: Annotated[int, Field(ge=1, le=10_000, description="search trials the run may use. Default: 60.")] = 60
     rungs: Annotated[int | None, Field(ge=1, le=3, description="candidates to certify at most. Default: 3.")] = None
     policies: Annotated[
-        tuple[Kind, ...] | None, Field(min_length=1, max_length=4, description="kinds to search. Default: all.")
+        tuple[SearchKind, ...] | None, Field(min_length=1, max_length=3, description="kinds to search. Default: all.")
     ] = None
     similarity: Similarity
     workload: Workload
@@ -117,6 +144,13 @@ class Tuning(Record):
         dict[str, Any] | None,
         Field(
             description="further keys of tuning.yaml's `search` section, handed to the tuner, which checks them",
+            json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
+        ),
+    ] = None
+    certify: Annotated[
+        dict[str, Any] | None,
+        Field(
+            description="tuning.yaml's `certify` section, handed to the tuner, which checks it",
             json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
         ),
     ] = None
