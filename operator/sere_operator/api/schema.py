@@ -85,7 +85,9 @@ class _Converter:
                 self._array(schema, result, path)
             case "integer":
                 result["format"] = "int64"
-            case "string" | "number" | "boolean":
+            case "number":
+                _number(result)
+            case "string" | "boolean":
                 pass
             case other:
                 raise SchemaError(f"{path}: type {other!r} has no structural form")
@@ -113,6 +115,14 @@ class _Converter:
         if "items" not in schema:
             raise SchemaError(f"{path}: a list of one type only")
         result["items"] = self.convert(schema["items"], f"{path}[]")
+
+
+def _number(result: dict[str, Any]) -> None:
+    """A fractional minimum is cut to a whole number by the server where the value is written as one (seen on 1.34: 0 passes
+    a minimum of 0.001), so it is said again as a rule."""
+    minimum = result.get("minimum")
+    if isinstance(minimum, float) and not minimum.is_integer():
+        _add_rules(result, (Rule(f"self >= {minimum}", f"must be at least {minimum}"),))
 
 
 def _add_rules(schema: dict[str, Any], rules: tuple[Rule, ...]) -> None:

@@ -1,0 +1,394 @@
+"""The CRDs on a real API server: what is refused there and with which words, what kubectl shows, scales and waits for."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes.client import ApiException
+from kubernetes.dynamic import DynamicClient
+
+from .conftest import SAMPLES, Kubectl
+
+API = "serving.sere.dev/v1alpha1"
+
+
+def sample(name: str, kind: str = "SereDeployment") -> dict[str, Any]:
+    return next(o for o in yaml.safe_load_all((SAMPLES / f"{name}.yaml").read_text()) if o["kind"] == kind)
+
+
+def merged(into: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
+    """JSON merge patch: None removes, objects merge, the rest replaces."""
+    result = copy.deepcopy(into)
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = merged(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def deployment(patch: dict[str, Any], base: str = "minimal") -> dict[str, Any]:
+    return merged(sample(base), {"spec": patch})
+
+
+def policy(*buckets: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"routing": {"mode": "Static", "policy": {"buckets": list(buckets), **more}}}
+
+
+def bucket(low: int, high: int | None, kind: str = "topk", S: int | None = 2, **more: Any) -> dict[str, Any]:
+    fields = {"minTokens": low, "maxTokens": high, "kind": kind, "S": S, **more}
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def refusal_message(error: ApiException) -> str:
+    """The server's sentence without the value's type, which it puts between "Invalid value" and our message."""
+    return str(json.loads(error.body)["message"]).replace('"object": ', "").replace('"array": ', "")
+
+
+def test_all_crds_are_structural_and_established(kubectl: Kubectl, crds: list[str]) -> None:
+    items = json.loads(kubectl("get", "crd", *crds, "-o", "json").stdout)["items"]
+    assert len(items) == 3
+    for item in items:
+        conditions = {c["type"]: c["status"] for c in item["status"]["conditions"]}
+        assert conditions == {"NamesAccepted": "True", "Established": "True"}, item["metadata"]["name"]
+
+
+@pytest.mark.parametrize("path", sorted(SAMPLES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_samples_are_accepted(kubectl: Kubectl, path: Any) -> None:
+    kubectl("apply", "--dry-run=server", "--validate=strict", "-f", str(path))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "replicas and autoscaling": (
+        deployment({"replicas": 1, "autoscaling": {"max": 3}}),
+        "spec: Invalid value: give replicas or autoscaling, not both: they would fight over the number of pods",
+    ),
+    "autoscaling upside down": (deployment({"autoscaling": {"min": 4, "max": 3}}), "max 3 is below min 4"),
+    "two models": (
+        deployment({"model": {"uri": "pvc://models/a"}}),
+        "spec.model: Invalid value: give exactly one of name and uri",
+    ),
+    "no model": (deployment({"model": {"name": None, "revision": "a"}}), "give exactly one of name and uri"),
+    "secret for a directory": (
+        deployment({"model": {"name": None, "uri": "pvc://a", "tokenSecret": {"name": "a", "key": "b"}}}),
+        "tokenSecret and cache are for a name on the model hub; leave them out with uri",
+    ),
+    "no such URI": (deployment({"model": {"name": None, "uri": "s3://bucket/model"}}), "spec.model.uri: Invalid value"),
+    "static without a policy": (
+        deployment({"routing": {"mode": "Static"}}),
+        "spec.routing.policy: Invalid value: mode Static needs policy",
+    ),
+    "policy without static": (
+        deployment({"routing": {"mode": "Exact", "policy": {"buckets": []}}}),
+        "policy is for mode Static; remove it or set the mode",
+    ),
+    "policy without a mode": (deployment({"routing": {"policy": {"buckets": []}}}), "policy is for mode Static"),
+    "profile without a reference": (deployment({"routing": {"mode": "Profile"}}), "mode Profile needs profileRef"),
+    "reference without profile": (
+        deployment({"routing": {"mode": "Exact", "profileRef": {"name": "p"}}}),
+        "profileRef is for mode Profile; remove it or set the mode",
+    ),
+    "digest that is none": (
+        deployment({"routing": {"mode": "Profile", "profileRef": {"name": "p", "digest": "sha256:abc"}}}),
+        "spec.routing.profileRef.digest: Invalid value",
+    ),
+    "tuned without tuning": (
+        deployment({"tuning": None}, "tuned"),
+        "spec.tuning: Invalid value: routing.mode Tuned needs tuning",
+    ),
+    "tuned without accuracy": (deployment({"accuracy": None}, "tuned"), "routing.mode Tuned needs accuracy"),
+    "tuned without limits": (
+        deployment({"slo": None}, "tuned"),
+        "routing.mode Tuned needs slo: at least one latency limit to keep",
+    ),
+    "empty slo": (deployment({"slo": {}}), "give at least one of tpotMs, ttftMs and e2elMs"),
+    "empty limit": (deployment({"slo": {"tpotMs": {}}}), "give at least one of p50, p95 and p99"),
+    "limit of nothing": (deployment({"slo": {"tpotMs": {"p95": 0}}}), "spec.slo.tpotMs.p95: Invalid value"),
+    "overlapping buckets": (
+        deployment(policy(bucket(8, 32), bucket(16, 64))),
+        "spec.routing.policy.buckets: Invalid value: buckets overlap at 16-32 tokens; make the second start at 33",
+    ),
+    "bucket inside another": (
+        deployment(policy(bucket(8, 64), bucket(16, 32))),
+        "buckets overlap at 16-32 tokens; make the second start at 65",
+    ),
+    "third overlaps the second": (
+        deployment(policy(bucket(1, 4), bucket(5, 9), bucket(9, 12))),
+        "buckets overlap at 9-9 tokens; make the second start at 10",
+    ),
+    "bucket after an open one": (
+        deployment(policy(bucket(8, None), bucket(100, None))),
+        "buckets overlap from 100 tokens on; make the first end at 99",
+    ),
+    "descending buckets": (deployment(policy(bucket(16, 32), bucket(1, 8))), "buckets must be in ascending order of minTokens"),
+    "overlap in a layer group": (
+        deployment(policy(layerGroups=[{"firstLayer": 0, "lastLayer": 1, "buckets": [bucket(1, 8), bucket(8, 9)]}])),
+        "spec.routing.policy.layerGroups[0].buckets: Invalid value: buckets overlap at 8-8 tokens; make the second start at 9",
+    ),
+    "overlapping layer groups": (
+        deployment(
+            policy(
+                layerGroups=[{"firstLayer": 0, "lastLayer": 3, "buckets": []}, {"firstLayer": 3, "lastLayer": 5, "buckets": []}]
+            )
+        ),
+        "layerGroups must be ascending and must not overlap",
+    ),
+    "empty bucket": (deployment(policy(bucket(8, 4))), "maxTokens 4 is below minTokens 8"),
+    "rho of 7": (deployment(policy(bucket(1, 8, "sere", rho=7))), "spec.routing.policy.buckets[0].rho: Invalid value"),
+    "rho for topk": (deployment(policy(bucket(1, 8, rho=0.5))), "rho is only meaningful for kind sere, not topk; leave it out"),
+    "S of 0": (deployment(policy(bucket(1, 8, S=0))), "spec.routing.policy.buckets[0].S: Invalid value"),
+    "sere without S": (
+        deployment(policy(bucket(1, 8, "sere", None))),
+        "kind sere needs S, the number of top experts that a token keeps",
+    ),
+    "no such kind": (deployment(policy(bucket(1, 8, "best"))), 'Unsupported value: "best"'),
+    "17 buckets": (deployment(policy(*(bucket(n, n) for n in range(1, 18)))), "Too many: 17: must have at most 16 items"),
+    "tuned flag": (
+        deployment({"engine": {"extraArgs": ["--enforce-eager", "--port=80"]}}),
+        "spec.engine.extraArgs: Invalid value: --port is set by the spec or the operator; remove it here",
+    ),
+    "tuned flag with underscores": (
+        deployment({"engine": {"extraArgs": ["--tensor_parallel_size", "2"]}}),
+        "--tensor-parallel-size is set by the spec",
+    ),
+    "tuned flag, dotted": (
+        deployment({"engine": {"extraArgs": ["--additional-config.sere.policy", "x"]}}),
+        "--additional-config is set by the spec or the operator",
+    ),
+    "no move possible": (
+        deployment({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}),
+        "maxSurge and maxUnavailable are both 0, so no pod could be replaced; set one of them to 1",
+    ),
+    "no move possible by default": (deployment({"rollout": {"maxSurge": 0}}), "maxSurge and maxUnavailable are both 0"),
+    "no move possible, draining": (
+        deployment({"rollout": {"strategy": "DrainFirst", "maxUnavailable": 0}}),
+        "maxSurge and maxUnavailable are both 0",
+    ),
+    "deadline without a unit": (
+        deployment({"rollout": {"canary": {"deadline": "30"}}}),
+        "spec.rollout.canary.deadline: Invalid value",
+    ),
+    "items from nowhere": (
+        deployment({"accuracy": {"tasks": [{"metric": "exact"}]}}, "tuned"),
+        "give exactly one of uri and configMap",
+    ),
+    "regex without a pattern": (
+        deployment({"accuracy": {"tasks": [{"uri": "pvc://a/b", "metric": "regex"}]}}, "tuned"),
+        "metric regex needs pattern",
+    ),
+    "no items": (deployment({"accuracy": {"tasks": []}}, "tuned"), "spec.accuracy.tasks: Invalid value"),
+    "two similarities": (
+        deployment({"tuning": {"similarity": {"uri": "pvc://a/b"}}}, "tuned"),
+        "give exactly one of calibrate and uri",
+    ),
+    "two loads": (
+        deployment({"tuning": {"workload": {"load": {"concurrency": [4]}}}}, "tuned"),
+        "give exactly one of requestsPerSecond and concurrency",
+    ),
+    "unordered load": (
+        deployment({"tuning": {"workload": {"load": {"requestsPerSecond": None, "concurrency": [8, 4]}}}}, "tuned"),
+        "concurrency must be ascending without repeats",
+    ),
+    "two workloads": (
+        deployment({"tuning": {"workload": {"dataset": {"uri": "pvc://a/b"}}}}, "tuned"),
+        "give dataset or synthetic, not both",
+    ),
+    "two values": (
+        deployment({"engine": {"env": [{"name": "A", "value": "1", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}]}}),
+        "give value or valueFrom, not both",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "told"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused_with_a_message_that_helps(sere: Any, body: dict[str, Any], told: str) -> None:
+    with pytest.raises(ApiException) as refusal:
+        sere.create(body=body, namespace="default", dry_run="All")
+    assert refusal.value.status == 422
+    assert told in refusal_message(refusal.value)
+
+
+ACCEPTED: dict[str, dict[str, Any]] = {
+    "neither replicas nor autoscaling": deployment({"replicas": None}),
+    "autoscaling": deployment(
+        {"autoscaling": {"min": 1, "max": 3, "metric": {"name": "vllm:num_requests_running", "averageValue": "8"}}}
+    ),
+    "sixteen buckets": deployment(policy(*(bucket(n, n, "sere", rho=1) for n in range(1, 17)))),
+    "an open bucket at the end": deployment(policy(bucket(1, 8, "exact", None), bucket(9, None))),
+    "drain first": deployment({"rollout": {"strategy": "DrainFirst"}}),
+    "a flag that only looks tuned": deployment({"engine": {"extraArgs": ["--model-impl=vllm", "--port-offset"]}}),
+    "the accuracy items as traffic": deployment({"tuning": {"workload": {"synthetic": None}}}, "tuned"),
+    "the tuner's own sections": deployment(
+        {"tuning": {"search": {"trialSeconds": 8}, "certify": {"pairs": 4, "blockSeconds": 10}}}, "tuned"
+    ),
+}
+
+
+@pytest.mark.parametrize("body", ACCEPTED.values(), ids=ACCEPTED.keys())
+def test_accepted(sere: Any, body: dict[str, Any]) -> None:
+    stored = sere.create(body=body, namespace="default", dry_run="All").to_dict()
+    assert stored["spec"] == body["spec"], "the server neither drops nor adds anything"
+
+
+def test_kubectl_refuses_an_unknown_field(kubectl: Kubectl) -> None:
+    done = kubectl("apply", "-f", "-", stdin=deployment({"replicsa": 2}), check=False)
+    assert done.returncode != 0
+    assert 'unknown field "spec.replicsa"' in done.stderr
+
+
+def test_every_field_of_the_spec_explains_itself(kubectl: Kubectl) -> None:
+    told = kubectl("explain", "sere.spec.rollout.canary.minRequests").stdout
+    assert "finished requests on each side before judging. Default: 500." in told
+
+
+def status(generation: int, ready: str = "True") -> dict[str, Any]:
+    return {
+        "observedGeneration": generation,
+        "replicas": 2,
+        "readyReplicas": 2,
+        "selector": "app.kubernetes.io/instance=qwen3",
+        "ready": "2/2",
+        "routing": "Tuned",
+        "policy": {"stable": "sere-9f3c01d2"},
+        "tpotP95": "17.9ms",
+        "speedup": "1.35x",
+        "accuracy": "-0.2",
+        "conditions": [
+            {
+                "type": "Ready", "status": ready, "reason": "Serving", "message": "serving the certified policy",
+                "observedGeneration": generation, "lastTransitionTime": "2026-01-01T00:00:00Z",
+            }
+        ],
+    }  # fmt: skip
+
+
+def put_status(sere: Any, namespace: str, name: str, value: dict[str, Any]) -> None:
+    sere.status.patch(
+        body={"apiVersion": API, "kind": "SereDeployment", "metadata": {"name": name}, "status": value},
+        name=name, namespace=namespace, content_type="application/merge-patch+json",
+    )  # fmt: skip
+
+
+def test_columns_of_kubectl_get(kubectl: Kubectl, sere: Any, namespace: str) -> None:
+    kubectl("apply", "-f", "-", stdin=sample("minimal"))
+    put_status(sere, namespace, "qwen3", status(1))
+    head, row = kubectl("get", "sere").stdout.splitlines()
+    assert head.split() == ["NAME", "READY", "ROUTING", "POLICY", "TPOT-P95", "SPEEDUP", "ACCURACY", "AGE", "MESSAGE"]
+    cells = row.split(maxsplit=8)
+    assert cells[:7] == ["qwen3", "2/2", "Tuned", "sere-9f3c01d2", "17.9ms", "1.35x", "-0.2"]
+    assert cells[8] == "serving the certified policy"
+
+
+def test_wait_for_ready_does_not_pass_on_a_stale_object(kubectl: Kubectl, sere: Any, namespace: str) -> None:
+    kubectl("apply", "-f", "-", stdin=sample("minimal"))
+    put_status(sere, namespace, "qwen3", status(1))
+    kubectl("wait", "sere/qwen3", "--for=condition=Ready", "--timeout=5s")
+    kubectl("patch", "sere/qwen3", "--type=merge", "-p", '{"spec": {"engine": {"maxModelLen": 4096}}}')
+    stale = kubectl("wait", "sere/qwen3", "--for=condition=Ready", "--timeout=2s", check=False)
+    assert stale.returncode != 0, "generation 2 has not been judged yet"
+    assert "timed out" in stale.stderr
+    put_status(sere, namespace, "qwen3", status(2))
+    kubectl("wait", "sere/qwen3", "--for=condition=Ready", "--timeout=5s")
+
+
+def test_status_cannot_be_written_with_the_spec_nor_the_spec_with_the_status(sere: Any, namespace: str) -> None:
+    body = sample("minimal")
+    created = sere.create(body={**body, "status": status(1)}, namespace=namespace)
+    assert created.status is None
+    put_status(sere, namespace, "qwen3", status(1))
+    after = sere.get(name="qwen3", namespace=namespace)
+    assert after.metadata.generation == 1, "a status update is no new generation"
+
+
+def test_kubectl_scale(kubectl: Kubectl, sere: Any, namespace: str) -> None:
+    kubectl("apply", "-f", "-", stdin=sample("static"))
+    kubectl("scale", "sere/qwen3-static", "--replicas=5")
+    assert sere.get(name="qwen3-static", namespace=namespace).spec.replicas == 5
+    put_status(sere, namespace, "qwen3-static", status(2))
+    scale = json.loads(kubectl("get", "--raw", f"/apis/{API}/namespaces/{namespace}/seredeployments/qwen3-static/scale").stdout)
+    assert scale["status"] == {"replicas": 2, "selector": "app.kubernetes.io/instance=qwen3"}
+
+
+def test_kubectl_scale_is_refused_where_an_autoscaler_decides(kubectl: Kubectl) -> None:
+    kubectl("apply", "-f", "-", stdin=deployment({"autoscaling": {"min": 1, "max": 3}}))
+    done = kubectl("scale", "sere/qwen3", "--replicas=5", check=False)
+    assert done.returncode != 0
+    assert "give replicas or autoscaling, not both" in done.stderr
+
+
+def tuning_job() -> dict[str, Any]:
+    spec = sample("tuned")["spec"]
+    kept = ("model", "engine", "resources", "slo", "accuracy", "tuning")
+    return {
+        "apiVersion": API,
+        "kind": "SereTuningJob",
+        "metadata": {"name": "run"},
+        "spec": {"deployment": "qwen3-tuned", **{key: spec[key] for key in kept}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("patch", "field"),
+    [
+        ({"tuning": {"trials": 61}}, "tuning"),
+        ({"accuracy": {"maxDropPoints": 5}}, "accuracy"),
+        ({"nodeSelector": {"a": "b"}}, "nodeSelector"),
+        ({"resources": None}, "resources"),
+    ],
+    ids=["changed", "loosened", "added", "removed"],
+)
+def test_a_tuning_job_is_immutable(client: DynamicClient, namespace: str, patch: dict[str, Any], field: str) -> None:
+    jobs = client.resources.get(api_version=API, kind="SereTuningJob")
+    jobs.create(body=tuning_job(), namespace=namespace)
+    with pytest.raises(ApiException) as refusal:
+        jobs.patch(name="run", namespace=namespace, body={"spec": patch}, content_type="application/merge-patch+json")
+    assert f"spec.{field}" in refusal_message(refusal.value)
+    assert f"{field} is immutable: a tuning job is one run" in refusal_message(refusal.value)
+
+
+def test_a_tuning_job_may_be_suspended(client: DynamicClient, namespace: str) -> None:
+    jobs = client.resources.get(api_version=API, kind="SereTuningJob")
+    jobs.create(body=tuning_job(), namespace=namespace)
+    for value in (True, False):
+        body = {"spec": {"suspend": value}}
+        after = jobs.patch(name="run", namespace=namespace, body=body, content_type="application/merge-patch+json")
+        assert after.spec.suspend is value
+
+
+def test_a_profile_is_immutable_and_keeps_its_digest(client: DynamicClient, namespace: str) -> None:
+    from sere_ext.profile import ProfileSpec
+
+    profiles = client.resources.get(api_version=API, kind="SereProfile")
+    body = sample("profile", "SereProfile")
+    stored = profiles.create(body=body, namespace=namespace).to_dict()
+    digest = sample("profile")["spec"]["routing"]["profileRef"]["digest"]
+    assert ProfileSpec.model_validate(stored["spec"]).digest == digest, "the way through the server must not change the content"
+    with pytest.raises(ApiException) as refusal:
+        profiles.patch(
+            name=body["metadata"]["name"], namespace=namespace, content_type="application/merge-patch+json",
+            body={"spec": {"evidence": {"certified": True}}},
+        )  # fmt: skip
+    assert "a profile is immutable, its name stands for its content; create another one" in refusal_message(refusal.value)
+
+
+def test_deleting_what_owns_a_child_takes_the_child_along(client: DynamicClient, sere: Any, namespace: str) -> None:
+    """Children go by ownerReference alone, so that no finalizer is needed and deletion works with the operator down."""
+    owner = sere.create(body=sample("minimal"), namespace=namespace)
+    maps = client.resources.get(api_version="v1", kind="ConfigMap")
+    reference = {"apiVersion": API, "kind": "SereDeployment", "name": "qwen3", "uid": owner.metadata.uid, "controller": True}
+    maps.create(
+        body={"metadata": {"name": "qwen3-policy", "ownerReferences": [reference]}, "data": {"stable": "exact"}},
+        namespace=namespace,
+    )
+    sere.delete(name="qwen3", namespace=namespace)
+    until = time.monotonic() + 30
+    while any(item.metadata.name == "qwen3-policy" for item in maps.get(namespace=namespace).items):
+        assert time.monotonic() < until, "the ConfigMap is still there"
+        time.sleep(0.2)
