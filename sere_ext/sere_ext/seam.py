@@ -1,0 +1,82 @@
+"""Where re-routing enters a model: after `_compute_routing` of each MoE layer's router.
+
+There ids are still logical, weights are final, and every architecture that vLLM knows passes through; expert load
+balancing maps ids to physical experts later. Experts whose kernel routes inside itself never ask a router: those are
+refused, with the way out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sere_ext import kernel
+from sere_ext.errors import UnsupportedError
+from sere_ext.state import LayerState
+
+
+def install(model: Any, device: str) -> list[LayerState]:
+    """Wrap the router of every MoE layer of a loaded model.
+
+    Args:
+        model: the torch module that the worker runs, weights loaded.
+        device: torch device type of the worker.
+
+    Returns:
+        one state per MoE layer, in the model's order, already bound to the operators.
+
+    Raises:
+        UnsupportedError: dense model, monolithic kernel, a router of an unknown kind, or a device without a kernel.
+    """
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    runners = [module for module in model.modules() if isinstance(module, MoERunner)]
+    if not runners:
+        raise UnsupportedError(
+            f"{type(model).__name__} is a dense model: it has no experts to re-route; serve it without sere, or name an MoE model"
+        )
+    if device != "cpu":
+        raise UnsupportedError(f"this release re-routes on the CPU engine only, the device is {device}; serve without sere")
+    layers = []
+    for runner in runners:
+        name = runner.layer_name
+        if runner.is_monolithic:
+            raise UnsupportedError(f"{name}: its kernel routes inside itself; start the engine with `--moe-backend triton`")
+        if not isinstance(runner.router, BaseRouter):
+            raise UnsupportedError(f"{name}: its router ({type(runner.router).__name__}) has no seam to re-route at; report it")
+        layers.append(_layer_state(runner))
+
+    from sere_ext import ops
+
+    ops.bind(layers)
+    for slot, runner in enumerate(runners):
+        _wrap(runner.router, slot)
+    return layers
+
+
+def _layer_state(runner: Any) -> LayerState:
+    router = runner.router
+    plain = getattr(router, "custom_routing_function", None) is None
+    scoring = {"softmax": kernel.SOFTMAX, "sigmoid": kernel.SIGMOID}.get(getattr(router, "scoring_func", "softmax"))
+    return LayerState(
+        number=runner.layer_id,
+        experts=runner.moe_config.num_logical_experts,
+        top_k=router.top_k,
+        renormalise=bool(getattr(router, "renormalize", True)),
+        scoring=scoring if plain else None,
+    )
+
+
+def _wrap(router: Any, slot: int) -> None:
+    """Put the operator behind the router's own computation. Dynamo traces this: one operator call and nothing else."""
+    import torch
+
+    inner = router._compute_routing
+    reroute = torch.ops.sere.reroute
+
+    def routing(hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None) -> tuple[Any, Any]:
+        weights, ids = inner(hidden_states, router_logits, indices_type, input_ids=input_ids)
+        new_weights, new_ids = reroute(weights, ids, router_logits, slot)
+        return new_weights, new_ids
+
+    router._compute_routing = routing
