@@ -93,6 +93,10 @@ def _check_table(buckets: tuple[Bucket, ...], where: str) -> None:
         if after.min_tokens <= before.max_tokens:
             if after.min_tokens < before.min_tokens:
                 raise ValueError(f"{where}: buckets must be in ascending order of minTokens")
+            if before.max_tokens >= MAX_TOKENS:
+                raise ValueError(
+                    f"{where}: buckets overlap from {after.min_tokens} tokens on; make the first end at {after.min_tokens - 1}"
+                )
             raise ValueError(
                 f"{where}: buckets overlap at {after.min_tokens}-{min(before.max_tokens, after.max_tokens)} tokens; "
                 f"make the second start at {before.max_tokens + 1}"

@@ -12,7 +12,7 @@ import yaml
 from kubernetes.client import ApiException
 from kubernetes.dynamic import DynamicClient
 
-from .conftest import SAMPLES, Kubectl
+from .conftest import ROOT, SAMPLES, Kubectl
 
 API = "serving.sere.dev/v1alpha1"
 
@@ -38,13 +38,9 @@ def deployment(patch: dict[str, Any], base: str = "minimal") -> dict[str, Any]:
     return merged(sample(base), {"spec": patch})
 
 
-def policy(*buckets: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"routing": {"mode": "Static", "policy": {"buckets": list(buckets), **more}}}
-
-
-def bucket(low: int, high: int | None, kind: str = "topk", S: int | None = 2, **more: Any) -> dict[str, Any]:
-    fields = {"minTokens": low, "maxTokens": high, "kind": kind, "S": S, **more}
-    return {key: value for key, value in fields.items() if value is not None}
+def cases(name: str) -> list[dict[str, Any]]:
+    """tests/assets/resources/<name>.yaml, which the unit tests hold against the models as well."""
+    return list(yaml.safe_load((ROOT / "tests" / "assets" / "resources" / f"{name}.yaml").read_text()))
 
 
 def refusal_message(error: ApiException) -> str:
@@ -65,174 +61,20 @@ def test_samples_are_accepted(kubectl: Kubectl, path: Any) -> None:
     kubectl("apply", "--dry-run=server", "--validate=strict", "-f", str(path))
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "replicas and autoscaling": (
-        deployment({"replicas": 1, "autoscaling": {"max": 3}}),
-        "spec: Invalid value: give replicas or autoscaling, not both: they would fight over the number of pods",
-    ),
-    "autoscaling upside down": (deployment({"autoscaling": {"min": 4, "max": 3}}), "max 3 is below min 4"),
-    "two models": (
-        deployment({"model": {"uri": "pvc://models/a"}}),
-        "spec.model: Invalid value: give exactly one of name and uri",
-    ),
-    "no model": (deployment({"model": {"name": None, "revision": "a"}}), "give exactly one of name and uri"),
-    "secret for a directory": (
-        deployment({"model": {"name": None, "uri": "pvc://a", "tokenSecret": {"name": "a", "key": "b"}}}),
-        "tokenSecret and cache are for a name on the model hub; leave them out with uri",
-    ),
-    "no such URI": (deployment({"model": {"name": None, "uri": "s3://bucket/model"}}), "spec.model.uri: Invalid value"),
-    "static without a policy": (
-        deployment({"routing": {"mode": "Static"}}),
-        "spec.routing.policy: Invalid value: mode Static needs policy",
-    ),
-    "policy without static": (
-        deployment({"routing": {"mode": "Exact", "policy": {"buckets": []}}}),
-        "policy is for mode Static; remove it or set the mode",
-    ),
-    "policy without a mode": (deployment({"routing": {"policy": {"buckets": []}}}), "policy is for mode Static"),
-    "profile without a reference": (deployment({"routing": {"mode": "Profile"}}), "mode Profile needs profileRef"),
-    "reference without profile": (
-        deployment({"routing": {"mode": "Exact", "profileRef": {"name": "p"}}}),
-        "profileRef is for mode Profile; remove it or set the mode",
-    ),
-    "digest that is none": (
-        deployment({"routing": {"mode": "Profile", "profileRef": {"name": "p", "digest": "sha256:abc"}}}),
-        "spec.routing.profileRef.digest: Invalid value",
-    ),
-    "tuned without tuning": (
-        deployment({"tuning": None}, "tuned"),
-        "spec.tuning: Invalid value: routing.mode Tuned needs tuning",
-    ),
-    "tuned without accuracy": (deployment({"accuracy": None}, "tuned"), "routing.mode Tuned needs accuracy"),
-    "tuned without limits": (
-        deployment({"slo": None}, "tuned"),
-        "routing.mode Tuned needs slo: at least one latency limit to keep",
-    ),
-    "empty slo": (deployment({"slo": {}}), "give at least one of tpotMs, ttftMs and e2elMs"),
-    "empty limit": (deployment({"slo": {"tpotMs": {}}}), "give at least one of p50, p95 and p99"),
-    "limit of nothing": (deployment({"slo": {"tpotMs": {"p95": 0}}}), "spec.slo.tpotMs.p95: Invalid value"),
-    "overlapping buckets": (
-        deployment(policy(bucket(8, 32), bucket(16, 64))),
-        "spec.routing.policy.buckets: Invalid value: buckets overlap at 16-32 tokens; make the second start at 33",
-    ),
-    "bucket inside another": (
-        deployment(policy(bucket(8, 64), bucket(16, 32))),
-        "buckets overlap at 16-32 tokens; make the second start at 65",
-    ),
-    "third overlaps the second": (
-        deployment(policy(bucket(1, 4), bucket(5, 9), bucket(9, 12))),
-        "buckets overlap at 9-9 tokens; make the second start at 10",
-    ),
-    "bucket after an open one": (
-        deployment(policy(bucket(8, None), bucket(100, None))),
-        "buckets overlap from 100 tokens on; make the first end at 99",
-    ),
-    "descending buckets": (deployment(policy(bucket(16, 32), bucket(1, 8))), "buckets must be in ascending order of minTokens"),
-    "overlap in a layer group": (
-        deployment(policy(layerGroups=[{"firstLayer": 0, "lastLayer": 1, "buckets": [bucket(1, 8), bucket(8, 9)]}])),
-        "spec.routing.policy.layerGroups[0].buckets: Invalid value: buckets overlap at 8-8 tokens; make the second start at 9",
-    ),
-    "overlapping layer groups": (
-        deployment(
-            policy(
-                layerGroups=[{"firstLayer": 0, "lastLayer": 3, "buckets": []}, {"firstLayer": 3, "lastLayer": 5, "buckets": []}]
-            )
-        ),
-        "layerGroups must be ascending and must not overlap",
-    ),
-    "empty bucket": (deployment(policy(bucket(8, 4))), "maxTokens 4 is below minTokens 8"),
-    "rho of 7": (deployment(policy(bucket(1, 8, "sere", rho=7))), "spec.routing.policy.buckets[0].rho: Invalid value"),
-    "rho for topk": (deployment(policy(bucket(1, 8, rho=0.5))), "rho is only meaningful for kind sere, not topk; leave it out"),
-    "S of 0": (deployment(policy(bucket(1, 8, S=0))), "spec.routing.policy.buckets[0].S: Invalid value"),
-    "sere without S": (
-        deployment(policy(bucket(1, 8, "sere", None))),
-        "kind sere needs S, the number of top experts that a token keeps",
-    ),
-    "no such kind": (deployment(policy(bucket(1, 8, "best"))), 'Unsupported value: "best"'),
-    "17 buckets": (deployment(policy(*(bucket(n, n) for n in range(1, 18)))), "Too many: 17: must have at most 16 items"),
-    "tuned flag": (
-        deployment({"engine": {"extraArgs": ["--enforce-eager", "--port=80"]}}),
-        "spec.engine.extraArgs: Invalid value: --port is set by the spec or the operator; remove it here",
-    ),
-    "tuned flag with underscores": (
-        deployment({"engine": {"extraArgs": ["--tensor_parallel_size", "2"]}}),
-        "--tensor-parallel-size is set by the spec",
-    ),
-    "tuned flag, dotted": (
-        deployment({"engine": {"extraArgs": ["--additional-config.sere.policy", "x"]}}),
-        "--additional-config is set by the spec or the operator",
-    ),
-    "no move possible": (
-        deployment({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}),
-        "maxSurge and maxUnavailable are both 0, so no pod could be replaced; set one of them to 1",
-    ),
-    "no move possible by default": (deployment({"rollout": {"maxSurge": 0}}), "maxSurge and maxUnavailable are both 0"),
-    "no move possible, draining": (
-        deployment({"rollout": {"strategy": "DrainFirst", "maxUnavailable": 0}}),
-        "maxSurge and maxUnavailable are both 0",
-    ),
-    "deadline without a unit": (
-        deployment({"rollout": {"canary": {"deadline": "30"}}}),
-        "spec.rollout.canary.deadline: Invalid value",
-    ),
-    "items from nowhere": (
-        deployment({"accuracy": {"tasks": [{"metric": "exact"}]}}, "tuned"),
-        "give exactly one of uri and configMap",
-    ),
-    "regex without a pattern": (
-        deployment({"accuracy": {"tasks": [{"uri": "pvc://a/b", "metric": "regex"}]}}, "tuned"),
-        "metric regex needs pattern",
-    ),
-    "no items": (deployment({"accuracy": {"tasks": []}}, "tuned"), "spec.accuracy.tasks: Invalid value"),
-    "two similarities": (
-        deployment({"tuning": {"similarity": {"uri": "pvc://a/b"}}}, "tuned"),
-        "give exactly one of calibrate and uri",
-    ),
-    "two loads": (
-        deployment({"tuning": {"workload": {"load": {"concurrency": [4]}}}}, "tuned"),
-        "give exactly one of requestsPerSecond and concurrency",
-    ),
-    "unordered load": (
-        deployment({"tuning": {"workload": {"load": {"requestsPerSecond": None, "concurrency": [8, 4]}}}}, "tuned"),
-        "concurrency must be ascending without repeats",
-    ),
-    "two workloads": (
-        deployment({"tuning": {"workload": {"dataset": {"uri": "pvc://a/b"}}}}, "tuned"),
-        "give dataset or synthetic, not both",
-    ),
-    "two values": (
-        deployment({"engine": {"env": [{"name": "A", "value": "1", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}]}}),
-        "give value or valueFrom, not both",
-    ),
-}
+REFUSED, ACCEPTED = cases("refused"), cases("accepted")
 
 
-@pytest.mark.parametrize(("body", "told"), REFUSED.values(), ids=REFUSED.keys())
-def test_refused_with_a_message_that_helps(sere: Any, body: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case["name"])
+def test_refused_with_a_message_that_helps(sere: Any, case: dict[str, Any]) -> None:
     with pytest.raises(ApiException) as refusal:
-        sere.create(body=body, namespace="default", dry_run="All")
+        sere.create(body=deployment(case["patch"], case["sample"]), namespace="default", dry_run="All")
     assert refusal.value.status == 422
-    assert told in refusal_message(refusal.value)
+    assert case["told"] in refusal_message(refusal.value)
 
 
-ACCEPTED: dict[str, dict[str, Any]] = {
-    "neither replicas nor autoscaling": deployment({"replicas": None}),
-    "autoscaling": deployment(
-        {"autoscaling": {"min": 1, "max": 3, "metric": {"name": "vllm:num_requests_running", "averageValue": "8"}}}
-    ),
-    "sixteen buckets": deployment(policy(*(bucket(n, n, "sere", rho=1) for n in range(1, 17)))),
-    "an open bucket at the end": deployment(policy(bucket(1, 8, "exact", None), bucket(9, None))),
-    "drain first": deployment({"rollout": {"strategy": "DrainFirst"}}),
-    "a flag that only looks tuned": deployment({"engine": {"extraArgs": ["--model-impl=vllm", "--port-offset"]}}),
-    "the accuracy items as traffic": deployment({"tuning": {"workload": {"synthetic": None}}}, "tuned"),
-    "the tuner's own sections": deployment(
-        {"tuning": {"search": {"trialSeconds": 8}, "certify": {"pairs": 4, "blockSeconds": 10}}}, "tuned"
-    ),
-}
-
-
-@pytest.mark.parametrize("body", ACCEPTED.values(), ids=ACCEPTED.keys())
-def test_accepted(sere: Any, body: dict[str, Any]) -> None:
+@pytest.mark.parametrize("case", ACCEPTED, ids=lambda case: case["name"])
+def test_accepted(sere: Any, case: dict[str, Any]) -> None:
+    body = deployment(case["patch"], case["sample"])
     stored = sere.create(body=body, namespace="default", dry_run="All").to_dict()
     assert stored["spec"] == body["spec"], "the server neither drops nor adds anything"
 

@@ -36,6 +36,15 @@ Uri = Annotated[
         description="pvc://claim/path, mounted read-only by the operator, or file:///path inside the image or a volume",
     ),
 ]
+SimilarityUri = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=1024,
+        pattern=r"^(configmap://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[-._a-zA-Z0-9]+|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.+|file:///.+)$",
+        description="a similarity.safetensors: configmap://name/key, pvc://claim/path, or file:///path inside the image",
+    ),
+]
 AbsolutePath = Annotated[str, Field(min_length=2, max_length=1024, pattern=r"^/[^:]+$")]
 Quantity = Annotated[
     int | str,
@@ -99,6 +108,12 @@ class Source(Record):
         if (self.uri is None) == (self.config_map is None):
             raise ValueError("give exactly one of uri and configMap")
         return self
+
+
+class Artefact(Record):
+    """A similarity artefact made before by `sere calibrate`. Pods get it by ConfigMap; so the operator must be able to read it."""
+
+    uri: SimilarityUri
 
 
 class Claim(Record):

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from sere_ext.policy import Policy, Record
 
 from sere_operator.api.common import (
+    Artefact,
     DnsName,
     Duration,
     Engine,
@@ -23,6 +24,7 @@ from sere_operator.api.conditions import Conditions
 from sere_operator.api.tuning import Accuracy, Tuning
 
 MAX_REJECTED = 16  # digests that are remembered as rejected
+NEEDS_SIMILARITY = "buckets of kind sere need the similarity artefact; make one with `sere calibrate` and name it here"
 
 
 class RoutingMode(StrEnum):
@@ -58,6 +60,7 @@ class Routing(Record):
 
     mode: Annotated[RoutingMode, Field(description="Exact, Static, Profile or Tuned. Default: Exact.")] = RoutingMode.EXACT
     policy: Annotated[Policy | None, Field(description="the policy of mode Static")] = None
+    similarity: Annotated[Artefact | None, Field(description="what `sere` buckets of mode Static go by")] = None
     profile_ref: Annotated[ProfileRef | None, Field(description="the profile of mode Profile")] = None
 
     @model_validator(mode="after")
@@ -70,6 +73,8 @@ class Routing(Record):
                 raise ValueError(f"mode {mode.value} needs {field}")
             if given and self.mode is not mode:
                 raise ValueError(f"{field} is for mode {mode.value}; remove it or set the mode")
+        if self.similarity is not None and self.mode is not RoutingMode.STATIC:
+            raise ValueError("similarity is for mode Static; remove it or set the mode")
         return self
 
 
@@ -168,6 +173,13 @@ class SereDeploymentSpec(Record):
         return None if self.autoscaling else 1 if self.replicas is None else self.replicas
 
     @property
+    def static_similarity(self) -> str | None:
+        """URI of the artefact for a Static policy: routing.similarity, else one that tuning names."""
+        if self.routing.similarity is not None:
+            return self.routing.similarity.uri
+        return self.tuning.similarity.uri if self.tuning is not None else None
+
+    @property
     def profile_required(self) -> bool:
         """Whether a new engine or model revision waits for a profile of its own."""
         wanted = self.rollout.require_profile
@@ -177,6 +189,9 @@ class SereDeploymentSpec(Record):
     def _consistent(self) -> Self:
         if self.replicas is not None and self.autoscaling is not None:
             raise ValueError("give replicas or autoscaling, not both: they would fight over the number of pods")
+        policy = self.routing.policy
+        if policy is not None and policy.needs_similarity() and self.static_similarity is None:
+            raise ValueError(f"routing.similarity: {NEEDS_SIMILARITY}")
         if self.routing.mode is RoutingMode.TUNED:
             needed = {"slo": self.slo, "accuracy": self.accuracy, "tuning": self.tuning}
             missing = [field for field, given in needed.items() if given is None]

@@ -13,6 +13,7 @@ from typing import Final
 from sere_ext.policy import MAX_BUCKETS, MAX_TOKENS
 
 from sere_operator.api.common import MANAGED_FLAGS
+from sere_operator.api.deployment import NEEDS_SIMILARITY
 from sere_operator.api.tuning import SereTuningJobSpec
 
 
@@ -91,6 +92,11 @@ def _extra_args() -> Rule:
 
 _MODE = "(has(self.mode) ? self.mode : 'Exact')"
 _TUNED = "!(has(self.routing) && has(self.routing.mode) && self.routing.mode == 'Tuned')"
+_STATIC_SERE = (
+    "has(self.routing) && has(self.routing.policy) && ("
+    "(has(self.routing.policy.buckets) && self.routing.policy.buckets.exists(b, b.kind == 'sere')) || "
+    "(has(self.routing.policy.layerGroups) && self.routing.policy.layerGroups.exists(g, g.buckets.exists(b, b.kind == 'sere'))))"
+)
 _DRAIN = "(has(self.strategy) && self.strategy == 'DrainFirst')"
 
 # By model name, or by `Model.outsideName` where the rule belongs to a field.
@@ -100,6 +106,11 @@ RULES: Final[dict[str, tuple[Rule, ...]]] = {
         Rule(f"{_TUNED} || has(self.tuning)", "routing.mode Tuned needs tuning: how to tune", field=".tuning"),
         Rule(f"{_TUNED} || has(self.accuracy)", "routing.mode Tuned needs accuracy: how much may be given up", field=".accuracy"),
         Rule(f"{_TUNED} || has(self.slo)", "routing.mode Tuned needs slo: at least one latency limit to keep", field=".slo"),
+        Rule(
+            f"!({_STATIC_SERE}) || has(self.routing.similarity) || (has(self.tuning) && has(self.tuning.similarity.uri))",
+            NEEDS_SIMILARITY,
+            field=".routing.similarity",
+        ),
     ),
     "SereTuningJobSpec": tuple(
         immutable(info.alias or name, "a tuning job is one run; create another job (only suspend may change)")
@@ -137,6 +148,11 @@ RULES: Final[dict[str, tuple[Rule, ...]]] = {
             f"!has(self.profileRef) || {_MODE} == 'Profile'",
             "profileRef is for mode Profile; remove it or set the mode",
             field=".profileRef",
+        ),
+        Rule(
+            f"!has(self.similarity) || {_MODE} == 'Static'",
+            "similarity is for mode Static; remove it or set the mode",
+            field=".similarity",
         ),
     ),
     "Bucket": (

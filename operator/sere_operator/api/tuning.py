@@ -13,11 +13,11 @@ from sere_operator.api.common import (
     Engine,
     Model,
     Resources,
+    SimilarityUri,
     Slo,
     Source,
     Text,
     Toleration,
-    Uri,
     VolumeMount,
 )
 from sere_operator.api.conditions import Conditions
@@ -77,7 +77,7 @@ class Similarity(Record):
     """The similarity artefact: made by the run from calibration text, or one made before."""
 
     calibrate: Annotated[Source | None, Field(description='calibration text, JSON lines of {"prompt"}')] = None
-    uri: Annotated[Uri | None, Field(description="a similarity.safetensors made by `sere calibrate`")] = None
+    uri: Annotated[SimilarityUri | None, Field(description="a similarity.safetensors made by `sere calibrate`")] = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
