@@ -1,0 +1,203 @@
+"""`sere_` metrics on the engine's `/metrics`: what is in force, active experts, and latency by policy and batch bucket.
+
+The engine's scheduler statistics have no field of ours, so one task polls the workers, at most once a second and only
+while requests run; a scrape costs nothing. Latencies come from vLLM's own statistics of finished requests, in the API
+server, and are labelled by the policy that was in force and by the bucket of the mean number of requests that decoded
+beside them, so that two policies can be compared at equal bucket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from bisect import bisect_left
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from sere_ext.policy import Policy
+from sere_ext.state import OTHER, bucket_label
+
+if TYPE_CHECKING:
+    from sere_ext.control import LiveControl
+
+logger = logging.getLogger("vllm.sere")
+
+POLL_SECONDS = 1.0
+MIXED = "mixed"  # policy label of a request that saw a switch; it is evidence for neither
+_HISTORY_SECONDS = 900.0
+_MILLISECONDS = (
+    1, 2, 3, 4, 5, 6, 7, 8, 10, 12.5, 15, 17.5, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 500, 750,
+    1000, 1500, 2000, 3000, 5000, 10000, 30000,
+)  # fmt: skip
+
+
+def bounds(limits_ms: str | None) -> tuple[float, ...]:
+    """Histogram bounds in seconds: a fixed ladder and every SLO limit, so that a share over a limit is exact.
+
+    Args:
+        limits_ms: comma-separated milliseconds (`SERE_SLO_TPOT_MS`); parts that are no number are left out.
+    """
+    limits = []
+    for part in (limits_ms or "").split(","):
+        try:
+            limits.append(float(part))
+        except ValueError:
+            if part.strip():
+                logger.warning("sere: SLO limit %r is no number of milliseconds; left out", part)
+    return tuple(sorted({ms / 1000 for ms in (*_MILLISECONDS, *limits) if ms > 0}))
+
+
+class Occupancy:
+    """Mean number of running requests over any window of the recent past (a step function of time)."""
+
+    def __init__(self) -> None:
+        self._times: deque[float] = deque()
+        self._areas: deque[float] = deque()  # integral of running over time up to each time
+        self._running = 0
+
+    def record(self, now: float, running: int) -> None:
+        """`running` requests from `now` on."""
+        area = self._areas[-1] + (now - self._times[-1]) * self._running if self._times else 0.0
+        self._times.append(now)
+        self._areas.append(area)
+        self._running = running
+        while self._times[0] < now - _HISTORY_SECONDS:
+            self._times.popleft()
+            self._areas.popleft()
+
+    def mean(self, start: float, end: float) -> float:
+        """Over [start, end] in the clock of `record`; what ran at the end if the window is empty."""
+        if not self._times or end <= start:
+            return float(self._running)
+        return (self._area(end) - self._area(start)) / (end - start)
+
+    def _area(self, when: float) -> float:
+        index = bisect_left(self._times, when)
+        if index == 0:
+            return self._areas[0] - (self._times[0] - when) * self._slope(0)
+        if index == len(self._times):
+            return self._areas[-1] + (when - self._times[-1]) * self._running
+        share = (when - self._times[index - 1]) / (self._times[index] - self._times[index - 1])
+        return self._areas[index - 1] + share * (self._areas[index] - self._areas[index - 1])
+
+    def _slope(self, index: int) -> float:
+        if len(self._times) < 2:
+            return float(self._running)
+        return (self._areas[index + 1] - self._areas[index]) / max(self._times[index + 1] - self._times[index], 1e-9)
+
+
+def bucket_of(policy: Policy, running: float) -> str:
+    """Label of the bucket that holds for a decode step of this many requests (one token each)."""
+    tokens = round(running)
+    for bucket in policy.buckets:
+        if bucket.min_tokens <= tokens <= bucket.max_tokens:
+            return bucket_label(bucket)
+    return OTHER
+
+
+class Metrics:
+    """Registers the collectors and feeds them until the server ends."""
+
+    def __init__(self, control: LiveControl) -> None:
+        from prometheus_client import Counter, Gauge, Histogram
+
+        self._control = control
+        self._occupancy = Occupancy()
+        self._since = time.monotonic()  # the policy in force holds since
+        self._digest = control.policy.digest
+        self._active = True  # requests ran since the last poll
+        self._info_labels: tuple[str, str] | None = None
+        self._last: dict[str, dict[str, int]] = {}
+        self._switches_seen = 0
+        by_policy = ["policy", "bucket"]
+        tpot, ttft = bounds(os.environ.get("SERE_SLO_TPOT_MS")), bounds(os.environ.get("SERE_SLO_TTFT_MS"))
+        self._tpot = Histogram("sere_tpot_seconds", "Time per output token of finished requests.", by_policy, buckets=tpot)
+        self._ttft = Histogram("sere_ttft_seconds", "Time to first token of finished requests.", by_policy, buckets=ttft)
+        recent = {"multiprocess_mode": "mostrecent"}
+        self._info = Gauge("sere_policy_info", "1 for the policy in force.", ["digest", "source"], **recent)
+        self._generation = Gauge("sere_policy_generation", "Generation of the policy in force.", **recent)
+        self._experts = Gauge("sere_active_experts", "Mean per MoE layer and step, last second.", ["stage", "bucket"], **recent)
+        self._switches = Counter("sere_policy_switches", "Changes of the policy in force.")
+        self._slots = Counter("sere_slots", "Routed slots (token and expert).", ["bucket"])
+        self._rerouted = Counter("sere_rerouted_slots", "Slots that went to another expert.", ["bucket"])
+
+    async def run(self) -> None:
+        """Hook into the engine's statistics, then poll."""
+        manager = getattr(self._control.engine, "logger_manager", None)
+        if manager is None:
+            logger.warning("sere: no latency metrics, since the engine runs with --disable-log-stats")
+        else:
+            manager.stat_loggers.append(_Recorder(self))
+        while True:
+            changed = self._control.policy.digest != self._digest
+            if self._active or changed:
+                self._active = False
+                try:
+                    self.publish(await self._control.state())
+                except Exception as error:
+                    logger.warning("sere: metrics could not be read from the workers: %s", error)
+            await asyncio.sleep(POLL_SECONDS)
+
+    def publish(self, state: dict[str, Any]) -> None:
+        """Set the collectors from a state as `GET /sere` shows it."""
+        labels = (state["policyDigest"], state["source"])
+        if self._info_labels != labels:
+            if self._info_labels is not None:
+                self._info.labels(*self._info_labels).set(0)
+            self._info_labels = labels
+        self._info.labels(*labels).set(1)
+        self._generation.set(state["generation"])
+        self._switches.inc(state["switches"] - self._switches_seen)
+        self._switches_seen = state["switches"]
+        for name, now in state["counters"].items():
+            before = self._last.get(name, {})
+            delta = {field: value - before.get(field, 0) for field, value in now.items()}
+            if delta["calls"] <= 0:
+                continue
+            bucket = name.partition("|")[2]
+            self._slots.labels(bucket).inc(delta["slots"])
+            self._rerouted.labels(bucket).inc(delta["rerouted"])
+            self._experts.labels("before", bucket).set(delta["activeBefore"] / delta["calls"])
+            self._experts.labels("after", bucket).set(delta["activeAfter"] / delta["calls"])
+        self._last = state["counters"]
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any) -> None:
+        """One engine step, from vLLM's `StatLoggerManager`."""
+        now = time.monotonic()
+        if self._control.policy.digest != self._digest:
+            self._digest, self._since = self._control.policy.digest, now
+        if scheduler_stats is not None:
+            self._active = self._active or scheduler_stats.num_running_reqs > 0
+            self._occupancy.record(now, scheduler_stats.num_running_reqs)
+        for request in iteration_stats.finished_requests if iteration_stats is not None else ():
+            self._active = True
+            self.observe(now, request)
+
+    def observe(self, now: float, request: Any) -> None:
+        """One finished request (vLLM's `FinishedRequestStats`), finished `now`."""
+        started = now - request.decode_time
+        bucket = bucket_of(self._control.policy, self._occupancy.mean(started, now))
+        policy = self._digest if started >= self._since else MIXED
+        if request.num_generation_tokens > 1:
+            self._tpot.labels(policy, bucket).observe(request.decode_time / (request.num_generation_tokens - 1))
+        first_token = self._digest if now - request.e2e_latency >= self._since else MIXED
+        self._ttft.labels(first_token, bucket).observe(max(request.e2e_latency - request.decode_time, 0.0))
+
+
+class _Recorder:
+    """The part of vLLM's `StatLoggerBase` that its manager calls."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def record(
+        self, scheduler_stats: Any = None, iteration_stats: Any = None, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        self._metrics.record(scheduler_stats, iteration_stats)
+
+    def log(self) -> None: ...
+    def log_engine_initialized(self) -> None: ...
+    def record_sleep_state(self, is_awake: int, level: int) -> None: ...
+    def record_admission_rejection(self, reason: str) -> None: ...

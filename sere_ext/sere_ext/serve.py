@@ -1,0 +1,95 @@
+"""`sere serve`: `vllm serve` with live control on. It sets what the plug-in needs and gives way to vLLM's own program."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+
+from sere_ext.errors import UnsupportedError, UsageError
+from sere_ext.settings import CONTROL_PLUGIN, GENERAL_PLUGIN
+
+_DEFAULT_PORT = 8000
+
+
+def environment(environ: Mapping[str, str], other_plugins: Sequence[str]) -> dict[str, str]:
+    """The environment of the engine: VLLM_PLUGINS names ours and keeps the user's.
+
+    Args:
+        environ: the user's.
+        other_plugins: names of all installed vLLM plug-ins; they would load without VLLM_PLUGINS, so they stay on if
+            the user names none.
+    """
+    named = environ.get("VLLM_PLUGINS")
+    kept = list(other_plugins) if named is None else [name for name in named.split(",") if name]
+    names = dict.fromkeys([*kept, GENERAL_PLUGIN, CONTROL_PLUGIN])
+    return {**environ, "VLLM_PLUGINS": ",".join(names)}
+
+
+def option(arguments: Sequence[str], name: str) -> str | None:
+    """Value of `--name value` or `--name=value`; the last one wins, as in vLLM."""
+    value = None
+    for position, argument in enumerate(arguments):
+        if argument == name and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif argument.startswith(f"{name}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def check_port(arguments: Sequence[str]) -> None:
+    """Raise UsageError now if the port is taken; vLLM would say so only after loading the model.
+
+    Raises:
+        UsageError: the port is no number or in use.
+    """
+    text = option(arguments, "--port") or str(_DEFAULT_PORT)
+    host = option(arguments, "--host") or ""
+    if not text.isdigit() or not 0 <= int(text) <= 65535:
+        raise UsageError(f"--port {text} is no port; give a number up to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(text)))
+        except OSError as error:
+            where = f"{host or 'every address'}:{text}"
+            raise UsageError(f"port {text} cannot be used on {where} ({error.strerror}); choose another with --port") from error
+
+
+def check_config(arguments: Sequence[str]) -> None:
+    """Raise UsageError for settings that every worker would refuse after loading the model (rho of 7, a missing file)."""
+    from sere_ext.settings import resolve
+    from sere_ext.similarity import read_meta
+
+    text = option(arguments, "--additional-config")
+    try:
+        decoded = json.loads(text) if text else None
+    except ValueError as error:
+        raise UsageError(f"--additional-config is no JSON: {error}") from error
+    settings = resolve(decoded)
+    if settings is not None and settings.similarity:
+        read_meta(settings.similarity)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Replace this process by `vllm serve`.
+
+    Raises:
+        UsageError: an input that cannot work, before anything is loaded.
+        UnsupportedError: vLLM is missing or of a version that was never tried.
+    """
+    program = shutil.which("vllm", path=f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}")
+    if program is None:
+        raise UnsupportedError("vLLM is not installed; `pip install 'sere[vllm]'`, or the CPU engine's lock file")
+    if not {"-h", "--help", "--version"} & {argument.partition("=")[0] for argument in arguments}:
+        check_port(arguments)
+        check_config(arguments)
+    groups = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
+    others = sorted({entry.name for group in groups for entry in entry_points(group=group)})
+    os.execve(program, [program, "serve", *arguments], environment(os.environ, others))
+    return 0  # not reached; os.execve replaced us

@@ -1,0 +1,179 @@
+"""The declarative source: what a projected volume says the policy should be, applied whenever it changes.
+
+`desired` is pure: names and contents of the small files in, one decision out. `Watcher` does the reading and the
+applying. Order of what decides: override > pod.policy > stable. A digest that is missing or damaged never changes what
+is in force; it is said in `error`. Files are in ARCHITECTURE.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from sere_ext.errors import PolicyError, SereError
+from sere_ext.policy import EXACT_POLICY, Policy, explain
+from sere_ext.profile import ProfileKey
+
+if TYPE_CHECKING:
+    from sere_ext.control import LiveControl
+
+logger = logging.getLogger("vllm.sere")
+
+POLL_SECONDS = 0.25  # the kubelet shows a change within 0.2 s; reading a few small files costs microseconds
+RETRY_SECONDS = 5.0  # after the engine refused what the files say
+EXACT = "exact"
+
+
+@dataclass(frozen=True)
+class Desired:
+    """What the files ask for. `policy` None: keep what is in force, `error` says why."""
+
+    policy: Policy | None
+    similarity: str | None = None  # file name in the directory
+    override: bool = False
+    error: str | None = None
+
+
+def desired(files: Mapping[str, bytes], key: ProfileKey | None) -> Desired:
+    """Decide from the directory's files.
+
+    Args:
+        files: content by name; of similarity artefacts the name suffices.
+        key: what this engine is; None if not known yet, then keys are not compared.
+    """
+    overrides = {name: _word(files, name) for name in ("pod.override", "override")}
+    if unknown := [f"{name} is {value!r}" for name, value in overrides.items() if value not in ("", EXACT)]:
+        return Desired(None, error=f"{unknown[0]}; it should be `exact` or empty")
+    if EXACT in overrides.values():
+        return Desired(EXACT_POLICY, override=True)
+    digest = _word(files, "pod.policy") or _word(files, "stable")
+    if not digest:
+        return Desired(None, error="no policy is named: neither pod.policy nor stable holds a digest")
+    if digest == EXACT:
+        return Desired(EXACT_POLICY)
+    text = files.get(f"{digest}.json")
+    if text is None:
+        return Desired(None, error=f"policy {digest} is missing: there is no {digest}.json; the policy in force stays")
+    try:
+        policy = Policy.parse(text)
+    except PolicyError as error:
+        return Desired(None, error=f"{digest}.json: {error}")
+    if policy.digest != digest:
+        return Desired(None, error=f"{digest}.json holds policy {policy.digest}; the policy in force stays")
+    if stale := _stale(files.get(f"{digest}.key.json"), key, digest):
+        return Desired(EXACT_POLICY, error=stale)
+    if not policy.needs_similarity():
+        return Desired(policy)
+    if policy.similarity_digest is None:
+        return Desired(None, error=f"{digest}.json has no similarityDigest, so its similarity file is not known")
+    name = f"similarity-{policy.similarity_digest.removeprefix('sha256:')[:12]}.safetensors"
+    if name not in files:
+        return Desired(None, error=f"policy {digest} needs {name}, which is missing; the policy in force stays")
+    return Desired(policy, name)
+
+
+def _word(files: Mapping[str, bytes], name: str) -> str:
+    return files.get(name, b"").decode("utf-8", "replace").strip()
+
+
+def _stale(text: bytes | None, key: ProfileKey | None, digest: str) -> str | None:
+    if text is None or key is None:
+        return None
+    try:
+        made = ProfileKey.model_validate_json(text)
+    except ValidationError as error:
+        return f"PolicyStale: {digest}.key.json: {explain(error)}; serving exact routing"
+    mismatch = made.mismatch(key)
+    return f"PolicyStale: {mismatch}; serving exact routing until the next tuning" if mismatch else None
+
+
+def read_directory(directory: Path) -> dict[str, bytes]:
+    """Small files by name, of one version of a projected volume (`..data` swaps all at once); artefacts by name alone.
+
+    A file that goes away while reading is left out; the next poll sees the new version.
+    """
+    version = directory / "..data"
+    root = Path(os.path.realpath(version)) if version.exists() else directory
+    files: dict[str, bytes] = {}
+    try:
+        names = sorted(os.listdir(root))
+    except OSError:
+        return {}
+    for name in names:
+        path = root / name
+        if name.startswith("..") or not path.is_file():
+            continue
+        try:
+            files[name] = b"" if name.endswith(".safetensors") else path.read_bytes()
+        except OSError:
+            continue
+    return files
+
+
+class Watcher:
+    """Polls the directory and applies what it asks for."""
+
+    def __init__(self, control: LiveControl, directory: str | Path) -> None:
+        self._control = control
+        self._directory = Path(directory)
+        self._key: ProfileKey | None = None
+        self._applied: Desired | None = None
+        self._retry_at = 0.0
+
+    async def run(self) -> None:
+        """For ever; nothing in a directory may end it."""
+        while True:
+            try:
+                await self.once()
+            except Exception:
+                logger.exception("sere: the policy directory could not be read; trying again")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def once(self) -> None:
+        """Read, decide, apply if it differs from what was applied."""
+        if self._key is None:
+            state = await self._control.state()
+            self._key = ProfileKey.model_validate(state["key"])
+        want = desired(read_directory(self._directory), self._key)
+        now = asyncio.get_running_loop().time()
+        if want == self._applied or (self._retry_at > now and self._refused == want):
+            return
+        self._control.override = want.override
+        self._control.error = want.error
+        if want.policy is None:
+            self._applied = want
+            logger.warning("sere: %s", want.error)
+            return
+        await self._apply(want, want.policy, now)
+
+    _refused: Desired | None = None
+
+    async def _apply(self, want: Desired, policy: Policy, now: float) -> None:
+        from sere_ext.control import PolicyChange
+
+        path = str(self._directory / want.similarity) if want.similarity else None
+        try:
+            await self._control.change(PolicyChange(policy=policy, similarity=path), "file")
+        except SereError as error:
+            self._control.error = str(error)
+            self._refused, self._retry_at = want, now + RETRY_SECONDS
+            logger.warning("sere: %s", error)
+        else:
+            self._applied, self._refused = want, None
+
+
+def policy_files(policy: Policy, key: ProfileKey | None = None) -> dict[str, Any]:
+    """Names and texts under which a policy lies in the directory; for writers and tests."""
+    import json
+
+    files = {f"{policy.digest}.json": json.dumps(policy.to_json_dict())}
+    if key is not None:
+        files[f"{policy.digest}.key.json"] = json.dumps(key.to_json_dict())
+    return files
