@@ -58,9 +58,7 @@ def total(histograms: dict[str, Histogram]) -> Histogram:
     return Histogram(sum(h.count for h in histograms.values()), sum(h.total_s for h in histograms.values()), over)
 
 
-def judge(
-    stable: Arm, canary: Arm, slo: Slo | None, *, min_requests: int, golden_prompts: int, deadline_over: bool
-) -> Verdict:
+def judge(stable: Arm, canary: Arm, slo: Slo | None, *, min_requests: int, golden_prompts: int, deadline_over: bool) -> Verdict:
     """The checklist, in order; the first that applies decides.
 
     1. canary breaks an SLO limit, and more than stable does   Rejected
@@ -130,7 +128,9 @@ def _slower(canary: Arm, stable: Arm, min_requests: int) -> str | None:
     # Stable's mean, had it seen each bucket as often as the canary did.
     weights = {bucket: canary.tpot[bucket].count for bucket in shared}
     if shared:
-        before = sum(stable.tpot[b].total_s / stable.tpot[b].count * weight for b, weight in weights.items()) / sum(weights.values())
+        before = sum(stable.tpot[b].total_s / stable.tpot[b].count * weight for b, weight in weights.items()) / sum(
+            weights.values()
+        )
     else:
         whole = total(stable.tpot)
         before = whole.total_s / whole.count
@@ -170,7 +170,9 @@ def _summary(stable: Arm, canary: Arm, golden_prompts: int) -> str:
             f"over {canary.requests:,} and {stable.requests:,} requests"
         )
     if golden_prompts and canary.golden and stable.golden:
-        parts.append(f"{sum(map(bool, canary.golden))} of {golden_prompts} golden prompts right against {sum(map(bool, stable.golden))}")
+        parts.append(
+            f"{sum(map(bool, canary.golden))} of {golden_prompts} golden prompts right against {sum(map(bool, stable.golden))}"
+        )
     return "canary passed: " + ("; ".join(parts) or "the policy applied and a token came through")
 
 

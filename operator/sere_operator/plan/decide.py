@@ -23,7 +23,7 @@ STARTING_POLL_S = 2.0
 REFRESH_AGAIN_S = 15.0  # a pod that does not show its policy so long after the last refresh gets another nonce
 
 
-def decide(snapshot: Snapshot, defaults: Defaults = Defaults()) -> Plan:
+def decide(snapshot: Snapshot, defaults: Defaults) -> Plan:
     """What to write now.
 
     1. being deleted           nothing: owner references let the garbage collector take the children
@@ -112,7 +112,9 @@ def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults)
         cleaned = drift.without_foreign(body, live) if live is not None and _same_config(body, live) else None
         if cleaned is not None:
             plan.replace.append(cleaned)
-            plan.events.append(Event("Normal", "Healed", f"foreign parts of {body['kind']} {body['metadata']['name']} were removed"))
+            plan.events.append(
+                Event("Normal", "Healed", f"foreign parts of {body['kind']} {body['metadata']['name']} were removed")
+            )
         where = drift.drift(body, live)
         if where is not None:
             plan.apply.append(body)
@@ -210,7 +212,13 @@ def _transitions(snapshot: Snapshot, new: Object) -> list[Event]:
             continue
         if condition["reason"] in (Reason.STARTING, Reason.NOT_REQUESTED, Reason.PODS_NOT_READY, Reason.POLICY_PENDING):
             continue
-        bad = condition["reason"] in (Reason.ROLLOUT_BLOCKED, Reason.FAILED, Reason.INFEASIBLE, Reason.NOT_ROUTABLE, Reason.POLICY_STALE)
+        bad = condition["reason"] in (
+            Reason.ROLLOUT_BLOCKED,
+            Reason.FAILED,
+            Reason.INFEASIBLE,
+            Reason.NOT_ROUTABLE,
+            Reason.POLICY_STALE,
+        )
         events.append(Event("Warning" if bad else "Normal", condition["reason"], condition["message"]))
     return events
 

@@ -94,9 +94,7 @@ def drift(wanted: Object, live: Object | None) -> str | None:
     """Why `wanted` (stamped) must be applied again, as a field path, or None if the live object says it all."""
     if live is None:
         return "missing"
-    return difference(
-        {key: wanted[key] for key in wanted if key not in ("apiVersion", "kind")}, live
-    )
+    return difference({key: wanted[key] for key in wanted if key not in ("apiVersion", "kind")}, live)
 
 
 def without_foreign(wanted: Object, live: Object) -> Object | None:

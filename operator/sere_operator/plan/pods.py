@@ -138,9 +138,7 @@ def resources(wanted: Resources | None) -> Object:
     return wanted.to_json_dict() if wanted else {}
 
 
-def scheduling(
-    node_selector: dict[str, str] | None, tolerations: Iterable[Toleration], runtime_class_name: str | None
-) -> Object:
+def scheduling(node_selector: dict[str, str] | None, tolerations: Iterable[Toleration], runtime_class_name: str | None) -> Object:
     """The pod spec's fields on where it may run; only those that are given."""
     fields: Object = {}
     if node_selector:

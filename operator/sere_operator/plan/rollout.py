@@ -143,10 +143,8 @@ def _settle(snapshot: Snapshot, base: Step, wanted: Wanted) -> Step:
         return replace(
             base, pod_policy=keep if promoting else {}, rollout=rollout, reason=reason, message=message, requeue_after=POLL_S
         )
-    if promoting:
-        events = (Event("Normal", "PolicyPromoted", f"all {len(pods)} pods run policy {wanted.digest}"),)
-    else:
-        events = ()
+    done = Event("Normal", "PolicyPromoted", f"all {len(pods)} pods run policy {wanted.digest}")
+    events = (done,) if promoting else ()
     if wanted.problem is not None:
         return replace(base, applied=False, reason=wanted.problem, message=wanted.message, events=events)
     if wanted.digest == EXACT:
@@ -232,7 +230,9 @@ def _begin(snapshot: Snapshot, spec: SereDeploymentSpec, base: Step, wanted: Wan
 
 def pod_is_old(snapshot: Snapshot, pod: PodView) -> bool:
     """Belongs to a ReplicaSet that the Deployment is replacing (told by the Deployment's newest pod-template-hash)."""
-    hashes = {p.labels.get("pod-template-hash"): str(p.object["metadata"].get("creationTimestamp", "")) for p in snapshot.live_pods}
+    hashes = {
+        p.labels.get("pod-template-hash"): str(p.object["metadata"].get("creationTimestamp", "")) for p in snapshot.live_pods
+    }
     if len(hashes) < 2:
         return False
     return pod.labels.get("pod-template-hash") != max(hashes, key=lambda key: hashes[key])
@@ -299,7 +299,13 @@ def _await_canary(
 
 
 def _analyse(
-    snapshot: Snapshot, spec: SereDeploymentSpec, annotated: Step, base: Step, wanted: Wanted, known: Object, canaries: list[PodView]
+    snapshot: Snapshot,
+    spec: SereDeploymentSpec,
+    annotated: Step,
+    base: Step,
+    wanted: Wanted,
+    known: Object,
+    canaries: list[PodView],
 ) -> Step:
     now, canary_spec, state = snapshot.now, spec.rollout.canary, known["state"]
     if any(pod.state is not None and pod.digest != wanted.digest for pod in canaries):
@@ -320,9 +326,7 @@ def _analyse(
     if stable is None or canary is None:
         return replace(annotated, rollout=known, reason=Reason.CANARY, message="counting requests from now on")
     least = 0 if wanted.vouched else canary_spec.min_requests
-    verdict = analysis.judge(
-        stable, canary, spec.slo, min_requests=least, golden_prompts=prompts, deadline_over=over
-    )
+    verdict = analysis.judge(stable, canary, spec.slo, min_requests=least, golden_prompts=prompts, deadline_over=over)
     if verdict.outcome is Outcome.PENDING or (wanted.vouched and _in_stage_s(known, now) < SETTLE_S
                                               and verdict.outcome is Outcome.PASSED):  # fmt: skip
         return replace(annotated, rollout=known, reason=Reason.CANARY, message=verdict.message)
@@ -336,9 +340,7 @@ def _analyse(
         return _ask(annotated, known, now, wanted, why)
     moved = _to_stage(known, Stage.PROMOTING, now, verdict.message)
     event = Event("Normal", "CanaryPassed", verdict.message)
-    return replace(
-        annotated, rollout=moved, reason=Reason.PROMOTING, message=verdict.message, events=(event,), requeue_after=0.1
-    )
+    return replace(annotated, rollout=moved, reason=Reason.PROMOTING, message=verdict.message, events=(event,), requeue_after=0.1)
 
 
 def _ask(annotated: Step, known: Object, now: float, wanted: Wanted, why: str) -> Step:
@@ -364,7 +366,9 @@ def _reject(base: Step, spec: SereDeploymentSpec, known: Object, now: float, why
     event = Event("Warning", "PolicyRejected", f"policy {known['candidate']}: {why}")
     message = f"{why}; policy {known['candidate']} will not be tried again for this model revision"
     # The pods go back in this same plan: they are written before the status, and a lost status only repeats the canary.
-    return replace(base, rejected=rejected, rollout=None, reason=Reason.REJECTED, message=message, events=(event,), requeue_after=POLL_S)
+    return replace(
+        base, rejected=rejected, rollout=None, reason=Reason.REJECTED, message=message, events=(event,), requeue_after=POLL_S
+    )
 
 
 def _inconclusive(base: Step, known: Object, now: float, why: str) -> Step:

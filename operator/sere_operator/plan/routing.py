@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sere_ext.errors import ProfileError
-from sere_ext.policy import EXACT_POLICY, Policy, canonical_json
+from sere_ext.policy import EXACT_POLICY, canonical_json
 from sere_ext.profile import Profile, ProfileKey, ProfileSpec
 
 from sere_operator.api import meta

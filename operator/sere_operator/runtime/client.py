@@ -138,9 +138,7 @@ class Client:
     async def list(self, kind: str, namespace: str | None, selector: str = "") -> list[Object]:
         """All objects of a kind in a namespace (None: in all) by label selector; apiVersion and kind filled in."""
         spec = KINDS[kind]
-        answer = await self._call(
-            f"list {kind}", self._request("get", spec.path(namespace), label_selector=selector or None)
-        )
+        answer = await self._call(f"list {kind}", self._request("get", spec.path(namespace), label_selector=selector or None))
         return [{"apiVersion": spec.api_version, "kind": kind, **item} for item in answer.get("items", [])]
 
     async def apply(self, body: Object, *, subresource: str | None = None, manager: str = FIELD_MANAGER) -> Object:

@@ -33,7 +33,7 @@ class LeaseSettings:
     retry_s: float = 2.0
 
 
-class Lost(Exception):
+class LostLeaseError(Exception):
     """The Lease could not be renewed in time: stop writing and end."""
 
 
@@ -110,7 +110,7 @@ class Elector:
         """Renew for ever.
 
         Raises:
-            Lost: somebody else holds it, or it could not be renewed within `renew_deadline_s`.
+            LostLeaseError: somebody else holds it, or it could not be renewed within `renew_deadline_s`.
         """
         while True:
             await asyncio.sleep(self._settings.retry_s)
@@ -118,13 +118,15 @@ class Elector:
                 left = self._settings.renew_deadline_s - (time.monotonic() - self.renewed_at)
                 async with asyncio.timeout(max(0.1, left)):
                     if not await self._try():
-                        raise Lost(f"the lease {self._settings.name} is held by another process")
-            except Lost:
+                        raise LostLeaseError(f"the lease {self._settings.name} is held by another process")
+            except LostLeaseError:
                 raise
             except Exception as error:
                 log.warning("lease not renewed", error=repr(error))
             if not self.leads:
-                raise Lost(f"the lease {self._settings.name} was not renewed for {self._settings.renew_deadline_s:.0f} s")
+                raise LostLeaseError(
+                    f"the lease {self._settings.name} was not renewed for {self._settings.renew_deadline_s:.0f} s"
+                )
 
     async def release(self) -> None:
         """Give the Lease back on a regular end, so that a successor need not wait for it to run out."""
@@ -143,7 +145,7 @@ async def lead(elector: Elector, work: Callable[[], Awaitable[None]]) -> None:
     """Wait for the Lease, then run `work` until it ends or the Lease is lost.
 
     Raises:
-        Lost: the caller must end the process at once.
+        LostLeaseError: the caller must end the process at once.
     """
     await elector.acquire()
     holding = asyncio.create_task(elector.hold())
@@ -151,7 +153,7 @@ async def lead(elector: Elector, work: Callable[[], Awaitable[None]]) -> None:
     try:
         await asyncio.wait({holding, working}, return_when=asyncio.FIRST_COMPLETED)
         if holding.done():
-            holding.result()  # raises Lost
+            holding.result()  # raises LostLeaseError
         working.result()
     finally:
         holding.cancel()
