@@ -91,7 +91,7 @@ def wanted(snapshot: Snapshot, spec: SereDeploymentSpec) -> Wanted:
         return _exact(routing.mode)
     if routing.mode is RoutingMode.STATIC:
         policy = routing.policy or EXACT_POLICY
-        return _with_similarity(snapshot, spec, Wanted(PolicyEntry(policy), policy.digest, routing.mode), static_similarity(spec))
+        return _with_similarity(snapshot, spec, Wanted(PolicyEntry(policy), policy.digest, routing.mode), spec.static_similarity)
     name = profile_name(snapshot, spec)
     if name is None:
         return _exact(routing.mode, Reason.AWAITING_PROFILE, "routing is exact until tuning has made a profile")
@@ -111,11 +111,6 @@ def profile_name(snapshot: Snapshot, spec: SereDeploymentSpec) -> str | None:
     job = tuning_job_of(snapshot, spec)
     made = (job or {}).get("status", {}).get("profile")
     return made or (snapshot.status.get("policy") or {}).get("profile")
-
-
-def static_similarity(spec: SereDeploymentSpec) -> str | None:
-    """URI of the artefact that a Static policy of kind sere is used with."""
-    return spec.tuning.similarity.uri if spec.tuning is not None else None
 
 
 def _from_profile(snapshot: Snapshot, spec: SereDeploymentSpec, name: str, found: Object) -> Wanted:
@@ -179,7 +174,7 @@ def _held(chosen: Wanted, message: str) -> Wanted:
 
 def similarity_uris(snapshot_profiles: dict[str, Object], spec: SereDeploymentSpec) -> list[str]:
     """The artefacts that `observe` must read for this spec."""
-    uris = [static_similarity(spec)] if spec.routing.mode is RoutingMode.STATIC else []
+    uris = [spec.static_similarity] if spec.routing.mode is RoutingMode.STATIC else []
     for profile in snapshot_profiles.values():
         reference: Any = profile.get("spec", {}).get("similarity")
         uris.append(reference.get("uri") if isinstance(reference, dict) else None)

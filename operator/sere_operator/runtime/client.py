@@ -124,7 +124,9 @@ class Client:
         return await asyncio.get_running_loop().run_in_executor(self._pool, run)
 
     def _request(self, method: str, path: str, body: Object | None = None, **params: Any) -> Callable[[], Any]:
-        return partial(self._dynamic.request, method, path, body=body, _request_timeout=self._timeout_s, **params)
+        return partial(
+            self._dynamic.request, method, path, body=body, serialize=False, _request_timeout=self._timeout_s, **params
+        )
 
     async def get(self, kind: str, namespace: str, name: str) -> Object | None:
         """The object, or None where there is none."""

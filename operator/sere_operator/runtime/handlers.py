@@ -6,6 +6,7 @@ from typing import Any
 
 import kopf
 import structlog
+from kopf._core.intents.registries import SmartOperatorRegistry
 
 from sere_operator.api import meta
 from sere_operator.runtime.reconciler import Key, Reconciler
@@ -63,7 +64,7 @@ class Wakes:
 
 def registry(wakes: Wakes) -> kopf.OperatorRegistry:
     """All handlers: each only wakes."""
-    handlers = kopf.OperatorRegistry()
+    handlers = SmartOperatorRegistry()  # "smart": brings kopf's own logins (service account, KUBECONFIG)
     plurals = {meta.DEPLOYMENT_KIND: meta.DEPLOYMENTS, meta.TUNING_JOB_KIND: meta.TUNING_JOBS}
 
     def watch_resource(kind: str, plural: str) -> None:
