@@ -33,7 +33,6 @@ VARIANTS = {
         "podLabels.team=ml",
         "env[0].name=A,env[0].value=b",
         "serviceAccount.annotations.role=x",
-        "log.level=debug",
     ),
     "bare": ("crds.enabled=false", "rbac.create=false", "serviceAccount.create=false", "serviceAccount.name=mine", "replicas=1"),
 }
@@ -46,6 +45,12 @@ def of_kind(objects: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 def only(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     (found,) = of_kind(objects, kind)
     return found
+
+
+def environment(objects: list[dict[str, Any]]) -> dict[str, str]:
+    """The operator's variables with their values ("" where they come from a field)."""
+    (container,) = only(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+    return {one["name"]: one.get("value", "") for one in container["env"]}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -68,7 +73,7 @@ def test_helm_lint_is_quiet(helm: Helm) -> None:
     [
         ("replicas=-1", "replicas"),
         ("replicsa=2", "replicsa"),
-        ("log.level=loud", "level"),
+        ("podDisruptionBudget.enabled=2", "enabled"),
         ("watchNamespaces={Not_A_Name}", "watchNamespaces"),
         ("crds.keep=perhaps", "keep"),
         ("image.pullPolicy=Sometimes", "pullPolicy"),
@@ -136,8 +141,7 @@ def test_namespaced_mode_has_no_cluster_wide_right(render: Render) -> None:
     assert not of_kind(objects, "ClusterRole")
     assert not of_kind(objects, "ClusterRoleBinding")
     assert {role["metadata"]["namespace"] for role in of_kind(objects, "Role")} == {"models", "other", "sere-system"}
-    arguments = only(objects, "Deployment")["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert [a for a in arguments if a.startswith("--namespace=")] == ["--namespace=models", "--namespace=other"]
+    assert environment(objects)["SERE_WATCH_NAMESPACES"] == "models,other"
 
 
 def test_rights_are_the_least(render: Render) -> None:
@@ -174,10 +178,18 @@ def test_disruption_budget_only_where_it_cannot_block_a_drain(render: Render) ->
 
 def test_digest_wins_over_tag(render: Render) -> None:
     digest = "sha256:" + "b" * 64
-    deployment = only(render("image.tag=v1", f"image.digest={digest}", "engine.image.tag=v2"), "Deployment")
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    objects = render("image.tag=v1", f"image.digest={digest}", "engine.image.tag=v2")
+    (container,) = only(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
     assert container["image"] == f"sere-operator@{digest}"
-    assert "--engine-image=sere-engine:v2" in container["args"]
+    assert environment(objects)["SERE_ENGINE_IMAGE"] == "sere-engine:v2"
+
+
+def test_operator_reads_every_variable_that_the_chart_sets(render: Render) -> None:
+    """A variable that nothing reads would be a setting without effect."""
+    source = (ROOT / "operator/sere_operator/runtime/settings.py").read_text()
+    set_by_chart = set(environment(render()))
+    assert "SERE_WATCH_NAMESPACES" in set_by_chart
+    assert not [name for name in set_by_chart if f'"{name}"' not in source]
 
 
 def test_selector_is_the_same_wherever_it_is_used(render: Render) -> None:
