@@ -46,6 +46,21 @@ def test_every_rule_is_used() -> None:
     assert not unused, "rules of models or fields that no CRD holds"
 
 
+def undescribed(schema: dict[str, Any], path: str) -> Iterator[str]:
+    for name, sub in (schema.get("properties") or {}).items():
+        if not sub.get("description"):
+            yield f"{path}.{name}"
+        yield from undescribed(sub, f"{path}.{name}")
+    if "items" in schema:
+        yield from undescribed(schema["items"], f"{path}[]")
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS, ids=lambda d: d.kind)
+def test_kubectl_explain_has_a_word_on_every_field(definition: Definition) -> None:
+    whole = definition.to_dict()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    assert [field for part in ("spec", "status") for field in undescribed(whole[part], part)] == []
+
+
 class Inner(BaseModel):
     """An inner thing."""
 
