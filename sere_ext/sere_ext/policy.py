@@ -64,7 +64,13 @@ class Bucket(Record):
     max_tokens: Annotated[
         int, Field(ge=1, le=MAX_TOKENS, description="most real tokens of a step, inclusive. Default: no upper edge.")
     ] = MAX_TOKENS
-    kind: Kind
+    kind: Annotated[
+        Kind,
+        Field(
+            description="what becomes of a token's slots beyond its top S; exact: nothing, sere: re-routed to the most similar "
+            "active expert, topk: dropped, oea: refilled from the token's own scores among active experts"
+        ),
+    ]
     S: Annotated[int | None, Field(ge=1, le=64, alias="S", description="top experts a token always keeps")] = None
     rho: Annotated[float, Field(ge=0.0, le=1.0, description="least similarity of a stand-in (sere)")] = 0.0
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, Field
 from sere_operator.api.crdgen import DEFINITIONS, Definition, render
+from sere_operator.api.reference import reference
 from sere_operator.api.rules import RULES
 from sere_operator.api.schema import SchemaError, structural_schema
 
@@ -19,6 +20,11 @@ CRDS = Path(__file__).parents[3] / "manifests" / "crd"
 def test_committed_crd_is_current(definition: Definition) -> None:
     committed = (CRDS / definition.file_name).read_text()
     assert committed == render(definition), "run `python -m sere_operator.api.crdgen`"
+
+
+def test_committed_reference_is_current() -> None:
+    page = CRDS.parents[1] / "docs" / "resources.md"
+    assert page.read_text() == reference(), "run `python -m sere_operator.api.reference`"
 
 
 def test_no_crd_is_committed_that_is_not_generated() -> None:
