@@ -321,7 +321,7 @@ def load_spec(path: str | Path | None, overrides: dict[tuple[str, ...], Any] | N
 
 
 # A flag of one of these replaces what the file says of its rivals, instead of clashing with it.
-_RIVALS = {
+_RIVALS: dict[tuple[str, ...], list[tuple[str, ...]]] = {
     ("similarity",): [("calibrate",)],
     ("calibrate", "data"): [("similarity",)],
     ("workload", "load", "concurrency"): [("workload", "load", "requestsPerSecond"), ("workload", "load", "arrivals")],

@@ -1,0 +1,210 @@
+"""`sere tune` and `sere certify`: options, the screen, exit codes. Every leaf of tuning.yaml is an option."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import optuna  # noqa: F401  (so that `sere` leaves these commands out where the extra is not installed)
+import typer
+import yaml
+from rich.console import Console
+from sere_ext.errors import SereError, UsageError
+from sere_ext.policy import Policy
+
+from sere_autotune.spec import Leaf, TuningSpec, leaves, load_spec, to_yaml
+
+
+def register(app: typer.Typer) -> None:
+    """Entry point of the group `sere.commands`."""
+    app.command("tune", help=_TUNE_HELP)(_with_leaves(tune_command))
+    app.command("certify", help=_CERTIFY_HELP)(_with_leaves(certify_command))
+
+
+_TUNE_HELP = """Search routing policies on a live engine and certify the best.
+
+Exit codes: 0 a certified policy, 2 bad input, 3 nothing feasible, 4 a budget ran out, 5 the items cannot certify.
+Stopped in any way, the same line again goes on where it was."""
+
+_CERTIFY_HELP = """Certify one policy against exact routing, without a search. Same options and exit codes as `tune`."""
+
+_File = Annotated[Path | None, typer.Option("--file", "-f", help="tuning.yaml; options below override it.")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and the whole tuning file; start nothing.")]
+_Advisory = Annotated[bool, typer.Option("--advisory", help="Go on although the items cannot certify; the profile is marked so.")]
+_Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew in `out` instead of going on there.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
+_Publish = Annotated[str | None, typer.Option("--publish", help="configmap/<namespace>/<name>: also write the result there.")]
+
+
+def tune_command(
+    file: _File = None,
+    dry_run: _DryRun = False,
+    advisory: _Advisory = False,
+    fresh: _Fresh = False,
+    as_json: _Json = False,
+    publish: _Publish = None,
+    **options: str | None,
+) -> None:
+    _main(load_spec(file, _overrides(options)), None, dry_run, advisory, fresh, as_json, publish)
+
+
+def certify_command(
+    policy: Annotated[Path, typer.Argument(help="A policy or a profile, as JSON.")],
+    file: _File = None,
+    dry_run: _DryRun = False,
+    advisory: _Advisory = False,
+    fresh: _Fresh = False,
+    as_json: _Json = False,
+    publish: _Publish = None,
+    **options: str | None,
+) -> None:
+    only = read_policy(policy)
+    spec = load_spec(file, _overrides(options))
+    if not only.uses_rerouting():
+        raise UsageError(f"{policy} is exact routing, which needs no certificate; name a policy that re-routes")
+    if options.get("out") is None:
+        spec = spec.model_copy(update={"out": str(Path(spec.out) / f"certify-{only.digest}")})
+    _main(spec, only, dry_run, advisory, fresh, as_json, publish)
+
+
+def read_policy(path: Path) -> Policy:
+    """A policy file, or the policy inside a SereProfile manifest."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the policy {path}: {error}") from error
+    inside = content.get("spec", {}).get("policy", content) if isinstance(content, dict) else content
+    if not isinstance(inside, dict):
+        raise UsageError(f"{path} holds no policy; a policy is an object with `buckets`")
+    return Policy.parse(inside)
+
+
+def _with_leaves(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option per leaf of the tuning file instead of its `**options`."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    extra = []
+    for leaf in leaves():
+        option = typer.Option(
+            leaf.flag, help=leaf.description or None, rich_help_panel="tuning.yaml: " + leaf.path[0], metavar="VALUE"
+        )
+        kind = inspect.Parameter.KEYWORD_ONLY
+        extra.append(inspect.Parameter(_name(leaf), kind, default=None, annotation=Annotated[str | None, option]))
+
+    def wrapper(**values: Any) -> None:
+        command(**values)
+
+    shown = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=_resolved(command, p)) for p in own]
+    wrapper.__signature__ = inspect.Signature([*shown, *extra])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in [*shown, *extra]}
+    wrapper.__name__ = command.__name__
+    return wrapper
+
+
+def _resolved(command: Callable[..., None], parameter: inspect.Parameter) -> Any:
+    import typing
+
+    return typing.get_type_hints(command, include_extras=True)[parameter.name]
+
+
+def _name(leaf: Leaf) -> str:
+    return "_".join(leaf.path).lower()
+
+
+def _overrides(options: dict[str, str | None]) -> dict[tuple[str, ...], Any]:
+    """Values of the given options, read as YAML (so that lists and numbers work), by path."""
+    found: dict[tuple[str, ...], Any] = {}
+    for leaf in leaves():
+        text = options.get(_name(leaf))
+        if text is not None:
+            try:
+                found[leaf.path] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise UsageError(f"{leaf.flag} {text}: {error}") from error
+            if isinstance(found[leaf.path], int | float) and leaf.path[-1] in (
+                "model",
+                "revision",
+                "out",
+                "similarity",
+                "dataset",
+            ):
+                found[leaf.path] = text
+    return found
+
+
+def _main(
+    spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, fresh: bool, as_json: bool, publish: str | None
+) -> None:
+    from sere_autotune.publish import Access, Publisher, Target
+
+    publisher = Publisher(Target.parse(publish), Access.from_pod()) if publish and not dry_run else None
+    try:
+        code = _run(spec, only, dry_run, advisory, fresh, as_json, publisher)
+    except SereError as error:
+        if publisher is not None:
+            names = {4: "BudgetExhausted", 5: "CannotCertify"}
+            publisher.failed(str(error), error.exit_code, names.get(error.exit_code, "Failed"))
+        raise
+    except Exception as error:
+        if publisher is not None:
+            publisher.failed(f"{type(error).__name__}: {error}", 1)
+        raise
+    if code:
+        raise typer.Exit(code)
+
+
+def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, fresh: bool, as_json: bool, publisher: Any) -> int:
+    from sere_autotune import engine, planner, results, tuner
+    from sere_autotune.progress import Progress
+
+    console = Console(stderr=True, highlight=False)
+    if only is not None:
+        spec = spec.model_copy(update={"search": spec.search.model_copy(update={"rungs": 1})})
+    prepared = tuner.prepare(spec)
+    if dry_run:
+        return _dry_run(prepared, advisory, as_json)
+    if not prepared.plan.can_certify and not advisory:
+        raise planner.CannotCertifyError(prepared.plan.problem)
+    console.print(planner.describe(prepared.plan, spec), soft_wrap=True)
+
+    def make_engine(given: TuningSpec, similarity: str | None, on_start: Callable[[bool], None]) -> engine.WarmEngine:
+        return engine.WarmEngine(given, similarity, on_start=on_start)
+
+    # A plain kill (a pod's end) stops the engine as Ctrl-C does.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with Progress(console, f"sere tune {spec.model}", publisher.progress if publisher else None) as progress:
+            finished = tuner.tune(prepared, make_engine, progress, advisory=advisory, fresh=fresh, only=only)
+    except KeyboardInterrupt:
+        console.print("Stopped. The same line again goes on from here.")
+        return 130
+    finally:
+        engine.shut_ray()
+    if publisher is not None:
+        publisher.finish(finished)
+    console.print()
+    console.print(results.lines(finished.summary), markup=False, soft_wrap=True)
+    if as_json:
+        sys.stdout.write(json.dumps(finished.summary, indent=2) + "\n")
+    return finished.outcome.exit_code
+
+
+def _dry_run(prepared: Any, advisory: bool, as_json: bool) -> int:
+    from sere_autotune import planner
+
+    plan = prepared.plan
+    if as_json:
+        sys.stdout.write(json.dumps(plan.to_dict(), indent=2) + "\n")
+    else:
+        sys.stdout.write(planner.describe(plan, prepared.spec) + "\n\n" + to_yaml(prepared.spec))
+    if plan.can_certify or advisory:
+        return 0
+    raise planner.CannotCertifyError(plan.problem)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

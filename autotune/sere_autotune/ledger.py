@@ -1,0 +1,67 @@
+"""What earlier studies leave for later ones, beside their folders: opened CERT sets, noise floors, measured pace.
+
+A CERT set that was opened before is no longer fresh, so a later study on it spends less: alpha / 2^j for the j-th
+earlier study. Kept in `sere-ledger.json` in the folder above `out`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Ledger:
+    """One JSON file, changed under an advisory lock and replaced as a whole."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out.resolve().parent / "sere-ledger.json"
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.path.read_text())
+            return found if isinstance(found, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+    @contextlib.contextmanager
+    def _changed(self) -> Iterator[dict[str, Any]]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            content = self._read()
+            yield content
+            partial = self.path.with_suffix(".part")
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(partial, self.path)
+
+    def openings(self, model: str, cert: str, study: str) -> int:
+        """How many other studies opened this CERT set for this model before."""
+        seen = self._read().get("opened", {}).get(f"{model} {cert}", [])
+        return seen.index(study) if study in seen else len(seen)
+
+    def open(self, model: str, cert: str, study: str) -> int:
+        """Note that `study` opens the set, once however often it is resumed. Returns the earlier openings."""
+        with self._changed() as content:
+            seen = content.setdefault("opened", {}).setdefault(f"{model} {cert}", [])
+            if study not in seen:
+                seen.append(study)
+            return int(seen.index(study))
+
+    def known(self, model: str) -> dict[str, Any]:
+        """The last study's `noise` (share of discordant items, exact against exact) and pace for a model, or {}."""
+        found = self._read().get("models", {}).get(model, {})
+        return found if isinstance(found, dict) else {}
+
+    def note(self, model: str, **facts: Any) -> None:
+        with self._changed() as content:
+            content.setdefault("models", {}).setdefault(model, {}).update(facts)
+
+
+def spent_alpha(alpha: float, openings: int) -> float:
+    """alpha / 2^j: what may be spent on a CERT set that j earlier studies opened."""
+    return alpha / 2.0**openings

@@ -1,0 +1,189 @@
+"""What a run will cost and whether it can succeed, before anything is spent. Pure: no engine is started."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sere_ext.errors import SereError
+
+from sere_autotune.spec import TuningSpec
+from sere_autotune.stats import items_needed, smallest_limit
+
+ASSUMED_START_S = 60.0  # of an engine, until one was seen
+ASSUMED_TRUE_DROP = 0.3  # share of the limit that a good policy truly costs
+WARMUP_RESIDENCES = 5  # discarded at the start of each block
+SWITCH_S = 0.5
+
+
+class CannotCertifyError(SereError):
+    """The items, the limit and the confidence do not allow a certificate. Nothing was spent."""
+
+    exit_code = 5
+
+
+@dataclass(frozen=True)
+class Need:
+    """Items that certify the limit at one discordance."""
+
+    discordance: float
+    true_zero: int | None
+    true_some: int | None  # at ASSUMED_TRUE_DROP of the limit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan as `--dry-run` prints it."""
+
+    limit: float  # share
+    confidence: float
+    alpha: float
+    items: int
+    cert_items: int
+    noise: float | None  # discordance of exact against exact last time
+    needs: list[Need] = field(default_factory=list)
+    smallest: float | None = None  # share that the items could certify at the least discordance in question
+    openings: int = 0
+    can_certify: bool = True
+    problem: str = ""
+    search_s: float = 0.0
+    certify_s: float = 0.0
+    start_s: float = 0.0
+    trials: int = 0
+    rungs: int = 0
+    pace_known: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "maxDropPoints": self.limit * 100, "confidence": self.confidence, "alpha": self.alpha, "items": self.items,
+            "certItems": self.cert_items, "noiseFloor": self.noise, "canCertify": self.can_certify, "problem": self.problem,
+            "needs": [{"discordance": n.discordance, "trueDropZero": n.true_zero, "trueDropSome": n.true_some} for n in self.needs],
+            "smallestLimitPoints": None if self.smallest is None else round(self.smallest * 100, 2),
+            "openings": self.openings, "trials": self.trials, "rungs": self.rungs,
+            "seconds": {"start": self.start_s, "search": self.search_s, "certification": self.certify_s},
+        }  # fmt: skip
+
+
+def make_plan(spec: TuningSpec, items: int, cert_items: int, noise: float | None, openings: int, pace: dict[str, Any]) -> Plan:
+    """Judge whether the limit can certify, and estimate the time.
+
+    Args:
+        items: distinct labelled items; cert_items of them are held out.
+        noise: discordant share of exact against exact, from an earlier study; None if never measured.
+        openings: earlier studies that opened this CERT set.
+        pace: {"startSeconds", "rate", "residence"} of an earlier study on this model, or {}.
+    """
+    limit = spec.accuracy.max_drop_points / 100
+    alpha = spec.accuracy.alpha / 2**openings
+    usable = min(cert_items, spec.certify.items or cert_items)
+    levels = len(spec.workload.load.levels)
+    grid: Sequence[float] = (noise, 0.05) if noise is not None else (0.01, 0.02, 0.05)
+    needs = []
+    if limit > 0:
+        needs = [
+            Need(d, items_needed(d, 0.0, limit, alpha), items_needed(d, ASSUMED_TRUE_DROP * limit, limit, alpha)) for d in grid
+        ]
+    least = noise if noise is not None else 0.0
+    smallest = smallest_limit(usable, least, alpha)
+    problem = _problem(spec, limit, usable, least, alpha, smallest)
+    return Plan(
+        limit=limit, confidence=spec.accuracy.confidence, alpha=alpha, items=items, cert_items=usable, noise=noise,
+        needs=needs, smallest=smallest, openings=openings, can_certify=not problem, problem=problem,
+        start_s=float(pace.get("startSeconds", ASSUMED_START_S)), trials=spec.search.trials, rungs=spec.search.rungs,
+        search_s=search_seconds(spec, pace), certify_s=spec.search.rungs * rung_seconds(spec, pace, levels),
+        pace_known=bool(pace),
+    )  # fmt: skip
+
+
+def _problem(spec: TuningSpec, limit: float, usable: int, least: float, alpha: float, smallest: float | None) -> str:
+    points = f"{spec.accuracy.max_drop_points:g}"
+    if limit <= 0:
+        return (
+            f"a limit of {points} points cannot be certified by any number of items, since no finite sample shows a drop of "
+            "exactly nothing; allow a drop (maxDropPoints 0.5 or more), or serve exact routing"
+        )
+    if smallest is not None and smallest <= limit:
+        return ""
+    needed = items_needed(least, 0.0, limit, alpha)
+    wider = "no limit" if smallest is None else f"{math.ceil(smallest * 1000) / 10:g} points"
+    return (
+        f"{usable:,} held-out items cannot certify a limit of {points} points at {spec.accuracy.confidence:.0%}: "
+        f"{needed:,} would be needed even by a policy that costs nothing, and {wider} is the least that these can; "
+        "give more items, widen accuracy.maxDropPoints, or add --advisory to tune without a certificate"
+    )
+
+
+def search_seconds(spec: TuningSpec, pace: dict[str, Any]) -> float:
+    rate = pace.get("rate")
+    trial = spec.search.trial_seconds
+    if rate:
+        trial = min(trial, spec.search.items_per_trial / rate + WARMUP_RESIDENCES * pace.get("residence", 0.0))
+    return spec.search.trials * (trial + SWITCH_S) * len(spec.workload.load.levels)
+
+
+def rung_seconds(spec: TuningSpec, pace: dict[str, Any], levels: int) -> float:
+    """Both arms of all pairs; the exact arm takes a third longer on the same items."""
+    residence = float(pace.get("residence", 0.0))
+    block = max(spec.certify.block_seconds, spec.certify.block_residences * residence)
+    return spec.certify.pairs * levels * (2.33 * block + 2 * (WARMUP_RESIDENCES * residence + SWITCH_S))
+
+
+def block_requests(spec: TuningSpec, rate: float, residence_s: float, labelled_share: float, needed: int) -> int:
+    """Requests of a certification block.
+
+    Long enough for the faster arm (`rate` requests/s) to fill blockSeconds and blockResidences, and enough in all
+    blocks together for `needed` labelled items.
+    """
+    seconds = max(spec.certify.block_seconds, spec.certify.block_residences * residence_s)
+    blocks = spec.certify.pairs * len(spec.workload.load.levels)
+    return max(math.ceil(seconds * rate), math.ceil(needed / blocks / labelled_share), 2)
+
+
+def describe(plan: Plan, spec: TuningSpec) -> str:
+    """The lines of the dry run."""
+    lines = [
+        f"Accuracy   limit {plan.limit * 100:g} point{'s' if plan.limit != 0.01 else ''} at {plan.confidence:.0%}; "
+        f"{plan.items:,} items, {plan.cert_items:,} of them kept for certification"
+    ]
+    if plan.openings:
+        lines.append(
+            f"           {plan.openings} earlier stud{'ies' if plan.openings > 1 else 'y'} opened these items, so only "
+            f"alpha = {plan.alpha:.3g} is left; fresh items restore it"
+        )
+    for index, need in enumerate(plan.needs):
+        if need.true_some is None:
+            continue
+        if plan.noise is not None and index == 0:
+            start = f"exact against exact differed on {need.discordance:.2%} of items last time: "
+        else:
+            start = f"at {need.discordance:.0%} difference "
+        lines.append(
+            f"           {start}{need.true_some:,} items certify a policy that truly costs "
+            f"{plan.limit * 100 * ASSUMED_TRUE_DROP:.1f} points, {need.true_zero:,} one that costs nothing"
+        )
+    if plan.smallest is not None:
+        lines.append(
+            f"           the smallest limit that {plan.cert_items:,} items could certify is {plan.smallest * 100:.2f} points"
+            + ("" if plan.noise is not None else ", if no answer differs at all")
+        )
+    lines.append("           " + ("this limit can certify" if plan.can_certify else f"CANNOT CERTIFY: {plan.problem}"))
+    source = "at the pace of the last run" if plan.pace_known else "at most, pace not known before the first run"
+    total = plan.start_s + plan.search_s + plan.certify_s
+    lines.append(
+        f"Time       start {duration(plan.start_s)}, search {plan.trials} trials {duration(plan.search_s)}; certification "
+        f"{plan.rungs} rung{'s' if plan.rungs > 1 else ''} {duration(plan.certify_s)}; {duration(total)} in all ({source})"
+    )
+    wall = f", {spec.search.wall_minutes:g} minutes on the clock" if spec.search.wall_minutes else ""
+    lines.append(f"Budget     {spec.search.device_hours:g} device-hours{wall}; it is never exceeded")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """`about 1.1 h`, `about 4 min`, `about 30 s`."""
+    if seconds >= 5400:
+        return f"about {seconds / 3600:.1f} h"
+    if seconds >= 100:
+        return f"about {seconds / 60:.0f} min"
+    return f"about {seconds:.0f} s"

@@ -1,0 +1,146 @@
+"""`--publish configmap/<namespace>/<name>`: the result as one ConfigMap, by server-side apply from inside the pod.
+
+The whole object is applied each time under one field manager, so a later apply without a key removes it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from sere_ext.errors import SereError, UsageError
+
+from sere_autotune.results import Finished
+
+FIELD_MANAGER = "sere-tuner"
+_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+_PROGRESS_EVERY_S = 5.0
+_FINAL_PATIENCE_S = 300.0
+_MAX_BYTES = 1_000_000  # of all data; the API server's limit is 1 MiB
+
+
+class PublishError(SereError):
+    """The result could not be written to the API server."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to publish."""
+
+    namespace: str
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        parts = text.split("/")
+        if len(parts) != 3 or parts[0] != "configmap" or not all(parts):
+            raise UsageError(f"--publish {text}: give configmap/<namespace>/<name>")
+        return cls(parts[1], parts[2])
+
+
+@dataclass(frozen=True)
+class Access:
+    """How to reach the API server."""
+
+    url: str
+    token: Callable[[], str]  # read anew each time: projected tokens are rotated
+    ca: str | bool = True
+
+    @classmethod
+    def from_pod(cls) -> Access:
+        host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+        token = _ACCOUNT / "token"
+        if not host or not token.is_file():
+            raise UsageError("--publish works inside a pod with a service account; leave it out here, the files are in `out`")
+        host = f"[{host}]" if ":" in host else host
+        return cls(f"https://{host}:{port}", lambda: token.read_text().strip(), str(_ACCOUNT / "ca.crt"))
+
+
+class Publisher:
+    """Applies the ConfigMap. Progress is best effort and at most every few seconds, the end is tried for five minutes."""
+
+    def __init__(self, target: Target, access: Access) -> None:
+        self.target, self.access = target, access
+        self._last = 0.0
+
+    def progress(self, snapshot: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if now - self._last < _PROGRESS_EVERY_S:
+            return
+        self._last = now
+        try:
+            self._apply({"progress.json": json.dumps(snapshot)}, {})
+        except (httpx2.HTTPError, PublishError):
+            pass  # the next one, or the end, will do
+
+    def finish(self, finished: Finished) -> None:
+        """The outcome, and what the operator needs where a policy was chosen."""
+        data = {"outcome.json": json.dumps(finished.outcome.published())}
+        binary: dict[str, str] = {}
+        if finished.profile is not None:
+            data["profile.json"] = json.dumps(finished.profile)
+            if finished.similarity is not None:
+                content = finished.similarity.read_bytes()
+                if len(content) > _MAX_BYTES - 100_000:
+                    raise PublishError(
+                        f"the similarity artefact has {len(content):,} bytes, too many for a ConfigMap; put it on a volume and "
+                        "name it in `similarity`"
+                    )
+                binary["similarity.safetensors"] = base64.b64encode(content).decode()
+        self._persist(data, binary)
+
+    def failed(self, message: str, exit_code: int, outcome: str = "Failed") -> None:
+        body = {"outcome": outcome, "message": message, "exitCode": exit_code, "trials": {}}
+        self._persist({"outcome.json": json.dumps(body)}, {})
+
+    def _persist(self, data: dict[str, str], binary: dict[str, str]) -> None:
+        deadline = time.monotonic() + _FINAL_PATIENCE_S
+        pause = 1.0
+        while True:
+            try:
+                self._apply(data, binary)
+                return
+            except httpx2.HTTPError as error:
+                if time.monotonic() > deadline:
+                    raise PublishError(f"the API server at {self.access.url} cannot be reached: {error}") from error
+            except PublishError as error:
+                if "refused for good" in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(pause)
+            pause = min(pause * 2, 30)
+
+    def _apply(self, data: dict[str, str], binary: dict[str, str]) -> None:
+        name, namespace = self.target.name, self.target.namespace
+        body: dict[str, Any] = {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": name, "namespace": namespace},
+            "data": data,
+        }
+        if binary:
+            body["binaryData"] = binary
+        answer = httpx2.patch(
+            f"{self.access.url}/api/v1/namespaces/{namespace}/configmaps/{name}",
+            params={"fieldManager": FIELD_MANAGER, "force": "true"},
+            content=json.dumps(body).encode(),
+            headers={"Content-Type": "application/apply-patch+yaml", "Authorization": f"Bearer {self.access.token()}"},
+            verify=self.access.ca,
+            timeout=20,
+        )
+        if answer.status_code >= 300:
+            kind = "refused for good" if answer.status_code in (400, 403, 404, 422) else "refused for now"
+            raise PublishError(f"the API server {kind} configmap {namespace}/{name} ({answer.status_code}): {_message(answer)}")
+
+
+def _message(answer: Any) -> str:
+    try:
+        return str(answer.json().get("message", answer.text))[:300]
+    except ValueError:
+        return str(answer.text)[:300]

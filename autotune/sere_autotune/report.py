@@ -1,0 +1,248 @@
+"""The HTML report: one file, inline SVG, nothing loaded from elsewhere. Pure: from the summary to text."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+_STYLE = """
+:root{--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--paper:#fff;--good:#1a7f37;--bad:#c4392b;--mark:#0969da;--wash:#f6f8fa}
+@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9198a1;--line:#3d444d;--paper:#0d1117;--good:#3fb950;--bad:#f47067;
+--mark:#4493f8;--wash:#151b23}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:62rem;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:2rem 0 .5rem}p{margin:.4rem 0}.soft{color:var(--soft)}
+.verdict{border-left:4px solid var(--mark);background:var(--wash);padding:.7rem 1rem;margin:1rem 0}
+.verdict.bad{border-color:var(--bad)}.verdict.good{border-color:var(--good)}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}.scroll{overflow-x:auto}
+th,td{text-align:right;padding:.25rem .6rem;border-bottom:1px solid var(--line);white-space:nowrap}
+th:nth-child(1),td:nth-child(1),.left{text-align:left!important}th{font-weight:600;color:var(--soft)}
+.good{color:var(--good)}.bad{color:var(--bad)}tr.chosen td{font-weight:600}svg{width:100%;height:auto}
+svg text{font:12px system-ui,sans-serif;fill:var(--ink)}svg .soft{fill:var(--soft)}
+"""
+
+_W, _H, _LEFT, _RIGHT, _TOP, _BOTTOM = 860, 380, 64, 24, 24, 48
+
+
+def _e(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _number(value: Any, form: str = ".2f", unit: str = "") -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    return f"{value:{form}}{unit}"
+
+
+def render(summary: dict[str, Any]) -> str:
+    """The whole page."""
+    title = f"SERE tuning of {summary['model'].rstrip('/').rsplit('/', 1)[-1]}"
+    parts = [
+        f"<h1>{_e(title)}</h1>",
+        f"<p class=soft>{_e(summary['condition'])} · {len(summary['trials'])} trials · "
+        f"{summary['spent']['deviceHours']:.2f} of {summary['budget']['deviceHours']:g} device-hours</p>",
+        _verdict(summary),
+        _certificate(summary),
+        "<h2>Speed against accuracy, as the search saw it</h2>",
+        pareto_svg(summary),
+        "<p class=soft>The search ranks on few items and decides nothing; only the certificate above does. "
+        "The stepped line joins the trials that no other beats in both.</p>",
+        _ladder(summary),
+        _trials(summary),
+        _noise(summary),
+    ]
+    data = json.dumps({k: v for k, v in summary.items() if k != "profile"}).replace("<", "\\u003c")
+    return (
+        f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
+        f"<title>{_e(title)}</title><style>{_STYLE}</style>{''.join(parts)}"
+        f"<script type=application/json id=summary>{data}</script></html>\n"
+    )
+
+
+def _verdict(summary: dict[str, Any]) -> str:
+    kind = "good" if summary["outcome"] == "Chosen" and not summary["advisory"] else "bad"
+    word = {
+        "Chosen": "Chosen", "Infeasible": "Nothing feasible", "BudgetExhausted": "A budget ran out",
+        "CannotCertify": "These items cannot certify the limit",
+    }.get(summary["outcome"], "Failed")  # fmt: skip
+    if summary["advisory"]:
+        word = "Advisory only, not certified"
+    return f"<div class='verdict {kind}'><p><strong>{word}.</strong> {_e(summary['message'])}</p></div>"
+
+
+def _certificate(summary: dict[str, Any]) -> str:
+    if summary["chosenRung"] is None:
+        return ""
+    result = summary["ladder"][summary["chosenRung"] - 1]["result"]
+    limit = {(row["metric"], row["statistic"]): row["limitMs"] for row in summary["limits"]}
+    shown = dict.fromkeys([("tpot", summary["headline"]), ("tpot", "mean"), *limit])
+    rows = []
+    for metric, name in shown:
+        exact, chosen = (result["latency_ms"][arm][metric][name] for arm in ("exact", "chosen"))
+        ratio = result["speedup"].get(name, {}) if metric == "tpot" else {}
+        interval = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio.get("low") is not None else ""
+        faster = f"{ratio['value']:.2f}x{interval}" if ratio else ""
+        bound = limit.get((metric, name))
+        rows.append([f"{metric.upper()} {name}", _number(exact, ".2f", " ms"), _number(chosen, ".2f", " ms"),
+                     _number(bound, "g", " ms"), faster])  # fmt: skip
+    rows.append(["accuracy", f"{result['exact_accuracy']:.2%}", f"{result['chosen_accuracy']:.2%}",
+                 f"-{summary['accuracy']['maxDropPoints']:g} points", f"{(result['chosen_accuracy'] - result['exact_accuracy']) * 100:+.2f} points"])  # fmt: skip
+    rows.append(
+        ["active experts", _number(result["active_before"], ".1f"), _number(result["active_after"], ".1f"), "", "per layer, step"]
+    )
+    rows.append(
+        ["output tokens", _number(result["tokens"]["exact"], ".2f"), _number(result["tokens"]["chosen"], ".2f"), "", "mean"]
+    )
+    d = (result["losses"] + result["gains"]) / max(result["items"], 1)
+    note = (
+        f"Non-inferiority by the score test on {result['items']:,} distinct held-out items, declared beforehand, each once per arm: "
+        f"{result['losses']} lost, {result['gains']} gained ({d:.2%} discordant), p = {result['p_value']:.2g} at "
+        f"alpha = {result['alpha']:.3g}; the drop is at most {result['upper_bound'] * 100:.2f} points at this confidence. "
+        f"Speed-ups are exact / chosen at {summary['condition']}, with t intervals from paired blocks."
+    )
+    return "<h2>Certificate</h2>" + _table(["", "exact", "chosen", "limit", "difference"], rows) + f"<p class=soft>{_e(note)}</p>"
+
+
+def _table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None, raw: frozenset[int] = frozenset()
+) -> str:
+    cells = []
+    for index, row in enumerate(rows):
+        shown = "".join(f"<td>{cell if column in raw else _e(cell)}</td>" for column, cell in enumerate(row))
+        cells.append(f"<tr{' class=chosen' if index == marked else ''}>{shown}</tr>")
+    return (
+        f"<div class=scroll><table><thead><tr>{''.join(f'<th>{_e(h)}</th>' for h in head)}</tr></thead>"
+        f"<tbody>{''.join(cells)}</tbody></table></div>"
+    )
+
+
+def _ladder(summary: dict[str, Any]) -> str:
+    if not summary["ladder"]:
+        return ""
+    rows = []
+    for rung in summary["ladder"]:
+        result = rung["result"]
+        good = rung["verdict"] == "passed"
+        verdict = f"<span class={'good' if good else 'bad'}>{_e(rung['verdict'])}</span>"
+        measured = f"{(result['chosen_accuracy'] - result['exact_accuracy']) * 100:+.2f}" if result else "–"
+        rows.append([str(rung["rung"]), rung["describe"], f"{-rung['drop'] * 100:+.2f}", f"{rung['speedup']:.2f}x", f"{rung['power']:.0%}",
+                     measured, verdict, result["reason"] if result else ""])  # fmt: skip
+    head = ["rung", "policy", "predicted points", "predicted speed", "chance", "measured points", "verdict", "reason"]
+    chosen = None if summary["chosenRung"] is None else summary["chosenRung"] - 1
+    return "<h2>Ladder, frozen before the held-out items were opened</h2>" + _table(head, rows, chosen, frozenset({6}))
+
+
+def _trials(summary: dict[str, Any]) -> str:
+    rows = []
+    for trial in summary["trials"]:
+        broken = [key for key, by in trial["violations"].items() if by > 0]
+        state = "<span class=good>feasible</span>" if not broken else f"<span class=bad>breaks {_e(', '.join(broken))}</span>"
+        if trial["crash"]:
+            state = "<span class=bad>engine crashed</span>"
+        elif trial["stopped"]:
+            state += f" <span class=soft>({_e(trial['stopped'])})</span>"
+        active = trial["levels"][0]["active_after"] if trial["levels"] else None
+        rows.append([str(trial["number"]), trial["policy"], _number(trial["tpotMs"]), _number(trial["accuracy"], ".1%"),
+                     f"{-trial['dropPoints']:+.2f}", f"{trial['differShare']:.1%}", _number(active, ".1f"), str(trial["items"]), state])  # fmt: skip
+    head = ["trial", "policy", "mean TPOT ms", "accuracy", "points", "answers differ", "experts", "items", ""]
+    return "<h2>Trials</h2>" + _table(head, rows, raw=frozenset({8}))
+
+
+def _noise(summary: dict[str, Any]) -> str:
+    noise = summary["noiseFloor"]
+    if not noise:
+        return ""
+    return (
+        "<h2>Noise floor</h2><p>Exact routing against itself under the same load: answers differed on "
+        f"{noise['differ']:.2%} of {noise['items']:,} items, right or wrong on {noise['discordant']:.2%}. "
+        "Batches change the order of sums, so no comparison can be finer than this.</p>"
+    )
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (drop, TPOT) that no other beats in both, by rising drop."""
+    found: list[int] = []
+    best = math.inf
+    for index in sorted(range(len(points)), key=lambda i: points[i]):
+        if points[index][1] < best:
+            best = points[index][1]
+            found.append(index)
+    return found
+
+
+def pareto_svg(summary: dict[str, Any]) -> str:
+    """Mean TPOT over measured drop, one mark per trial, with the limits as lines."""
+    trials = [t for t in summary["trials"] if t["levels"] and t["tpotMs"] and math.isfinite(t["tpotMs"])]
+    if not trials:
+        return "<p class=soft>No trial ended, so there is nothing to draw.</p>"
+    budget = summary["accuracy"]["maxDropPoints"]
+    tpot_limits = [(f"TPOT {r['statistic']} limit", r["limitMs"]) for r in summary["limits"] if r["metric"] == "tpot"]
+    xs, ys = [t["dropPoints"] for t in trials], [t["tpotMs"] for t in trials]
+    x0, x1 = min(0.0, *xs, -0.2) - 0.2, max(budget, *xs) + 0.4
+    top = max(ys)
+    shown = [(name, v) for name, v in tpot_limits if v <= top * 1.4]
+    y0, y1 = min(ys) * 0.92, max([top, *(v for _, v in shown)]) * 1.06
+
+    def px(x: float) -> float:
+        return _LEFT + (x - x0) / (x1 - x0) * (_W - _LEFT - _RIGHT)
+
+    def py(y: float) -> float:
+        return _H - _BOTTOM - (y - y0) / (y1 - y0) * (_H - _TOP - _BOTTOM)
+
+    parts = [f'<svg viewBox="0 0 {_W} {_H}" role=img aria-label="Mean TPOT over accuracy drop, one mark per trial">']
+    for tick in _ticks(x0, x1):
+        parts.append(f'<line x1={px(tick):.1f} y1={_TOP} x2={px(tick):.1f} y2={_H - _BOTTOM} stroke="var(--line)"/>')
+        parts.append(f"<text class=soft x={px(tick):.1f} y={_H - _BOTTOM + 18} text-anchor=middle>{tick:g}</text>")
+    for tick in _ticks(y0, y1):
+        parts.append(f'<line x1={_LEFT} y1={py(tick):.1f} x2={_W - _RIGHT} y2={py(tick):.1f} stroke="var(--line)"/>')
+        parts.append(f"<text class=soft x={_LEFT - 8} y={py(tick) + 4:.1f} text-anchor=end>{tick:g}</text>")
+    parts.append(f"<text x={(_LEFT + _W - _RIGHT) / 2} y={_H - 8} text-anchor=middle>accuracy lost, points (search items)</text>")
+    parts.append(f'<text x=16 y={_H / 2} text-anchor=middle transform="rotate(-90 16 {_H / 2})">mean TPOT, ms</text>')
+    parts.append(
+        f'<line x1={px(budget):.1f} y1={_TOP} x2={px(budget):.1f} y2={_H - _BOTTOM} stroke="var(--bad)" stroke-dasharray="5 4"/>'
+    )
+    parts.append(f'<text x={px(budget) + 5:.1f} y={_TOP + 12} style="fill:var(--bad)">budget {budget:g} points</text>')
+    for name, value in shown:
+        parts.append(
+            f'<line x1={_LEFT} y1={py(value):.1f} x2={_W - _RIGHT} y2={py(value):.1f} stroke="var(--bad)" stroke-dasharray="5 4"/>'
+        )
+        parts.append(f'<text x={_LEFT + 6} y={py(value) - 5:.1f} style="fill:var(--bad)">{_e(name)} {value:g} ms</text>')
+    front = pareto(list(zip(xs, ys, strict=True)))
+    if len(front) > 1:
+        steps = " ".join(f"{px(xs[b]):.1f},{py(ys[a]):.1f} {px(xs[b]):.1f},{py(ys[b]):.1f}" for a, b in itertools.pairwise(front))
+        first = f"{px(xs[front[0]]):.1f},{py(ys[front[0]]):.1f}"
+        parts.append(f'<polyline points="{first} {steps}" fill=none stroke="var(--soft)"/>')
+    chosen = summary["ladder"][summary["chosenRung"] - 1] if summary["chosenRung"] else None
+    for trial in trials:
+        x, y = px(trial["dropPoints"]), py(trial["tpotMs"])
+        exact = trial["digest"] == "exact"
+        colour = "var(--mark)" if exact else "var(--good)" if trial["feasible"] else "var(--bad)"
+        tip = f"trial {trial['number']}: {trial['policy']}, {trial['tpotMs']:.2f} ms, {-trial['dropPoints']:+.2f} points"
+        fill = colour if trial["feasible"] or exact else "none"
+        parts.append(
+            f'<circle cx={x:.1f} cy={y:.1f} r=5 fill="{fill}" stroke="{colour}" stroke-width=1.5><title>{_e(tip)}</title></circle>'
+        )
+        if exact:
+            parts.append(f"<text x={x + 9:.1f} y={y + 4:.1f}>exact</text>")
+    if chosen and chosen["result"]:
+        x = px(max(x0, min(x1, (chosen["result"]["exact_accuracy"] - chosen["result"]["chosen_accuracy"]) * 100)))
+        mean = chosen["result"]["latency_ms"]["chosen"]["tpot"]["mean"]
+        y = py(max(y0, min(y1, mean)))
+        parts.append(f'<path d="M{x:.1f} {y - 9:.1f}l9 9-9 9-9-9z" fill=none stroke="var(--ink)" stroke-width=2>'
+                     f"<title>certified: {_e(chosen['describe'])}, {mean:.2f} ms</title></path>")  # fmt: skip
+        parts.append(f"<text x={x + 13:.1f} y={y + 4:.1f}>chosen, as certified</text>")
+    return "".join(parts) + "</svg>"
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About six round numbers inside [low, high]."""
+    raw = (high - low) / 6
+    if raw <= 0:
+        return []
+    size = 10 ** math.floor(math.log10(raw))
+    step = next(m * size for m in (1, 2, 5, 10) if m * size >= raw)
+    first = math.ceil(low / step)
+    return [round(i * step, 10) for i in range(first, math.floor(high / step) + 1)]

@@ -1,0 +1,328 @@
+"""The ranking stage: trials on the warm engine until a budget ends, then the frozen ladder. Search ranks, nothing more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from sere_ext.errors import SereError
+from sere_ext.policy import EXACT_POLICY, Policy
+
+from sere_autotune import planner, stats
+from sere_autotune.budget import Budget
+from sere_autotune.engine import BlockReport, EngineCrashError, EngineFacts, Reject
+from sere_autotune.items import Item
+from sere_autotune.ladder import FRACTIONS, Candidate, Rung, pick_ladder
+from sere_autotune.load import Load, Request
+from sere_autotune.measures import LevelResult, answers, constraints, objective, summarise
+from sere_autotune.model import MonotoneModel
+from sere_autotune.outcome import BudgetExhaustedError
+from sere_autotune.sampler import make_sampler
+from sere_autotune.space import EXACT, Space, Table, auto_buckets
+from sere_autotune.spec import BucketEdges, TuningSpec
+from sere_autotune.study import TuningStudy
+from sere_autotune.traffic import Traffic
+
+_CRASHES_IN_A_ROW = 3
+_CRASH_FACTOR = 10.0  # a crashed trial's objective, times exact routing's: finite, so that samplers learn from it
+
+
+class Engine(Protocol):
+    """What the stages need of an engine; `engine.WarmEngine` is the real one."""
+
+    start_seconds: float
+
+    def start(self) -> EngineFacts: ...
+    def apply(self, policy: Policy) -> None: ...
+    def block(
+        self,
+        requests: Sequence[Request],
+        load: Load,
+        fillers: Sequence[Request] = (),
+        deadline_s: float | None = None,
+        reject: Reject | None = None,
+    ) -> BlockReport: ...
+    def stop(self) -> None: ...
+
+
+class Reporter(Protocol):
+    """Told what happens; draws the live table, publishes progress."""
+
+    def stage(self, name: str, total: int, done: int = 0) -> None: ...
+    def trial(self, row: dict[str, Any]) -> None: ...
+    def step(self, text: str, left_s: float) -> None: ...
+
+
+@dataclass
+class Run:
+    """Everything a stage works with."""
+
+    spec: TuningSpec
+    study: TuningStudy
+    engine: Engine
+    budget: Budget
+    traffic: Traffic
+    search: list[Item]
+    cert: list[Item]
+    report: Reporter
+    similarity_digest: str | None = None
+    facts: EngineFacts | None = None
+    advisory: bool = False
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def max_drop(self) -> float:
+        return self.spec.accuracy.max_drop_points / 100
+
+    def left_s(self) -> float:
+        return self.budget.left_s(time.monotonic())
+
+    def load(self, level: int, warmup_residences: float, residence_s: float, seed: int) -> Load:
+        """The load of a level, with its warm-up in requests."""
+        spec = self.spec.workload.load
+        if level:
+            return Load(concurrency=level, warmup=round(warmup_residences * level))
+        rate = spec.requests_per_second or 1.0
+        return Load(rate=rate, seed=seed, warmup=max(5, round(warmup_residences * residence_s * rate)))
+
+    def space(self) -> Space:
+        """The space, its bucket edges frozen in the study as soon as they are known."""
+        assert self.facts is not None
+        levels = self.spec.workload.load.levels
+        frozen = self.study.get("edges")
+        if frozen:
+            edges = tuple(BucketEdges.model_validate(e) for e in frozen)
+        elif self.spec.search.buckets:
+            edges = self.spec.search.buckets
+        elif all(levels):
+            edges = auto_buckets(levels, levels)
+        else:
+            edges = tuple(BucketEdges(min_tokens=1) for _ in levels)  # until exact routing has shown the batch sizes
+        return Space(edges, self.spec.search.policies, self.facts.top_k, self.similarity_digest)
+
+
+def window(items: Sequence[Item], number: int, size: int) -> list[Item]:
+    """The `size` items of a trial: the window moves on with each trial and wraps around."""
+    size = min(size, len(items))
+    start = number * size % len(items)
+    return [items[(start + i) % len(items)] for i in range(size)]
+
+
+def measure(run: Run, policy: Policy, items: Sequence[Item], *, number: int, seconds: float, reject: bool) -> list[LevelResult]:
+    """One policy at every load level on the given items; stops at the first level that rejects it.
+
+    Raises:
+        EngineCrashError: the engine died under it.
+    """
+    run.engine.apply(policy)
+    found = []
+    for index, level in enumerate(run.spec.workload.load.levels):
+        exact = run.study.exact_answers(index)
+        known = run.study.get("pace", {})
+        load = run.load(level, 2, known.get("residence", 0.3), seed=run.spec.workload.seed + 31 * number + index)
+        requests = run.traffic.requests(items, offset=number * len(items))
+        against = Reject(run.max_drop, 0.05, exact) if reject and exact else None
+        # A trial is cut off by its budget too, which so is never exceeded.
+        limit = min(seconds, max(1.0, run.left_s()))
+        report = run.engine.block(requests, load, run.traffic.requests(items[: max(level * 2, 8)]), limit, against)
+        result = summarise(index, report.block, exact, run.traffic.timed)
+        result.active_before, result.active_after = report.active_before, report.active_after
+        found.append(result)
+        if policy == EXACT_POLICY and not exact:
+            run.study.put_exact_answers(index, answers(report.block.sent))
+        if result.stopped and result.stopped.startswith("accuracy"):
+            break
+    return found
+
+
+def rank(run: Run) -> None:
+    """Run trials until the trials or the budget are used up; what certification needs is kept back."""
+    study, search = run.study, run.spec.search
+    study.heal()
+    study.enqueue_first(run.space(), search.trials)
+    crashes = 0
+    run.report.stage("search", search.trials, len(study.complete()))
+    for old in study.complete():
+        run.report.trial(_row(old.number, run.space(), run.space().table(old.params), study.levels(old), old.constraints))
+    while (done := len(study.complete())) < search.trials:
+        if done and run.left_s() < reserve_s(run) + _trial_seconds(run):
+            study.put(
+                "searchEnded", f"{run.budget.which(time.monotonic())} after {done} trials, the rest is kept for certification"
+            )
+            break
+        if not done and run.left_s() < 10:
+            raise BudgetExhaustedError(f"{run.budget.which(time.monotonic())} ran out before the first trial; raise it")
+        space = run.space()
+        trial, table = study.ask(space, lambda number, space=space: make_sampler(  # type: ignore[misc]
+            search.sampler, space, lambda seed: propose(run, space, seed), search.seed, number))  # fmt: skip
+        crashes = _evaluate(run, trial, table, crashes)
+        if not done:
+            _after_exact(run)
+        study.note_spent(run.budget)
+
+
+def _evaluate(run: Run, trial: Any, table: Table, crashes: int) -> int:
+    """Measure one trial and tell it. Returns crashes in a row."""
+    space, search, study = run.space(), run.spec.search, run.study
+    policy = space.policy(table)
+    exact = policy == EXACT_POLICY
+    run.report.step(f"trial {trial.number}: {policy.describe()}", time_left_s(run))
+    # Exact routing answers every search item, so that later windows find their partner.
+    items = list(run.search) if exact and not study.exact_answers(0) else window(run.search, trial.number, search.items_per_trial)
+    seconds = search.trial_seconds * max(1.0, len(items) / search.items_per_trial)
+    limits = run.spec.slo.limits()
+    began = time.monotonic()
+    try:
+        levels = measure(run, policy, items, number=trial.number, seconds=seconds, reject=not exact)
+    except EngineCrashError as error:
+        if exact or crashes + 1 >= _CRASHES_IN_A_ROW:
+            raise SereError(f"the engine keeps failing ({error}); see its log with SERE_ENGINE_LOGS=1") from error
+        keys = [f"{metric}.{name}" for metric, name, _ in limits] + ["accuracy", "failures"]
+        worst = max((t.value or 0.0 for t in study.complete()), default=1e3)
+        crash: dict[str, Any] = {"policy": policy.to_json_dict(), "describe": policy.describe(), "crash": str(error)}
+        study.tell(trial, worst * _CRASH_FACTOR, dict.fromkeys(keys, 1.0), crash)
+        run.report.trial({"number": trial.number, "policy": policy.describe(), "crash": str(error)})
+        return crashes + 1
+    if not any(level.requests for level in levels):
+        raise BudgetExhaustedError(f"{run.budget.which(time.monotonic())} ran out in the middle of a trial; raise it")
+    violations = constraints(levels, limits, run.max_drop, run.spec.slo.max_failure_share)
+    record: dict[str, Any] = {
+        "policy": policy.to_json_dict(), "describe": policy.describe(), "digest": policy.digest,
+        "levels": [level.to_dict() for level in levels], "seconds": time.monotonic() - began,
+    }  # fmt: skip
+    study.tell(trial, objective(levels), violations, record)
+    run.report.trial(_row(trial.number, space, table, levels, violations))
+    return 0
+
+
+def _row(number: int, space: Space, table: Table, levels: Sequence[LevelResult], violations: dict[str, float]) -> dict[str, Any]:
+    items = sum(level.items for level in levels)
+    return {
+        "number": number, "policy": space.policy(table).describe(), "exact": table == space.exact(),
+        "tpotMs": objective(levels) if levels else float("nan"),
+        "accuracy": float(np.mean([level.accuracy for level in levels])) if levels else float("nan"),
+        "dropPoints": 100 * sum(level.losses - level.gains for level in levels) / items if items else 0.0,
+        "items": items, "active": levels[0].active_after if levels else None,
+        "broken": [key for key, by in violations.items() if by > 0],
+        "stopped": next((level.stopped for level in levels if level.stopped), None),
+    }  # fmt: skip
+
+
+def _after_exact(run: Run) -> None:
+    """What the first trial teaches: pace, bucket edges of an open loop, and how far exact differs from exact."""
+    study = run.study
+    first = study.levels(study.complete()[0])
+    if study.get("pace") is None:
+        pace = {"rate": first[0].rate, "residence": first[0].residence_s, "startSeconds": run.engine.start_seconds}
+        study.put("pace", pace)
+    levels = run.spec.workload.load.levels
+    if study.get("edges") is None:
+        edges = run.spec.search.buckets or auto_buckets(levels, [level.batch for level in first])
+        study.put("edges", [edge.to_json_dict() for edge in edges])
+    if study.get("noise") is None:
+        run.report.step("noise floor: exact against exact", time_left_s(run))
+        items = window(run.search, 0, run.spec.search.items_per_trial)
+        again = measure(run, EXACT_POLICY, items, number=0, seconds=run.spec.search.trial_seconds, reject=False)
+        n = sum(level.items for level in again)
+        differ = sum(level.differ for level in again) / max(n, 1)
+        discordant = sum(level.losses + level.gains for level in again) / max(n, 1)
+        study.put("noise", {"items": n, "differ": differ, "discordant": discordant})
+
+
+def noise_discordance(run: Run) -> float:
+    """Discordant share of exact against exact; never quite zero, since only so many items were looked at."""
+    noise = run.study.get("noise") or {"items": 0, "discordant": 0.0}
+    return float((noise["discordant"] * noise["items"] + 0.5) / (noise["items"] + 100))
+
+
+def fitted_model(run: Run, space: Space, seed: int) -> MonotoneModel:
+    model = MonotoneModel(space.choices(), len(space.edges), space.top_k, noise_discordance(run))
+    model.fit(run.study.observations(space), seed)
+    return model
+
+
+def propose(run: Run, space: Space, seed: int) -> Table:
+    """The next table: Thompson sampling near the budget shares that the ladder will ask for."""
+    rng = np.random.default_rng(seed)
+    model = fitted_model(run, space, seed)
+    table = model.sample_table(run.max_drop * float(rng.choice(FRACTIONS[3])), rng)
+    if table == space.exact():  # nothing is safe enough in this draw: learn from what costs least
+        cheapest = [int(np.argmin(model.drop(b).mean(axis=0)[1:])) + 1 for b in range(model.buckets)]
+        table = tuple(model.choices[i] for i in cheapest)
+    return table
+
+
+def freeze_ladder(run: Run) -> list[Rung]:
+    """The ladder, picked once and kept; empty where no policy is predicted to hold the limits and to gain."""
+    frozen = run.study.get("ladder")
+    if frozen is not None:
+        return [Rung(**rung) for rung in frozen]
+    space = run.space()
+    model = fitted_model(run, space, run.spec.search.seed)
+    noise = noise_discordance(run)
+    picks = pick_ladder(model, run.max_drop, run.spec.search.rungs, noise, _allowed(run, space, model))
+    ladder = [_rung(run, space, model, fraction, candidate) for fraction, candidate in picks]
+    run.study.put("ladder", [rung.to_dict() for rung in ladder])
+    return ladder
+
+
+def _rung(run: Run, space: Space, model: MonotoneModel, fraction: float, candidate: Candidate) -> Rung:
+    policy = space.policy(candidate.table)
+    index = [model.choices.index(choice) for choice in candidate.table]
+    drops = np.mean([model.drop(b)[:, i] for b, i in enumerate(index)], axis=0)
+    excess = np.mean([model.excess(b)[:, i] for b, i in enumerate(index)], axis=0)
+    n = len(run.cert)
+    some = np.linspace(0, len(drops) - 1, 24).astype(int)
+    chance = [
+        stats.power(n, noise_discordance(run) + float(excess[i]), float(drops[i]), run.max_drop, run.spec.accuracy.alpha)
+        for i in some
+    ]
+    return Rung(
+        policy=policy.to_json_dict(), describe=policy.describe(), fraction=fraction, drop=candidate.drop,
+        discordance=candidate.discordance, speedup=candidate.speedup, power=float(np.mean(chance)),
+    )  # fmt: skip
+
+
+def _allowed(run: Run, space: Space, model: MonotoneModel) -> Any:
+    """[buckets, choices]: False where TPOT is predicted over its limit, or a trial broke another latency limit."""
+    study, choices = run.study, model.choices
+    allowed = np.ones((model.buckets, len(choices)), bool)
+    complete = study.complete()
+    exact = study.levels(next(t for t in complete if space.table(t.params) == space.exact()))
+    for metric, name, limit in run.spec.slo.limits():
+        if metric == "tpot":
+            for b in range(model.buckets):
+                predicted = exact[b].latency_ms["tpot"][name] / np.exp(model.log_speed(b).mean(axis=0))
+                allowed[b] &= predicted <= limit
+    for trial in complete:
+        broken = [k for k, by in trial.constraints.items() if by > 0 and k != "accuracy" and not k.startswith("tpot.")]
+        if broken or trial.user_attrs.get("crash"):
+            for b, choice in enumerate(space.table(trial.params)):
+                if choice != EXACT:
+                    allowed[b, choices.index(choice)] = False
+    return allowed
+
+
+def reserve_s(run: Run) -> float:
+    """Seconds that certifying the ladder will take; the first rung alone where the budget is small."""
+    pace = run.study.get("pace", {})
+    one = planner.rung_seconds(run.spec, pace, len(run.spec.workload.load.levels)) * 1.15 + 5
+    every = one * run.spec.search.rungs
+    total = run.spec.search.device_hours * 3600 / run.budget.devices
+    return every if every < total / 2 else one
+
+
+def _trial_seconds(run: Run) -> float:
+    times = [t.user_attrs["seconds"] for t in run.study.complete() if "seconds" in t.user_attrs]
+    return float(max(times[1:] or times or [run.spec.search.trial_seconds]))
+
+
+def time_left_s(run: Run) -> float:
+    """Estimate for the live table: trials to come and certification."""
+    trials = max(0, run.spec.search.trials - len(run.study.complete()))
+    levels = len(run.spec.workload.load.levels)
+    pace = run.study.get("pace", {})
+    return trials * _trial_seconds(run) + run.spec.search.rungs * planner.rung_seconds(run.spec, pace, levels)

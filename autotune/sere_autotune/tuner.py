@@ -1,0 +1,300 @@
+"""One tuning run from its file to its outcome: prepare, rank, certify, write. Goes on where a killed run was."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sere_ext.errors import SimilarityError, UsageError
+from sere_ext.policy import Kind, Policy
+from sere_ext.similarity import SimilarityMeta, model_config_digest, read_meta
+
+from sere_autotune import certify, planner, results, search
+from sere_autotune.budget import Budget
+from sere_autotune.items import Item, load_items, set_digest, split
+from sere_autotune.ladder import Rung, RungResult
+from sere_autotune.ledger import Ledger
+from sere_autotune.outcome import BudgetExhaustedError, Ending, NearestMiss, Outcome, nearest_miss
+from sere_autotune.search import Engine, Reporter, Run
+from sere_autotune.spec import TuningSpec
+from sere_autotune.study import TuningStudy, fingerprint, forget
+from sere_autotune.traffic import Traffic
+
+EngineFactory = Callable[[TuningSpec, str | None, Callable[[bool], None]], Engine]
+
+
+@dataclass
+class Prepared:
+    """Input that was read and found good; nothing was started."""
+
+    spec: TuningSpec
+    items: list[Item]
+    search: list[Item]
+    cert: list[Item]
+    config_digest: str
+    similarity: SimilarityMeta | None
+    plan: planner.Plan
+
+    @property
+    def out(self) -> Path:
+        return Path(self.spec.out)
+
+
+def prepare(spec: TuningSpec) -> Prepared:
+    """Read and check all input, and make the plan.
+
+    Raises:
+        UsageError: a missing or bad file, a similarity artefact of another model, too few items, a dense model.
+    """
+    spec.check_files()
+    items = load_items(spec.accuracy)
+    if len(items) < 40:
+        raise UsageError(
+            f"accuracy.tasks: {len(items)} distinct items are too few to split into search and certification; give 40"
+        )
+    mine, held_out = split(items, spec.accuracy.search_items)
+    config = read_config(spec)
+    digest = model_config_digest(config)
+    similarity = read_meta(spec.similarity) if spec.similarity else None
+    if similarity is not None and similarity.config_digest != digest:
+        raise SimilarityError(
+            f"{spec.similarity} was made for {similarity.model_name} ({similarity.model_type}, {similarity.num_experts} experts), "
+            f"not for {spec.model}; make one with `sere calibrate {spec.model} --data FILE`"
+        )
+    ledger = Ledger(Path(spec.out))
+    known = ledger.known(digest)
+    openings = ledger.openings(digest, set_digest(held_out), _study_name(spec, held_out, digest))
+    plan = planner.make_plan(spec, len(items), len(held_out), known.get("noise"), openings, known.get("pace", {}))
+    return Prepared(spec, items, mine, held_out, digest, similarity, plan)
+
+
+def read_config(spec: TuningSpec) -> dict[str, object]:
+    """The model's config.json, decoded. Raises UsageError if there is none or it has no experts."""
+    from sere_ext.artifact import model_config_dict
+
+    try:
+        config = model_config_dict(spec.model, spec.revision or None)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"model: cannot read the configuration of {spec.model} ({first}); check the name or folder") from error
+    text = config.get("text_config")
+    merged = {**config, **text} if isinstance(text, dict) else config
+    if not any(merged.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")):
+        raise UsageError(f"model: {spec.model} is a dense model ({merged.get('model_type')}): it has no experts to re-route")
+    return config
+
+
+def _study_name(spec: TuningSpec, cert: Sequence[Item], config_digest: str) -> str:
+    return f"{Path(spec.out).resolve()} {fingerprint(spec, set_digest(cert), config_digest)[:19]}"
+
+
+def tune(
+    prepared: Prepared,
+    make_engine: EngineFactory,
+    report: Reporter,
+    *,
+    advisory: bool = False,
+    fresh: bool = False,
+    only: Policy | None = None,
+) -> results.Finished:
+    """Run, or go on with, one tuning.
+
+    Args:
+        make_engine: makes the engine for a spec and similarity path; is told when device time begins and ends.
+        advisory: go on without the chance of a certificate; the profile says `certified: false`.
+        fresh: forget what `out` holds of an earlier study.
+        only: certify this policy and search nothing.
+
+    Raises:
+        CannotCertifyError: refused before anything was spent.
+        SereError: broken input, or an engine that does not start.
+    """
+    spec, out = prepared.spec, prepared.out
+    if not prepared.plan.can_certify and not advisory:
+        raise planner.CannotCertifyError(prepared.plan.problem)
+    if fresh:
+        forget(out)
+    mark = fingerprint(spec, set_digest(prepared.cert), prepared.config_digest) + (f" {only.digest}" if only else "")
+    study = TuningStudy(out, mark)
+    budget = Budget.of(spec.search, spec.engine.tensor_parallel_size)
+    budget.began = time.monotonic()
+    study.restore(budget)
+    ledger = Ledger(out)
+    try:
+        stored = study.get("outcome")
+        if stored and Outcome.from_dict(stored).ending is not Ending.BUDGET:
+            # What a finished study found does not change; only a spent budget can be raised.
+            return results.finish(Run(spec, study, _NoEngine(), budget, Traffic(spec.workload, prepared.items),
+                                      prepared.search, prepared.cert, report), Outcome.from_dict(stored))  # fmt: skip
+        similarity = _similarity(prepared, report)
+
+        def on_engine(running: bool) -> None:
+            now = time.monotonic()
+            budget.engine_started(now) if running else budget.engine_stopped(now)
+            study.note_spent(budget)
+
+        if budget.left_s(time.monotonic()) < 10:
+            raise BudgetExhaustedError(f"{budget.which(time.monotonic())} is spent; raise it and run the same line again")
+        engine = make_engine(spec, str(similarity) if similarity else None, on_engine)
+        run = Run(spec, study, engine, budget, Traffic(spec.workload, prepared.items), prepared.search, prepared.cert, report)
+        run.advisory = advisory
+        run.similarity_digest = read_meta(similarity).digest if similarity else None
+        try:
+            outcome = _run(run, ledger, prepared, only)
+        finally:
+            engine.stop()
+            study.note_spent(budget)
+        study.put("outcome", outcome.to_dict())
+        return results.finish(run, outcome, similarity)
+    finally:
+        study.close()
+
+
+def _run(run: Run, ledger: Ledger, prepared: Prepared, only: Policy | None) -> Outcome:
+    """The engine's part. Every ending but a broken engine is an outcome."""
+    study = run.study
+    run.report.stage("starting the engine", 1)
+    try:
+        run.facts = run.engine.start()
+        study.put("key", run.facts.key)
+        study.put("topK", run.facts.top_k)
+        if only is not None:
+            only.check_model(run.facts.top_k)
+            ladder = _probe(run, only)
+        else:
+            search.rank(run)
+            ladder = search.freeze_ladder(run)
+        ledger.note(prepared.config_digest, noise=search.noise_discordance(run), pace=study.get("pace"))
+        if not ladder:
+            return _infeasible(run, [], [])
+        chosen, done = certify.certify(run, ladder, ledger, prepared.config_digest)
+    except BudgetExhaustedError as error:
+        return Outcome(Ending.BUDGET, f"{error}; nothing was certified, exact routing stays", _counts(run), _nearest(run))
+    except planner.CannotCertifyError as error:
+        return Outcome(Ending.CANNOT_CERTIFY, str(error), _counts(run), _nearest(run))
+    if chosen is not None:
+        rung, result = ladder[chosen], done[chosen]
+        message = (
+            f"{rung.describe}: {_ratio_text(run, result)}, {-result.drop * 100:+.2f} points, certified at "
+            f"{run.spec.accuracy.confidence:.0%} on {result.items:,} held-out items"
+        )
+        return Outcome(Ending.CHOSEN, message, _counts(run), chosen=chosen)
+    if run.advisory:
+        fit = [i for i, r in enumerate(done) if r.verdict != "slo" and r.drop <= run.max_drop]
+        if fit:
+            index = fit[-1]
+            message = f"{ladder[index].describe}: not certified ({done[index].reason}); advisory only"
+            return Outcome(Ending.CHOSEN, message, _counts(run), chosen=index, advisory=True)
+    return _infeasible(run, ladder, done)
+
+
+def _probe(run: Run, policy: Policy) -> list[Rung]:
+    """A one-rung ladder for a given policy: exact routing and the policy once on search items, for pace and power."""
+    frozen = run.study.get("ladder")
+    if frozen is not None:
+        return [Rung(**rung) for rung in frozen]
+    assert run.facts is not None
+    run.similarity_digest = policy.similarity_digest or run.similarity_digest
+    spec = run.spec.model_copy(update={"search": run.spec.search.model_copy(update={"trials": 1})})
+    ranked = dataclasses.replace(run, spec=spec)
+    search.rank(ranked)
+    items = search.window(run.search, 1, run.spec.search.items_per_trial)
+    levels = search.measure(run, policy, items, number=1, seconds=run.spec.search.trial_seconds, reject=False)
+    exact = run.study.levels(run.study.complete()[0])
+    n = max(1, sum(level.items for level in levels))
+    d = (sum(level.losses + level.gains for level in levels) + 0.5) / n
+    drop = max(0.0, sum(level.losses - level.gains for level in levels) / n)
+    from sere_autotune.measures import objective
+    from sere_autotune.stats import power
+
+    chance = power(len(run.cert), d, drop, run.max_drop, run.spec.accuracy.alpha)
+    speed = objective(exact) / objective(levels)
+    # One small probe says little of the drop: the certificate decides, so it is never refused from this.
+    rung = Rung(policy.to_json_dict(), policy.describe(), 1.0, min(drop, run.max_drop / 2), d, speed, max(chance, 0.5))
+    run.study.put("ladder", [rung.to_dict()])
+    return [rung]
+
+
+def _ratio_text(run: Run, result: RungResult) -> str:
+    name = results.headline(run.spec)
+    ratio = result.speedup.get(name) or {}
+    return f"{ratio.get('value', float('nan')):.2f}x TPOT {name} at {results.condition(run.spec)}"
+
+
+def _counts(run: Run) -> dict[str, int]:
+    complete = run.study.complete()
+    crashed = sum(bool(t.user_attrs.get("crash")) for t in complete)
+    feasible = sum(all(by <= 0 for by in t.constraints.values()) for t in complete)
+    return {"complete": len(complete), "feasible": feasible, "crashed": crashed, "planned": run.spec.search.trials}
+
+
+def _nearest(run: Run) -> NearestMiss | None:
+    trials = []
+    for trial in run.study.complete():
+        policy = Policy.parse(trial.user_attrs["policy"])
+        trials.append((policy.describe(), policy.uses_rerouting(), dict(trial.constraints)))
+    limits = {f"{metric}.{name}": limit for metric, name, limit in run.spec.slo.limits()}
+    return nearest_miss(trials, limits, run.spec.accuracy.max_drop_points)
+
+
+def _infeasible(run: Run, ladder: Sequence[Rung], done: Sequence[RungResult]) -> Outcome:
+    nearest = _nearest(run)
+    if done:
+        failed = [(rung, result) for rung, result in zip(ladder, done, strict=False)]
+        rung, result = failed[-1]
+        text = f"{rung.describe}: {result.reason}"
+        give = {
+            "slo": "the latency limit, or the load",
+            "accuracy": "accuracy.maxDropPoints, or more items to tell such a drop from the limit",
+        }[result.verdict]
+        nearest = NearestMiss(rung.describe, result.verdict, max(0.0, result.upper_bound - run.max_drop), text, give)
+    elif nearest is None:
+        gain = "no policy is predicted to be faster within the accuracy budget"
+        nearest = NearestMiss("exact", "speed", 0.0, gain, "accuracy.maxDropPoints, or the load (larger batches gain more)")
+    message = f"nothing is feasible; closest: {nearest.text}; what would have to give: {nearest.give}; exact routing stays"
+    return Outcome(Ending.INFEASIBLE, message, _counts(run), nearest)
+
+
+def _similarity(prepared: Prepared, report: Reporter) -> Path | None:
+    """The artefact to use: as given, or made now from `calibrate.data`, else from the search items' prompts."""
+    spec = prepared.spec
+    if spec.similarity:
+        return Path(spec.similarity).resolve()
+    if Kind.SERE not in spec.search.policies:
+        return None
+    made = prepared.out.resolve() / "similarity.safetensors"
+    if made.exists():
+        if read_meta(made).config_digest == prepared.config_digest:
+            return made
+        made.unlink()
+    report.stage("calibrating", 1)
+    data = spec.calibrate.data if spec.calibrate else None
+    if data is None:
+        import json
+
+        text = prepared.out / "calibration.jsonl"
+        text.write_text("".join(json.dumps({"prompt": i.prompt, "answer": i.answer}) + "\n" for i in prepared.search))
+        data = str(text)
+    command = [sys.executable, "-m", "sere_ext.cli", "calibrate", spec.model, "--data", data, "--out", str(made)]
+    if spec.revision:
+        command += ["--revision", spec.revision]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise UsageError(f"calibration failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
+    return made
+
+
+class _NoEngine:
+    """Stands in where a finished study is read again."""
+
+    start_seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("a finished study needs no engine")
