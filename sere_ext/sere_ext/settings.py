@@ -92,5 +92,5 @@ def _from_profile(path: Path) -> Settings:
             raise ProfileError(
                 f"{path}: the similarity is at {spec.similarity.uri}, which is no file here; copy it and use file://"
             )
-        similarity = str(path.parent / unquote(parts.path)) if parts.path else None
+        similarity = str(path.parent / unquote(parts.netloc + parts.path))  # file://name and file:name: beside the profile
     return Settings(spec.policy, similarity, spec.key)

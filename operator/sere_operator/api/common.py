@@ -93,8 +93,8 @@ def duration_seconds(text: str) -> int:
 class KeyRef(Record):
     """A key of a ConfigMap or Secret in the resource's own namespace."""
 
-    name: DnsName
-    key: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
+    name: Annotated[DnsName, Field(description="of the object")]
+    key: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$", description="in its data")]
 
 
 class Source(Record):
@@ -119,7 +119,7 @@ class Artefact(Record):
 class Claim(Record):
     """A PersistentVolumeClaim in the resource's own namespace."""
 
-    claim_name: DnsName
+    claim_name: Annotated[DnsName, Field(description="PersistentVolumeClaim in the same namespace")]
 
 
 class Model(Record):
@@ -141,15 +141,17 @@ class Model(Record):
 
 
 class SecretEnv(Record):
-    secret_key_ref: KeyRef
+    secret_key_ref: Annotated[KeyRef, Field(description="key of a Secret")]
 
 
 class EnvVar(Record):
     """An environment variable of the engine's container."""
 
-    name: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$")]
-    value: Annotated[str | None, Field(max_length=4096)] = None
-    value_from: SecretEnv | None = None
+    name: Annotated[
+        str, Field(min_length=1, max_length=256, pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$", description="of the variable")
+    ]
+    value: Annotated[str | None, Field(max_length=4096, description="plain text")] = None
+    value_from: Annotated[SecretEnv | None, Field(description="from a Secret")] = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -170,7 +172,7 @@ class Engine(Record):
         tuple[Annotated[str, Field(min_length=1, max_length=4096)], ...],
         Field(max_length=64, description="further arguments of `vllm serve`; flags that the spec sets are refused"),
     ] = ()
-    env: Annotated[tuple[EnvVar, ...], Field(max_length=64)] = ()
+    env: Annotated[tuple[EnvVar, ...], Field(max_length=64, description="further environment variables")] = ()
 
     @model_validator(mode="after")
     def _no_managed_flags(self) -> Self:
@@ -185,35 +187,49 @@ class Engine(Record):
 class Resources(Record):
     """Requests and limits of a container, as Kubernetes takes them."""
 
-    requests: Annotated[dict[str, Quantity] | None, Field(max_length=16)] = None
-    limits: Annotated[dict[str, Quantity] | None, Field(max_length=16)] = None
+    requests: Annotated[dict[str, Quantity] | None, Field(max_length=16, description="by resource name")] = None
+    limits: Annotated[
+        dict[str, Quantity] | None, Field(max_length=16, description="by resource name, such as nvidia.com/gpu")
+    ] = None
 
 
 class VolumeMount(Record):
     """A further claim, mounted read-only into engine and tuner pods."""
 
-    name: Annotated[str, Field(min_length=1, max_length=40, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
-    claim_name: DnsName
-    mount_path: AbsolutePath
-    sub_path: Annotated[str | None, Field(max_length=1024)] = None
+    name: Annotated[
+        str,
+        Field(min_length=1, max_length=40, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", description="of the volume in the pod"),
+    ]
+    claim_name: Annotated[DnsName, Field(description="PersistentVolumeClaim in the same namespace")]
+    mount_path: Annotated[AbsolutePath, Field(description="where it is mounted")]
+    sub_path: Annotated[str | None, Field(max_length=1024, description="folder of the claim. Default: its root.")] = None
 
 
 class Toleration(Record):
     """A taint that the pods tolerate, as in a pod's spec."""
 
-    key: Annotated[str | None, Field(max_length=317)] = None
-    operator: Annotated[str | None, Field(pattern="^(Exists|Equal)$", max_length=6)] = None
-    value: Annotated[str | None, Field(max_length=63)] = None
-    effect: Annotated[str | None, Field(pattern="^(NoSchedule|PreferNoSchedule|NoExecute)$", max_length=16)] = None
-    toleration_seconds: int | None = None
+    key: Annotated[str | None, Field(max_length=317, description="of the taint. Default: every key.")] = None
+    operator: Annotated[
+        str | None, Field(pattern="^(Exists|Equal)$", max_length=6, description="Exists or Equal. Default: Equal.")
+    ] = None
+    value: Annotated[str | None, Field(max_length=63, description="of the taint")] = None
+    effect: Annotated[
+        str | None,
+        Field(
+            pattern="^(NoSchedule|PreferNoSchedule|NoExecute)$",
+            max_length=16,
+            description="NoSchedule, PreferNoSchedule or NoExecute. Default: every effect.",
+        ),
+    ] = None
+    toleration_seconds: Annotated[int | None, Field(description="how long NoExecute is tolerated. Default: for ever.")] = None
 
 
 class Percentiles(Record):
     """Limits in milliseconds on percentiles of a latency over requests. One or more."""
 
-    p50: Annotated[float | None, Field(ge=0.001, le=86_400_000)] = None
-    p95: Annotated[float | None, Field(ge=0.001, le=86_400_000)] = None
-    p99: Annotated[float | None, Field(ge=0.001, le=86_400_000)] = None
+    p50: Annotated[float | None, Field(ge=0.001, le=86_400_000, description="limit on the median, ms")] = None
+    p95: Annotated[float | None, Field(ge=0.001, le=86_400_000, description="limit on the 95th percentile, ms")] = None
+    p99: Annotated[float | None, Field(ge=0.001, le=86_400_000, description="limit on the 99th percentile, ms")] = None
 
     @model_validator(mode="after")
     def _some(self) -> Self:

@@ -117,7 +117,11 @@ ConditionDict = Annotated[
 ]
 Conditions = Annotated[
     tuple[ConditionDict, ...],
-    Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+    Field(
+        max_length=16,
+        description="what is told about it, one entry per type",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    ),
 ]
 
 

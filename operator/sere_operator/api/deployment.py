@@ -49,7 +49,7 @@ class Strategy(StrEnum):
 class ProfileRef(Record):
     """A SereProfile in the same namespace; with a digest, only that content is accepted."""
 
-    name: DnsName
+    name: Annotated[DnsName, Field(description="of the SereProfile")]
     digest: Annotated[
         str | None, Field(pattern=r"^sha256:[0-9a-f]{64}$", max_length=71, description="of the profile's spec; pins its content")
     ] = None
@@ -81,16 +81,16 @@ class Routing(Record):
 class AutoscalingMetric(Record):
     """A pods metric of the cluster's custom metrics API and its wanted mean per pod."""
 
-    name: Annotated[str, Field(min_length=1, max_length=253)]
+    name: Annotated[str, Field(min_length=1, max_length=253, description="of the metric")]
     average_value: Annotated[str, Field(min_length=1, max_length=64, description="a Kubernetes quantity")]
 
 
 class Autoscaling(Record):
     """Bounds for a generated HorizontalPodAutoscaler."""
 
-    min: Annotated[int, Field(ge=1, le=10_000)] = 1
-    max: Annotated[int, Field(ge=1, le=10_000)]
-    metric: AutoscalingMetric | None = None
+    min: Annotated[int, Field(ge=1, le=10_000, description="fewest pods")] = 1
+    max: Annotated[int, Field(ge=1, le=10_000, description="most pods")]
+    metric: Annotated[AutoscalingMetric | None, Field(description="that it scales by")] = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -127,7 +127,7 @@ class Rollout(Record):
     max_unavailable: Annotated[
         int | None, Field(ge=0, le=1000, description="pods below replicas. Default: 0, with DrainFirst 1.")
     ] = None
-    canary: Canary = Canary()
+    canary: Annotated[Canary, Field(description="how a policy is tried before all pods get it")] = Canary()
 
     @property
     def surge(self) -> int:
@@ -151,21 +151,21 @@ class Rollout(Record):
 class SereDeploymentSpec(Record):
     """What is wanted."""
 
-    model: Model
-    engine: Engine = Engine()
+    model: Annotated[Model, Field(description="what is served")]
+    engine: Annotated[Engine, Field(description="how vLLM is run")] = Engine()
     resources: Annotated[Resources | None, Field(description="of the engine's container")] = None
     replicas: Annotated[int | None, Field(ge=0, le=10_000, description="pods. Without replicas and autoscaling: 1.")] = None
     autoscaling: Annotated[Autoscaling | None, Field(description="instead of replicas")] = None
-    slo: Slo | None = None
-    accuracy: Accuracy | None = None
-    routing: Routing = Routing()
-    tuning: Tuning | None = None
-    rollout: Rollout = Rollout()
+    slo: Annotated[Slo | None, Field(description="latency limits; needed by mode Tuned")] = None
+    accuracy: Annotated[Accuracy | None, Field(description="how much may be given up; needed by mode Tuned")] = None
+    routing: Annotated[Routing, Field(description="which policy is wanted")] = Routing()
+    tuning: Annotated[Tuning | None, Field(description="needed by mode Tuned")] = None
+    rollout: Annotated[Rollout, Field(description="how changes reach the pods")] = Rollout()
     suspend: Annotated[bool, Field(description="true: the operator changes nothing, what runs goes on. Default: false.")] = False
     volumes: Annotated[tuple[VolumeMount, ...], Field(max_length=16, description="further claims, mounted read-only")] = ()
-    node_selector: Annotated[dict[str, str] | None, Field(max_length=16)] = None
-    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = ()
-    runtime_class_name: DnsName | None = None
+    node_selector: Annotated[dict[str, str] | None, Field(max_length=16, description="labels that a node must have")] = None
+    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16, description="taints that the pods tolerate")] = ()
+    runtime_class_name: Annotated[DnsName | None, Field(description="such as nvidia")] = None
 
     @property
     def wanted_replicas(self) -> int | None:
@@ -214,13 +214,17 @@ class PolicyStatus(Record):
 class RolloutStatus(Record):
     """A policy rollout under way. All that a restarted operator needs to go on."""
 
-    candidate: str | None = None
-    stage: Annotated[str | None, Field(description="Canary, Analysing, AwaitingApproval, Promoting or RollingBack")] = None
-    canary_pods: Annotated[tuple[str, ...], Field(max_length=64)] = ()
-    started_at: Annotated[str | None, Field(json_schema_extra={"format": "date-time"})] = None
-    attempt: int | None = None
-    next_attempt_at: Annotated[str | None, Field(json_schema_extra={"format": "date-time"})] = None
-    message: str | None = None
+    candidate: Annotated[str | None, Field(description="digest of the policy on its way")] = None
+    stage: Annotated[str | None, Field(description="Baseline, Canary, Analysing, AwaitingApproval, Promoting or RollingBack")] = (
+        None
+    )
+    canary_pods: Annotated[tuple[str, ...], Field(max_length=64, description="that run it")] = ()
+    started_at: Annotated[str | None, Field(json_schema_extra={"format": "date-time"}, description="of this attempt")] = None
+    attempt: Annotated[int | None, Field(description="number, from 1")] = None
+    next_attempt_at: Annotated[
+        str | None, Field(json_schema_extra={"format": "date-time"}, description="after an inconclusive one")
+    ] = None
+    message: Annotated[str | None, Field(description="what is going on")] = None
     state: Annotated[
         dict[str, Any] | None,
         Field(
@@ -233,25 +237,27 @@ class RolloutStatus(Record):
 class Rejection(Record):
     """A policy that a canary showed to be worse. Remembered for this model revision."""
 
-    digest: str
-    revision: str = ""  # of model and engine, as the operator hashes them
-    message: str = ""
-    at: Annotated[str | None, Field(json_schema_extra={"format": "date-time"})] = None
+    digest: Annotated[str, Field(description="of the policy")]
+    revision: Annotated[str, Field(description="of model and engine, as the operator hashes them")] = ""
+    message: Annotated[str, Field(description="the evidence")] = ""
+    at: Annotated[str | None, Field(json_schema_extra={"format": "date-time"}, description="when")] = None
 
 
 class SereDeploymentStatus(Record):
     """What has become of it. Figures are strings with their unit, as last certified, so that a quiet minute writes nothing."""
 
-    observed_generation: int | None = None
+    observed_generation: Annotated[int | None, Field(description="of the spec that was judged")] = None
     conditions: Conditions = ()
     replicas: Annotated[int | None, Field(description="pods there are (scale subresource)")] = None
-    ready_replicas: int | None = None
+    ready_replicas: Annotated[int | None, Field(description="pods that serve what they are meant to")] = None
     selector: Annotated[str | None, Field(description="label selector of the pods (scale subresource)")] = None
     ready: Annotated[str | None, Field(description="ready of wanted, as shown by kubectl get: 2/2")] = None
     routing: Annotated[str | None, Field(description="the mode in force; Exact while the kill switch is on")] = None
-    policy: PolicyStatus | None = None
-    rollout: RolloutStatus | None = None
-    rejected: Annotated[tuple[Rejection, ...], Field(max_length=MAX_REJECTED)] = ()
+    policy: Annotated[PolicyStatus | None, Field(description="where the routing policy stands")] = None
+    rollout: Annotated[RolloutStatus | None, Field(description="a policy rollout under way")] = None
+    rejected: Annotated[
+        tuple[Rejection, ...], Field(max_length=MAX_REJECTED, description="policies that a canary showed to be worse")
+    ] = ()
     tuning_job: Annotated[str | None, Field(description="the SereTuningJob of this spec")] = None
     tpot_p95: Annotated[str | None, Field(description="as certified: 17.9ms")] = None
     speedup: Annotated[str | None, Field(description="as certified: 1.35x")] = None

@@ -75,3 +75,9 @@ def policy_config_map(deployment: str) -> str:
 def label_value(name: str) -> str:
     """A resource's name (up to 253 characters) as a label value (up to 63)."""
     return fit_name(name)
+
+
+def engine_selector(deployment: str) -> str:
+    """Label selector of the pods that serve one SereDeployment. It never changes for a name."""
+    labels = {INSTANCE_LABEL: label_value(deployment), MANAGED_BY_LABEL: FIELD_MANAGER, COMPONENT_LABEL: ENGINE_COMPONENT}
+    return ",".join(f"{key}={value}" for key, value in labels.items())

@@ -17,7 +17,7 @@ SereProfileSpec = ProfileSpec
 class SereProfileStatus(Record):
     """Columns of `kubectl get sereprofiles`, and whether the content is what its digest says."""
 
-    observed_generation: int | None = None
+    observed_generation: Annotated[int | None, Field(description="of the spec that was judged")] = None
     conditions: Conditions = ()
     digest: Annotated[str | None, Field(description="sha256 of the canonical spec")] = None
     policy: Annotated[str | None, Field(description="the policy's digest")] = None

@@ -89,8 +89,8 @@ class Similarity(Record):
 class Synthetic(Record):
     """Requests of random tokens."""
 
-    input_tokens: Annotated[int, Field(ge=1, le=1_048_576)]
-    output_tokens: Annotated[int, Field(ge=2, le=1_048_576)]
+    input_tokens: Annotated[int, Field(ge=1, le=1_048_576, description="tokens per prompt")]
+    output_tokens: Annotated[int, Field(ge=2, le=1_048_576, description="tokens per answer")]
 
 
 class Arrivals(StrEnum):
@@ -100,9 +100,12 @@ class Arrivals(StrEnum):
 class Load(Record):
     """How requests arrive: at a rate (open loop), or so many at a time (closed loop)."""
 
-    requests_per_second: Annotated[float | None, Field(ge=0.001, le=100_000)] = None
+    requests_per_second: Annotated[float | None, Field(ge=0.001, le=100_000, description="mean rate of the open loop")] = None
     arrivals: Annotated[Arrivals | None, Field(description="of the open loop. Default: poisson.")] = None
-    concurrency: Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...] | None, Field(min_length=1, max_length=8)] = None
+    concurrency: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=65_536)], ...] | None,
+        Field(min_length=1, max_length=8, description="requests in flight of the closed loop, ascending; each is measured"),
+    ] = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -118,9 +121,9 @@ class Load(Record):
 class Workload(Record):
     """The traffic to tune for. Without dataset and synthetic, the accuracy items themselves are the requests."""
 
-    dataset: Source | None = None
-    synthetic: Synthetic | None = None
-    load: Load
+    dataset: Annotated[Source | None, Field(description="prompts, JSON lines")] = None
+    synthetic: Annotated[Synthetic | None, Field(description="prompts of a given length")] = None
+    load: Annotated[Load, Field(description="how requests arrive")]
 
     @model_validator(mode="after")
     def _at_most_one(self) -> Self:
@@ -168,42 +171,44 @@ class SereTuningJobSpec(Record):
     slo: Slo
     accuracy: Accuracy
     tuning: Tuning
-    volumes: Annotated[tuple[VolumeMount, ...], Field(max_length=16)] = ()
-    node_selector: Annotated[dict[str, str] | None, Field(max_length=16)] = None
-    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = ()
-    runtime_class_name: DnsName | None = None
+    volumes: Annotated[tuple[VolumeMount, ...], Field(max_length=16, description="further claims, mounted read-only")] = ()
+    node_selector: Annotated[dict[str, str] | None, Field(max_length=16, description="labels that a node must have")] = None
+    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16, description="taints that the pod tolerates")] = ()
+    runtime_class_name: Annotated[DnsName | None, Field(description="such as nvidia")] = None
     suspend: Annotated[bool, Field(description="true stops the run; it goes on where it was when set back")] = False
 
 
 class TrialCounts(Record):
-    scheduled: int = 0
-    completed: int = 0
-    feasible: int = 0
-    infeasible: int = 0
-    failed: int = 0
+    scheduled: Annotated[int, Field(description="that will be run")] = 0
+    completed: Annotated[int, Field(description="that have ended")] = 0
+    feasible: Annotated[int, Field(description="that kept all limits")] = 0
+    infeasible: Annotated[int, Field(description="that broke a limit")] = 0
+    failed: Annotated[int, Field(description="that ended in an error")] = 0
 
 
 class Candidate(Record):
     """A policy that the run considered for certification."""
 
-    policy: str  # described in words
-    digest: str = ""
-    verdict: str = ""  # e.g. "chosen", "-0.9 points, p = 0.31"
+    policy: Annotated[str, Field(description="in words")]
+    digest: Annotated[str, Field(description="of the policy")] = ""
+    verdict: Annotated[str, Field(description="chosen, or why not")] = ""
 
 
 class SereTuningJobStatus(Record):
     """What the run has done so far. Metric values are strings with their unit, as shown."""
 
-    observed_generation: int | None = None
+    observed_generation: Annotated[int | None, Field(description="of the spec that was judged")] = None
     conditions: Conditions = ()
-    trials: TrialCounts | None = None
+    trials: Annotated[TrialCounts | None, Field(description="counted so far")] = None
     progress: Annotated[str | None, Field(description="trials done of wanted, as shown by kubectl get: 12/60")] = None
-    stage: Text | None = None
+    stage: Annotated[Text | None, Field(description="what the run is doing")] = None
     outcome: Annotated[Text | None, Field(description="Chosen, Infeasible, BudgetExhausted, CannotCertify or Failed")] = None
-    candidates: Annotated[tuple[Candidate, ...], Field(max_length=MAX_CANDIDATES)] = ()
+    candidates: Annotated[
+        tuple[Candidate, ...], Field(max_length=MAX_CANDIDATES, description="that were considered for certification")
+    ] = ()
     device_hours: Annotated[str | None, Field(description="device time spent, hours")] = None
-    start_time: Annotated[str | None, Field(json_schema_extra={"format": "date-time"})] = None
-    completion_time: Annotated[str | None, Field(json_schema_extra={"format": "date-time"})] = None
-    last_progress_time: Annotated[str | None, Field(json_schema_extra={"format": "date-time"})] = None
+    start_time: Annotated[str | None, Field(json_schema_extra={"format": "date-time"}, description="of the run")] = None
+    completion_time: Annotated[str | None, Field(json_schema_extra={"format": "date-time"}, description="of the run")] = None
+    last_progress_time: Annotated[str | None, Field(json_schema_extra={"format": "date-time"}, description="heartbeat")] = None
     result_config_map: Annotated[str | None, Field(description="named by the operator beforehand; the run writes it")] = None
     profile: Annotated[str | None, Field(description="the SereProfile made from the result")] = None

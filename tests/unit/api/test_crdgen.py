@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, Field
 from sere_operator.api.crdgen import DEFINITIONS, Definition, render
+from sere_operator.api.reference import reference
 from sere_operator.api.rules import RULES
 from sere_operator.api.schema import SchemaError, structural_schema
 
@@ -19,6 +20,11 @@ CRDS = Path(__file__).parents[3] / "manifests" / "crd"
 def test_committed_crd_is_current(definition: Definition) -> None:
     committed = (CRDS / definition.file_name).read_text()
     assert committed == render(definition), "run `python -m sere_operator.api.crdgen`"
+
+
+def test_committed_reference_is_current() -> None:
+    page = CRDS.parents[1] / "docs" / "resources.md"
+    assert page.read_text() == reference(), "run `python -m sere_operator.api.reference`"
 
 
 def test_no_crd_is_committed_that_is_not_generated() -> None:
@@ -44,6 +50,21 @@ def test_every_rule_is_used() -> None:
     }
     unused = {name for name, rules in RULES.items() for rule in rules if rule.rule not in used}
     assert not unused, "rules of models or fields that no CRD holds"
+
+
+def undescribed(schema: dict[str, Any], path: str) -> Iterator[str]:
+    for name, sub in (schema.get("properties") or {}).items():
+        if not sub.get("description"):
+            yield f"{path}.{name}"
+        yield from undescribed(sub, f"{path}.{name}")
+    if "items" in schema:
+        yield from undescribed(schema["items"], f"{path}[]")
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS, ids=lambda d: d.kind)
+def test_kubectl_explain_has_a_word_on_every_field(definition: Definition) -> None:
+    whole = definition.to_dict()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    assert [field for part in ("spec", "status") for field in undescribed(whole[part], part)] == []
 
 
 class Inner(BaseModel):

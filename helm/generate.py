@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Brings what is derived up to date: the chart's CRDs from manifests/crd, and manifests/base from the chart.
+
+    python helm/generate.py            needs `helm` on PATH or in KUBEBUILDER_ASSETS
+
+Run it after `python -m sere_operator.api.crdgen` and after every change of the chart (`make crds` does both).
+tests/chart asserts that nothing is stale.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CHART = ROOT / "helm" / "sere-operator"
+CRDS = ROOT / "manifests" / "crd"
+BASE = ROOT / "manifests" / "base" / "operator.yaml"
+HEADER = "# Generated from the chart by `python helm/generate.py`. Edit that, not this.\n"
+
+
+def helm() -> str:
+    """The helm binary: beside the Kubernetes binaries where those are named, else on PATH."""
+    beside = Path(os.environ.get("KUBEBUILDER_ASSETS", ""), "helm")
+    return str(beside) if beside.is_file() else "helm"
+
+
+def crd_copies() -> dict[Path, str]:
+    """The chart's files, by path: a CRD each, word for word."""
+    return {CHART / "files" / "crds" / path.name: path.read_text() for path in sorted(CRDS.glob("sere*.yaml"))}
+
+
+def base_manifest() -> str:
+    """The chart with its default values, without CRDs (kustomize takes those from manifests/crd) and without Helm's labels."""
+    command = [helm(), "template", "sere", str(CHART), "--namespace", "sere-system", "--set", "crds.enabled=false"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = [
+        line
+        for line in text.splitlines()
+        if not line.strip().startswith(("app.kubernetes.io/managed-by: Helm", "helm.sh/chart:"))
+    ]
+    return HEADER + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    for path, text in crd_copies().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    BASE.parent.mkdir(parents=True, exist_ok=True)
+    BASE.write_text(base_manifest())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Why the running policy runs, and why a better one does not yet: sentences from what the cluster says. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sere_operator.api import meta
+from sere_operator.api.conditions import ConditionType, Reason, find_condition
+
+Object = dict[str, Any]
+
+# What a person can do where the operator waits for one; None: nothing, it goes on by itself.
+_WAY_OUT: dict[Reason, str] = {
+    Reason.OVERRIDDEN: "`kubectl sere exact {name} --off` lifts it.",
+    Reason.AWAITING_APPROVAL: "`kubectl sere approve {name}` promotes it.",
+    Reason.ROLLED_BACK: "`kubectl sere rollback {name} --off` allows it again.",
+    Reason.PROFILE_MISSING: "Apply the profile, or correct spec.routing.profileRef.",
+    Reason.INFEASIBLE: "Widen the limit that the message names, or give more items or budget: a changed spec is tuned anew.",
+    Reason.BUDGET_EXHAUSTED: "Raise spec.tuning.deviceHours or trials: a changed spec is tuned anew.",
+    Reason.CANNOT_CERTIFY: "Give more items, or a wider spec.accuracy.maxDropPoints: a changed spec is tuned anew.",
+    Reason.SUSPENDED: "Set spec.suspend to false to let the operator go on.",
+}
+
+
+def explain(deployment: Object, pods: Sequence[Object], config_map: Object | None, job: Object | None) -> list[str]:
+    """Sentences for one SereDeployment, the most important first.
+
+    Args:
+        deployment: the SereDeployment as read.
+        pods: its engine pods.
+        config_map: its policy ConfigMap, None where there is none (yet).
+        job: the SereTuningJob that status.tuningJob names, None where there is none.
+    """
+    return [
+        *_what_runs(deployment, config_map),
+        *_why_not_better(deployment),
+        *_tuning(deployment, job),
+        *_pods(deployment, pods),
+        *_judged(deployment),
+    ]
+
+
+def override_of(deployment: Object, config_map: Object | None) -> bool:
+    """Whether the kill switch is on: on the resource, or in the ConfigMap that new pods read."""
+    on_resource = (deployment["metadata"].get("annotations") or {}).get(meta.OVERRIDE_ANNOTATION)
+    in_map = ((config_map or {}).get("data") or {}).get(meta.OVERRIDE_KEY)
+    return meta.OVERRIDE_EXACT in (on_resource, in_map)
+
+
+def stable_of(deployment: Object, config_map: Object | None) -> str:
+    """The policy that pods run by default. The ConfigMap is what they read; the status may lag behind it."""
+    status = (deployment.get("status") or {}).get("policy") or {}
+    return ((config_map or {}).get("data") or {}).get(meta.STABLE_KEY) or status.get("stable") or "exact"
+
+
+def _what_runs(deployment: Object, config_map: Object | None) -> list[str]:
+    name = deployment["metadata"]["name"]
+    routing = deployment["spec"].get("routing") or {}
+    mode = routing.get("mode", "Exact")
+    policy = (deployment.get("status") or {}).get("policy") or {}
+    stable = stable_of(deployment, config_map)
+    if override_of(deployment, config_map):
+        back = f"The policy before was {stable}. " if stable != "exact" else ""
+        way_out = _WAY_OUT[Reason.OVERRIDDEN].format(name=name)
+        return [f"{name} routes exactly on every pod, because the kill switch is on. {back}{way_out}"]
+    if stable == "exact":
+        because = "because spec.routing asks for it" if mode == "Exact" else f"although spec.routing.mode is {mode}"
+        return [f"{name} routes exactly, {because}."]
+    what = f"{name} runs policy {stable}"
+    if words := policy.get("description"):
+        what += f" ({words})"
+    source = {
+        "Static": "because spec.routing.policy says so; nothing certifies a static policy",
+        "Profile": f"because spec.routing.profileRef names profile {(routing.get('profileRef') or {}).get('name')}",
+        "Tuned": f"because tuning made profile {policy.get('profile') or '(unknown)'}",
+        "Exact": "which is on its way out: spec.routing asks for exact routing",
+    }[mode]
+    sentences = [f"{what}, {source}."]
+    status = deployment.get("status") or {}
+    if status.get("speedup"):
+        figures = (
+            f"{status['speedup']} faster, accuracy {status.get('accuracy', '?')} points, TPOT p95 {status.get('tpotP95', '?')}"
+        )
+        sentences.append(f"As certified it is {figures}.")
+    return sentences
+
+
+def _why_not_better(deployment: Object) -> list[str]:
+    name, status = deployment["metadata"]["name"], deployment.get("status") or {}
+    sentences = []
+    applied = find_condition(status.get("conditions") or [], ConditionType.POLICY_APPLIED)
+    rollout = status.get("rollout") or {}
+    if candidate := rollout.get("candidate"):
+        stage = rollout.get("stage", "Canary")
+        on = ", ".join(rollout.get("canaryPods") or []) or "no pod yet"
+        sentences.append(f"Policy {candidate} is on its way: stage {stage}, on {on}. {_capital(rollout.get('message'))}".rstrip())
+    if again := rollout.get("nextAttemptAt"):
+        sentences.append(f"It is tried again after {again}.")
+    if applied is not None and applied["status"] != "True" and applied["reason"] != Reason.OVERRIDDEN:
+        sentences.append(_sentence(name, applied))
+    for rejection in status.get("rejected") or []:
+        sentences.append(
+            f"Policy {rejection['digest']} is not tried again for this model revision: {rejection.get('message', '')}".rstrip()
+        )
+    return sentences
+
+
+def _tuning(deployment: Object, job: Object | None) -> list[str]:
+    name, status = deployment["metadata"]["name"], deployment.get("status") or {}
+    if (deployment["spec"].get("routing") or {}).get("mode") != "Tuned":
+        return []
+    tuned = find_condition(status.get("conditions") or [], ConditionType.TUNED)
+    sentences = [] if tuned is None else [_sentence(name, tuned)]
+    if job is not None and not (job.get("status") or {}).get("outcome"):
+        progress = (job.get("status") or {}).get("progress")
+        sentences.append(f"Tuning job {job['metadata']['name']} has done {progress} trials." if progress else
+                         f"Tuning job {job['metadata']['name']} has not begun its trials.")  # fmt: skip
+    return sentences
+
+
+def _pods(deployment: Object, pods: Sequence[Object]) -> list[str]:
+    if not pods:
+        return ["There is no pod."]
+    own = {p["metadata"]["name"]: (p["metadata"].get("annotations") or {}).get(meta.POLICY_ANNOTATION) for p in pods}
+    told = [f"{pod} is told to run {digest}" for pod, digest in sorted(own.items()) if digest]
+    ready = sum(pod_ready(pod) for pod in pods)
+    sentences = [f"{ready} of {len(pods)} pods pass their readiness probe."]
+    return [*sentences, *(f"Pod {text}, whatever the others run." for text in told)]
+
+
+def _judged(deployment: Object) -> list[str]:
+    generation = deployment["metadata"].get("generation", 0)
+    seen = (deployment.get("status") or {}).get("observedGeneration")
+    if seen is None:
+        return ["The operator has not looked at it yet; check that it runs."]
+    if seen < generation:
+        return [
+            f"The operator has not judged the current spec (generation {generation}, judged {seen}): "
+            "it is at work or down. What runs goes on."
+        ]
+    return []
+
+
+def pod_ready(pod: Object) -> bool:
+    condition = find_condition((pod.get("status") or {}).get("conditions") or [], "Ready")
+    return condition is not None and condition.get("status") == "True"
+
+
+def _sentence(name: str, condition: Object) -> str:
+    """A condition as people read it: what the operator said, else what its reason means, and the way out."""
+    reason = next((known for known in Reason if known.value == condition["reason"]), None)
+    text = condition.get("message") or (reason.doc if reason else condition["reason"])
+    way_out = _WAY_OUT.get(reason, "").format(name=name) if reason else ""
+    if "kubectl sere" in text or "approve by" in text:
+        way_out = ""
+    return f"{condition['type']} is {condition['status']} ({condition['reason']}): {text.rstrip('.')}. {way_out}".rstrip()
+
+
+def _capital(text: str | None) -> str:
+    return f"{text[0].upper()}{text[1:].rstrip('.')}." if text else ""

@@ -1,0 +1,484 @@
+"""The hot rollout of a routing policy: canary pods first, judged, then the rest, or back. Pure state machine.
+
+    (none) -> Baseline -> Canary -> Analysing -> [AwaitingApproval] -> Promoting -> (none)
+                             \\__________\\____________\\-> RollingBack -> (none)
+
+Baseline is passed through at once unless there is one pod alone, which then is stable's side first and the canary's
+after. What is true stands in three places, so that a restart between any two writes goes on:
+the policy ConfigMap's `stable`, the pods' policy annotation, and `status.rollout` (bookkeeping and evidence).
+A verdict is written to the status one step before it is acted on; acting on it again changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sere_operator.api import meta
+from sere_operator.api.conditions import Reason, timestamp
+from sere_operator.api.deployment import MAX_REJECTED, Approval, SereDeploymentSpec
+from sere_operator.plan import analysis
+from sere_operator.plan.analysis import Arm, Outcome
+from sere_operator.plan.routing import EXACT, Wanted, overridden, revision
+from sere_operator.plan.snapshot import Event, Object, PodView, Snapshot
+
+POLL_S = 2.0  # while something is under way
+APPLY_GRACE_S = 60.0  # a canary that does not show the policy by then will not
+SETTLE_S = 10.0  # a Static policy is looked at for this long
+BACKOFF_S = 300.0  # before an inconclusive policy is tried again; doubles
+MAX_BACKOFF_S = 6 * 3600.0
+MAX_STABLE_PODS = 8  # of the stable side, whose counters are remembered
+
+
+class Stage(StrEnum):
+    BASELINE = "Baseline"
+    CANARY = "Canary"
+    ANALYSING = "Analysing"
+    AWAITING_APPROVAL = "AwaitingApproval"
+    PROMOTING = "Promoting"
+    ROLLING_BACK = "RollingBack"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the rollout stands after looking at a snapshot.
+
+    stable      digest for the policy ConfigMap
+    pod_policy  digest for the annotation of the pods named; the others have none
+    rollout     `status.rollout` to be, None: nothing under way
+    applied     condition PolicyApplied: True, False, and why
+    """
+
+    stable: str
+    pod_policy: dict[str, str] = field(default_factory=dict)
+    rollout: Object | None = None
+    rejected: tuple[Object, ...] = ()
+    previous: str | None = None
+    applied: bool = False
+    reason: Reason = Reason.POLICY_STALE
+    message: str = ""
+    events: tuple[Event, ...] = ()
+    requeue_after: float | None = None
+
+
+def seconds(text: str | None) -> float:
+    """RFC 3339 to seconds since the epoch; 0 for none."""
+    return datetime.fromisoformat(text).timestamp() if text else 0.0
+
+
+def stamp(now: float) -> str:
+    return timestamp(datetime.fromtimestamp(now, UTC))
+
+
+def advance(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable: str) -> Step:
+    """The checklist, in order; the first that applies decides.
+
+    1. kill switch on                     every pod exact, rollout dropped, stable untouched
+    2. the wanted policy cannot be had    stable kept, rollout dropped
+    3. a person gave it up                back to the one before
+    4. rejected for this revision         stable kept
+    5. already stable                     finish: all pods must show it
+    6. exact is wanted                    at once: it can harm no answer
+    7. otherwise                          canary, analysis, promotion or back
+    """
+    status = snapshot.status
+    rejected = tuple(status.get("rejected") or ())
+    previous = (status.get("policy") or {}).get("previous")
+    base = Step(stable=stable, rejected=rejected, previous=previous)
+    if overridden(snapshot):
+        return _override(snapshot, base)
+    if wanted.hold:
+        return replace(base, reason=wanted.problem or Reason.PROFILE_MISSING, message=wanted.message, requeue_after=30.0)
+    if wanted.digest != EXACT and snapshot.annotations.get(meta.ROLLBACK_ANNOTATION) == wanted.digest:
+        return _given_up(snapshot, base, wanted)
+    if wanted.digest == stable:
+        return _settle(snapshot, base, wanted)
+    if wanted.digest == EXACT:
+        return _go_exact(base, wanted)
+    refusal = next((r for r in rejected if r["digest"] == wanted.digest and r.get("revision", "") == revision(spec)), None)
+    if refusal is not None:
+        message = f"{refusal.get('message', '')}; policy {wanted.digest} will not be tried again for this model revision"
+        return replace(base, reason=Reason.REJECTED, message=message)
+    return _try(snapshot, spec, base, wanted)
+
+
+def _override(snapshot: Snapshot, base: Step) -> Step:
+    behind = [pod.name for pod in snapshot.live_pods if pod.digest != EXACT]
+    message = "the kill switch is on (annotation serving.sere.dev/override): every pod routes exactly"
+    if behind:
+        message = f"the kill switch is on; {len(behind)} of {len(snapshot.live_pods)} pods do not confirm exact routing yet"
+    requeue = POLL_S if behind else None
+    return replace(base, applied=False, reason=Reason.OVERRIDDEN, message=message, requeue_after=requeue)
+
+
+def _given_up(snapshot: Snapshot, base: Step, wanted: Wanted) -> Step:
+    target = base.stable
+    if base.stable == wanted.digest:
+        target = base.previous if base.previous and base.previous != wanted.digest else EXACT
+    message = f"policy {wanted.digest} was given up by annotation {meta.ROLLBACK_ANNOTATION}; {target} is in force"
+    return replace(base, stable=target, reason=Reason.ROLLED_BACK, message=message, requeue_after=_until_shown(snapshot, target))
+
+
+def _until_shown(snapshot: Snapshot, digest: str) -> float | None:
+    return POLL_S if any(pod.digest != digest for pod in snapshot.live_pods) else None
+
+
+def _settle(snapshot: Snapshot, base: Step, wanted: Wanted) -> Step:
+    """The wanted policy is stable. Canary annotations go last, when all other pods show it, so that none flips back."""
+    pods = snapshot.live_pods
+    behind = [pod for pod in pods if pod.digest != wanted.digest]
+    keep = {pod.name: wanted.digest for pod in pods if pod.annotations.get(meta.POLICY_ANNOTATION) == wanted.digest}
+    under_way = snapshot.status.get("rollout") or {}
+    promoting = under_way.get("stage") == Stage.PROMOTING and under_way.get("candidate") == wanted.digest
+    if behind:
+        refused = next((str(pod.state["error"]) for pod in behind if pod.state and pod.state.get("error")), None)
+        reason, message = Reason.POLICY_PENDING, f"{len(behind)} of {len(pods)} pods do not show {wanted.digest} yet"
+        if promoting:
+            reason = Reason.PROMOTING
+        if refused:
+            reason, message = Reason.APPLY_FAILED, f"{message}: {refused}"
+        rollout = {**under_way, "stage": Stage.PROMOTING.value, "message": message} if promoting else None
+        return replace(
+            base, pod_policy=keep if promoting else {}, rollout=rollout, reason=reason, message=message, requeue_after=POLL_S
+        )
+    done = Event("Normal", "PolicyPromoted", f"all {len(pods)} pods run policy {wanted.digest}")
+    events = (done,) if promoting else ()
+    if wanted.problem is not None:
+        return replace(base, applied=False, reason=wanted.problem, message=wanted.message, events=events)
+    if wanted.digest == EXACT:
+        return replace(base, applied=True, reason=Reason.EXACT_ROUTING, message="routing is exact", events=events)
+    what = wanted.entry.policy.describe()
+    return replace(base, applied=True, reason=Reason.APPLIED, message=f"every pod runs {wanted.digest}: {what}", events=events)
+
+
+def _go_exact(base: Step, wanted: Wanted) -> Step:
+    message = wanted.message or "going back to exact routing"
+    event = Event("Normal" if wanted.problem is None else "Warning", "PolicyExact", message)
+    return replace(
+        base, stable=EXACT, previous=base.stable, reason=wanted.problem or Reason.POLICY_PENDING, message=message,
+        events=(event,), requeue_after=POLL_S,
+    )  # fmt: skip
+
+
+# ---- one candidate -----------------------------------------------------------------------------------------------
+
+
+def _try(snapshot: Snapshot, spec: SereDeploymentSpec, base: Step, wanted: Wanted) -> Step:
+    now, known = snapshot.now, snapshot.status.get("rollout") or {}
+    if known.get("candidate") != wanted.digest:
+        known = {"candidate": wanted.digest, "attempt": 1}
+    if "stage" not in known or known["stage"] == Stage.ROLLING_BACK:
+        back = _still_back(snapshot, base, known)
+        if back is not None:
+            return back
+        return _begin(snapshot, spec, base, wanted, known)
+    pods = {pod.name: pod for pod in snapshot.live_pods}
+    canaries = [pods[name] for name in known.get("canaryPods") or [] if name in pods]
+    if not canaries or _restarted(known, canaries):
+        return _inconclusive(base, known, now, "a canary pod was replaced or restarted before it could be judged")
+    stage = Stage(known["stage"])
+    if stage is Stage.PROMOTING:
+        return replace(
+            base, stable=wanted.digest, previous=base.stable, pod_policy={pod.name: wanted.digest for pod in canaries},
+            rollout=known, reason=Reason.PROMOTING, message=str(known.get("message", "")), requeue_after=POLL_S,
+        )  # fmt: skip
+    if stage is Stage.BASELINE:
+        return _baseline(snapshot, spec, base, wanted, known, canaries)
+    annotated = replace(base, pod_policy={pod.name: wanted.digest for pod in canaries}, requeue_after=POLL_S)
+    if stage is Stage.CANARY:
+        return _await_canary(snapshot, annotated, base, wanted, known, canaries)
+    if stage is Stage.AWAITING_APPROVAL:
+        return _await_approval(snapshot, annotated, wanted, known)
+    return _analyse(snapshot, spec, annotated, base, wanted, known, canaries)
+
+
+def _still_back(snapshot: Snapshot, base: Step, known: Object) -> Step | None:
+    """After an inconclusive try: wait out the backoff."""
+    until = seconds(known.get("nextAttemptAt"))
+    if snapshot.now >= until:
+        return None
+    message = f"{known.get('message', '')}; tried again after {known['nextAttemptAt']}"
+    wait = min(60.0, max(POLL_S, until - snapshot.now))
+    return replace(base, rollout=known, reason=Reason.INCONCLUSIVE, message=message, requeue_after=wait)
+
+
+def _begin(snapshot: Snapshot, spec: SereDeploymentSpec, base: Step, wanted: Wanted, known: Object) -> Step:
+    """Choose canary pods: ready ones that show the stable policy; those already annotated first (a lost status)."""
+    live = [pod for pod in snapshot.live_pods if pod.ready and pod.state is not None and not pod_is_old(snapshot, pod)]
+    total = spec.wanted_replicas if spec.wanted_replicas is not None else len(snapshot.live_pods)
+    if not live or len(live) < total:
+        message = f"policy {wanted.digest} waits for its canary until all pods are ready ({len(live)} of {total} are)"
+        return replace(base, rollout=None, reason=Reason.POLICY_PENDING, message=message, requeue_after=5.0)
+    live.sort(key=lambda pod: (pod.annotations.get(meta.POLICY_ANNOTATION) != wanted.digest, pod.name))
+    count = min(spec.rollout.canary.replicas, max(1, len(live) - 1))
+    chosen = live[:count]
+    alone = count == len(live)
+    state: Object = {"restarts": {pod.uid: pod.restarts for pod in chosen}, "alone": alone}
+    rollout = {
+        "candidate": wanted.digest, "attempt": known.get("attempt", 1), "canaryPods": [pod.name for pod in chosen],
+        "startedAt": stamp(snapshot.now), "stage": (Stage.BASELINE if alone and not wanted.vouched else Stage.CANARY).value,
+        "state": {**state, "since": stamp(snapshot.now)},
+    }  # fmt: skip
+    names = ", ".join(pod.name for pod in chosen)
+    message = f"policy {wanted.digest} ({wanted.entry.policy.describe()}) is tried on {names}"
+    rollout["message"] = message
+    event = Event("Normal", "CanaryStarted", message)
+    return replace(base, rollout=rollout, reason=Reason.CANARY, message=message, events=(event,), requeue_after=0.1)
+
+
+def pod_is_old(snapshot: Snapshot, pod: PodView) -> bool:
+    """Belongs to a ReplicaSet that the Deployment is replacing (told by the Deployment's newest pod-template-hash)."""
+    hashes = {
+        p.labels.get("pod-template-hash"): str(p.object["metadata"].get("creationTimestamp", "")) for p in snapshot.live_pods
+    }
+    if len(hashes) < 2:
+        return False
+    return pod.labels.get("pod-template-hash") != max(hashes, key=lambda key: hashes[key])
+
+
+def _restarted(known: Object, canaries: list[PodView]) -> bool:
+    before: Object = (known.get("state") or {}).get("restarts") or {}
+    return any(before.get(pod.uid) != pod.restarts for pod in canaries)
+
+
+def _with_state(known: Object, **changes: Any) -> Object:
+    return {**known, "state": {**(known.get("state") or {}), **changes}}
+
+
+def _to_stage(known: Object, stage: Stage, now: float, message: str, **changes: Any) -> Object:
+    moved = _with_state(known, since=stamp(now), start=None, stableStart=None, **changes)
+    return {**moved, "stage": stage.value, "message": message}
+
+
+def _in_stage_s(known: Object, now: float) -> float:
+    return now - seconds((known.get("state") or {}).get("since") or known.get("startedAt"))
+
+
+def _baseline(
+    snapshot: Snapshot, spec: SereDeploymentSpec, base: Step, wanted: Wanted, known: Object, canaries: list[PodView]
+) -> Step:
+    """One pod alone: stable's side of the comparison is taken on it before the switch."""
+    now = snapshot.now
+    step = replace(base, reason=Reason.CANARY, message=str(known.get("message", "")), requeue_after=POLL_S)
+    known = _collect_golden(snapshot, known, "stable", base.stable)
+    if _golden_count(wanted) and not _golden(known, "stable"):
+        if _in_stage_s(known, now) > spec.rollout.canary.deadline_seconds:
+            return _inconclusive(base, known, now, "the golden prompts were not answered before the switch")
+        return replace(step, rollout=known)
+    known, arm = _measured(known, canaries, base.stable, now)
+    if arm is not None and arm.requests >= spec.rollout.canary.min_requests:
+        moved = _to_stage(
+            known, Stage.CANARY, now, f"baseline taken over {arm.requests} requests",
+            baseline={"tpot": analysis.packed(arm.tpot), "ttft": analysis.packed(arm.ttft)},
+        )  # fmt: skip
+        return replace(step, rollout=moved, requeue_after=0.1)
+    if _in_stage_s(known, now) > spec.rollout.canary.deadline_seconds:
+        seen = arm.requests if arm else 0
+        return _inconclusive(
+            base, known, now, f"{seen} of {spec.rollout.canary.min_requests} requests that are needed were seen before the switch"
+        )
+    return replace(step, rollout=known)
+
+
+def _await_canary(
+    snapshot: Snapshot, annotated: Step, base: Step, wanted: Wanted, known: Object, canaries: list[PodView]
+) -> Step:
+    """Every canary must show the policy on all ranks and give a real token under it."""
+    now = snapshot.now
+    if all(pod.ready and pod.digest == wanted.digest and pod.proven == wanted.digest for pod in canaries):
+        moved = _to_stage(known, Stage.ANALYSING, now, "canary pods run the policy; it is being compared")
+        return replace(annotated, rollout=moved, reason=Reason.CANARY, message=moved["message"], requeue_after=0.5)
+    refused = next((str(pod.state["error"]) for pod in canaries if pod.state and pod.state.get("error")), None)
+    if _in_stage_s(known, now) > APPLY_GRACE_S:
+        why = f"the canary did not apply the policy: {refused}" if refused else "the canary did not show the policy in time"
+        return _inconclusive(base, known, now, why)
+    message = f"waiting for the canary to show {wanted.digest}" + (f": {refused}" if refused else "")
+    return replace(annotated, rollout=known, reason=Reason.CANARY, message=message, requeue_after=1.0)
+
+
+def _analyse(
+    snapshot: Snapshot,
+    spec: SereDeploymentSpec,
+    annotated: Step,
+    base: Step,
+    wanted: Wanted,
+    known: Object,
+    canaries: list[PodView],
+) -> Step:
+    now, canary_spec, state = snapshot.now, spec.rollout.canary, known["state"]
+    if any(pod.state is not None and pod.digest != wanted.digest for pod in canaries):
+        return _inconclusive(base, known, now, "the canary stopped running the policy while it was being compared")
+    known = _collect_golden(snapshot, known, "canary", wanted.digest)
+    if not state["alone"]:
+        known = _collect_golden(snapshot, known, "stable", base.stable)
+    prompts = _golden_count(wanted)
+    over = _in_stage_s(known, now) > canary_spec.deadline_seconds
+    if prompts and not over and not (_golden(known, "canary") and _golden(known, "stable")):
+        # Latency is counted from after the golden prompts on: they are not the traffic that is served.
+        message = f"golden prompts are being answered by the canary and the stable side ({prompts} each)"
+        return replace(annotated, rollout=known, reason=Reason.CANARY, message=message)
+    if wanted.profile is not None and not prompts:
+        message = "the profile has no golden prompts, so the canary cannot be checked for harm to answers"
+        return _ask(annotated, known, now, wanted, message)
+    known, stable, canary = _arms(snapshot, base.stable, wanted.digest, known, canaries)
+    if stable is None or canary is None:
+        return replace(annotated, rollout=known, reason=Reason.CANARY, message="counting requests from now on")
+    least = 0 if wanted.vouched else canary_spec.min_requests
+    verdict = analysis.judge(stable, canary, spec.slo, min_requests=least, golden_prompts=prompts, deadline_over=over)
+    if verdict.outcome is Outcome.PENDING or (wanted.vouched and _in_stage_s(known, now) < SETTLE_S
+                                              and verdict.outcome is Outcome.PASSED):  # fmt: skip
+        return replace(annotated, rollout=known, reason=Reason.CANARY, message=verdict.message)
+    if verdict.outcome is Outcome.REJECTED:
+        return _reject(base, spec, known, now, verdict.message)
+    if verdict.outcome is Outcome.INCONCLUSIVE:
+        return _inconclusive(base, known, now, verdict.message)
+    certified = wanted.profile is None or wanted.profile.evidence.certified
+    if spec.rollout.approval is Approval.MANUAL or not certified:
+        why = verdict.message if certified else f"{verdict.message}; the profile is advisory, not certified"
+        return _ask(annotated, known, now, wanted, why)
+    moved = _to_stage(known, Stage.PROMOTING, now, verdict.message)
+    event = Event("Normal", "CanaryPassed", verdict.message)
+    return replace(annotated, rollout=moved, reason=Reason.PROMOTING, message=verdict.message, events=(event,), requeue_after=0.1)
+
+
+def _ask(annotated: Step, known: Object, now: float, wanted: Wanted, why: str) -> Step:
+    moved = _to_stage(known, Stage.AWAITING_APPROVAL, now, why)
+    message = f"{why}; approve by annotation {meta.APPROVED_ANNOTATION}={wanted.digest}"
+    event = Event("Normal", "AwaitingApproval", message)
+    return replace(
+        annotated, rollout=moved, reason=Reason.AWAITING_APPROVAL, message=message, events=(event,), requeue_after=30.0
+    )
+
+
+def _await_approval(snapshot: Snapshot, annotated: Step, wanted: Wanted, known: Object) -> Step:
+    if snapshot.annotations.get(meta.APPROVED_ANNOTATION) == wanted.digest:
+        moved = _to_stage(known, Stage.PROMOTING, snapshot.now, "approved")
+        return replace(annotated, rollout=moved, reason=Reason.PROMOTING, message="approved", requeue_after=0.1)
+    message = f"{known.get('message', '')}; approve by annotation {meta.APPROVED_ANNOTATION}={wanted.digest}"
+    return replace(annotated, rollout=known, reason=Reason.AWAITING_APPROVAL, message=message, requeue_after=30.0)
+
+
+def _reject(base: Step, spec: SereDeploymentSpec, known: Object, now: float, why: str) -> Step:
+    entry = {"digest": known["candidate"], "revision": revision(spec), "message": why[:512], "at": stamp(now)}
+    rejected = (*(r for r in base.rejected if r["digest"] != entry["digest"]), entry)[-MAX_REJECTED:]
+    event = Event("Warning", "PolicyRejected", f"policy {known['candidate']}: {why}")
+    message = f"{why}; policy {known['candidate']} will not be tried again for this model revision"
+    # The pods go back in this same plan: they are written before the status, and a lost status only repeats the canary.
+    return replace(
+        base, rejected=rejected, rollout=None, reason=Reason.REJECTED, message=message, events=(event,), requeue_after=POLL_S
+    )
+
+
+def _inconclusive(base: Step, known: Object, now: float, why: str) -> Step:
+    attempt = int(known.get("attempt") or 1)
+    wait = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (attempt - 1))
+    rollout = {
+        "candidate": known["candidate"], "stage": Stage.ROLLING_BACK.value, "attempt": attempt + 1, "message": why,
+        "nextAttemptAt": stamp(now + wait),
+    }  # fmt: skip
+    message = f"{why}; tried again after {rollout['nextAttemptAt']}"
+    event = Event("Warning", "PolicyInconclusive", f"policy {known['candidate']}: {message}")
+    return replace(base, rollout=rollout, reason=Reason.INCONCLUSIVE, message=message, events=(event,), requeue_after=POLL_S)
+
+
+# ---- evidence ----------------------------------------------------------------------------------------------------
+
+
+def _golden_count(wanted: Wanted) -> int:
+    return len(wanted.profile.golden_prompts) if wanted.profile is not None else 0
+
+
+def _golden(known: Object, side: str) -> tuple[bool | None, ...] | None:
+    answers = ((known.get("state") or {}).get("golden") or {}).get(side)
+    return tuple(answers) if answers is not None else None
+
+
+def _collect_golden(snapshot: Snapshot, known: Object, side: str, digest: str) -> Object:
+    """Take over the answers that `observe` brought for this side, once."""
+    if _golden(known, side) is not None:
+        return known
+    for result in snapshot.golden:
+        canary = any(pod.uid == result.pod_uid and pod.name in known["canaryPods"] for pod in snapshot.pods)
+        belongs = canary if (side == "canary" or known["state"]["alone"]) else not canary
+        if result.digest == digest and belongs and None not in result.right:
+            golden = {**(known["state"].get("golden") or {}), side: list(result.right)}
+            return _with_state(known, golden=golden, start=None, stableStart=None)
+    return known
+
+
+def golden_needed(snapshot: Snapshot, wanted: Wanted, stable: str) -> list[tuple[PodView, str]]:
+    """Pods that must answer the golden prompts now, and the policy under which they must do so."""
+    known = snapshot.status.get("rollout") or {}
+    if not _golden_count(wanted) or known.get("candidate") != wanted.digest or not known.get("canaryPods"):
+        return []
+    canaries = [pod for pod in snapshot.live_pods if pod.name in known["canaryPods"] and pod.ready]
+    others = [pod for pod in snapshot.live_pods if pod.name not in known["canaryPods"] and pod.ready and pod.digest == stable]
+    needed: list[tuple[PodView, str]] = []
+    if known.get("stage") == Stage.BASELINE and _golden(known, "stable") is None:
+        needed += [(pod, stable) for pod in canaries[:1]]
+    if known.get("stage") == Stage.ANALYSING:
+        if _golden(known, "canary") is None:
+            needed += [(pod, wanted.digest) for pod in canaries[:1]]
+        if _golden(known, "stable") is None and not known["state"]["alone"]:
+            needed += [(pod, stable) for pod in others[:1]]
+    return [(pod, digest) for pod, digest in needed if pod.digest == digest]
+
+
+def metrics_needed(status: Object) -> bool:
+    """Whether `observe` must read the pods' histograms."""
+    return (status.get("rollout") or {}).get("stage") in (Stage.BASELINE, Stage.ANALYSING)
+
+
+def _counters(pod: PodView, digest: str) -> Object | None:
+    """A pod's histograms under one policy, packed by bucket."""
+    if pod.metrics is None:
+        return None
+    return {
+        name: analysis.packed({bucket: h for (policy, bucket), h in series.items() if policy == digest})
+        for name, series in (("tpot", pod.metrics.tpot), ("ttft", pod.metrics.ttft))
+    }
+
+
+def _measured(known: Object, pods: list[PodView], digest: str, now: float, key: str = "start") -> tuple[Object, Arm | None]:
+    """What these pods did since the remembered start; the first look only remembers. A restarted pod starts anew."""
+    start: Object | None = known["state"].get(key)
+    if start is None:
+        counters = {pod.uid: _counters(pod, digest) for pod in pods[:MAX_STABLE_PODS]}
+        if not counters or any(value is None for value in counters.values()):
+            return known, None
+        return _with_state(known, **{key: counters}), None
+    tpot, ttft = [], []
+    for pod in pods:
+        if pod.uid not in start or pod.metrics is None:
+            continue
+        series = [
+            analysis.window(start[pod.uid].get(name), {b: h for (policy, b), h in seen.items() if policy == digest})
+            for name, seen in (("tpot", pod.metrics.tpot), ("ttft", pod.metrics.ttft))
+        ]
+        if series[0] is not None and series[1] is not None:
+            tpot.append(series[0])
+            ttft.append(series[1])
+    return known, Arm(analysis.merged(tpot), analysis.merged(ttft))
+
+
+def _arms(
+    snapshot: Snapshot, stable: str, candidate: str, known: Object, canaries: list[PodView]
+) -> tuple[Object, Arm | None, Arm | None]:
+    known, canary = _measured(known, canaries, candidate, snapshot.now)
+    if known["state"]["alone"]:
+        baseline = known["state"].get("baseline") or {}
+        arm: Arm | None = Arm(
+            {bucket: analysis.unpacked(data) for bucket, data in baseline.get("tpot", {}).items()},
+            {bucket: analysis.unpacked(data) for bucket, data in baseline.get("ttft", {}).items()},
+        )
+    else:
+        others = [pod for pod in snapshot.live_pods if pod.name not in known["canaryPods"] and pod.digest == stable]
+        known, arm = _measured(known, others, stable, snapshot.now, "stableStart")
+    canary_golden, stable_golden = _golden(known, "canary"), _golden(known, "stable")
+    return (
+        known,
+        replace(arm, golden=stable_golden) if arm is not None else None,
+        replace(canary, golden=canary_golden) if canary is not None else None,
+    )

@@ -1,0 +1,226 @@
+"""What the operator knows at one moment: the only input of `decide`. Kubernetes objects are plain dicts as read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """One latency histogram of one policy and one batch bucket, cumulative since the process started.
+
+    `over` maps a limit in milliseconds to the number of requests above it; `total_s` is the sum in seconds.
+    """
+
+    count: int
+    total_s: float
+    over: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PodMetrics:
+    """`sere_tpot_seconds` and `sere_ttft_seconds` of one pod: (policy digest, bucket) -> histogram."""
+
+    tpot: dict[tuple[str, str], Histogram] = field(default_factory=dict)
+    ttft: dict[tuple[str, str], Histogram] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PodView:
+    """A pod as the API server has it, and as it answers itself.
+
+    state   decoded `GET /sere`, None if it did not answer
+    proven  digest under which this very container gave one real token, None if none did yet
+    """
+
+    object: Object
+    state: Object | None = None
+    proven: str | None = None
+    metrics: PodMetrics | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.object["metadata"]["name"])
+
+    @property
+    def uid(self) -> str:
+        return str(self.object["metadata"]["uid"])
+
+    @property
+    def annotations(self) -> dict[str, str]:
+        return self.object["metadata"].get("annotations") or {}
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return self.object["metadata"].get("labels") or {}
+
+    @property
+    def terminating(self) -> bool:
+        return bool(self.object["metadata"].get("deletionTimestamp"))
+
+    @property
+    def ready(self) -> bool:
+        """The kubelet's word (readiness probe), of a pod that is not being deleted."""
+        conditions = self.object.get("status", {}).get("conditions") or []
+        return not self.terminating and any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+
+    @property
+    def restarts(self) -> int:
+        return sum(int(c.get("restartCount", 0)) for c in self.object.get("status", {}).get("containerStatuses") or [])
+
+    @property
+    def digest(self) -> str | None:
+        """The policy that all its ranks say they apply, None while they differ or do not answer."""
+        if self.state is None or not self.state.get("ready"):
+            return None
+        digest = self.state.get("policyDigest")
+        ranks = {rank.get("policyDigest") for rank in self.state.get("ranks") or []}
+        return digest if ranks <= {digest} else None
+
+
+@dataclass(frozen=True)
+class GoldenResult:
+    """Golden prompts answered by one pod under one policy: right or wrong in the prompts' order, None for an error."""
+
+    pod_uid: str
+    digest: str
+    right: tuple[bool | None, ...]
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """A similarity artefact's bytes, ready for a ConfigMap's binaryData, or why they cannot be had."""
+
+    data: str | None = None  # base64
+    digest: str | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything about one SereDeployment.
+
+    now            seconds since the epoch
+    children       "Deployment", "Service", "ConfigMap", "PodDisruptionBudget" -> object as read (absent: none)
+    service_digest policy digest under which a real token last came through the Service, None if none did
+    tuning_jobs    the SereTuningJobs that this SereDeployment owns
+    profiles       SereProfiles that may be wanted, by name
+    similarities   by the URI that a policy or a profile names
+    """
+
+    now: float
+    object: Object
+    children: dict[str, Object] = field(default_factory=dict)
+    pods: tuple[PodView, ...] = ()
+    service_digest: str | None = None
+    tuning_jobs: tuple[Object, ...] = ()
+    profiles: dict[str, Object] = field(default_factory=dict)
+    similarities: dict[str, Similarity] = field(default_factory=dict)
+    golden: tuple[GoldenResult, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return str(self.object["metadata"]["name"])
+
+    @property
+    def namespace(self) -> str:
+        return str(self.object["metadata"]["namespace"])
+
+    @property
+    def spec(self) -> Object:
+        return self.object.get("spec") or {}
+
+    @property
+    def status(self) -> Object:
+        return self.object.get("status") or {}
+
+    @property
+    def annotations(self) -> dict[str, str]:
+        return self.object["metadata"].get("annotations") or {}
+
+    @property
+    def generation(self) -> int:
+        return int(self.object["metadata"].get("generation", 0))
+
+    @property
+    def live_pods(self) -> tuple[PodView, ...]:
+        """Pods that are not on their way out."""
+        return tuple(pod for pod in self.pods if not pod.terminating)
+
+
+@dataclass(frozen=True)
+class TuningSnapshot:
+    """Everything about one SereTuningJob. `result` is the ConfigMap that the tuner writes."""
+
+    now: float
+    object: Object
+    children: dict[str, Object] = field(default_factory=dict)  # "Job", "ServiceAccount", "Role", "RoleBinding", "ConfigMap"
+    result: Object | None = None
+    profiles: dict[str, Object] = field(default_factory=dict)
+    pods: tuple[Object, ...] = ()  # the Job's pods
+
+    @property
+    def name(self) -> str:
+        return str(self.object["metadata"]["name"])
+
+    @property
+    def namespace(self) -> str:
+        return str(self.object["metadata"]["namespace"])
+
+    @property
+    def spec(self) -> Object:
+        return self.object.get("spec") or {}
+
+    @property
+    def status(self) -> Object:
+        return self.object.get("status") or {}
+
+    @property
+    def generation(self) -> int:
+        return int(self.object["metadata"].get("generation", 0))
+
+
+@dataclass(frozen=True)
+class Event:
+    """A Kubernetes Event to post on the resource. `type` is Normal or Warning."""
+
+    type: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class PodPatch:
+    """Annotations to set (None: remove) on the pod with this name and uid; never its spec."""
+
+    name: str
+    uid: str
+    annotations: dict[str, str | None]
+
+
+@dataclass
+class Plan:
+    """What to write, in this order: replace, apply, pods, delete, status, events. Empty when all is as wanted.
+
+    replace        whole objects (live ones with foreign parts taken out), guarded by their resourceVersion
+    apply          server-side applied
+    pods           annotation changes
+    delete         objects of ours that are not wanted any more
+    status         merge patch of the status subresource, None: nothing to write
+    requeue_after  seconds until the world should be looked at again without an event
+    """
+
+    replace: list[Object] = field(default_factory=list)
+    apply: list[Object] = field(default_factory=list)
+    pods: list[PodPatch] = field(default_factory=list)
+    delete: list[Object] = field(default_factory=list)
+    status: Object | None = None
+    events: list[Event] = field(default_factory=list)
+    requeue_after: float | None = None
+
+    @property
+    def writes(self) -> int:
+        return len(self.replace) + len(self.apply) + len(self.pods) + len(self.delete) + (self.status is not None)

@@ -1,0 +1,110 @@
+"""kopf's part: watch, and wake. No handler of ours keeps state, so kopf writes nothing (no finalizer, no annotation)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kopf
+import structlog
+from kopf._core.intents.registries import SmartOperatorRegistry
+
+from sere_operator.api import meta
+from sere_operator.runtime.reconciler import Key, Reconciler
+
+log = structlog.get_logger(__name__)
+
+# Kinds whose objects are children: watched by label on the server's side.
+CHILDREN = (
+    ("apps", "v1", "deployments"),
+    ("", "v1", "services"),
+    ("", "v1", "configmaps"),
+    ("", "v1", "pods"),
+    ("policy", "v1", "poddisruptionbudgets"),
+    ("batch", "v1", "jobs"),
+)
+
+
+class Wakes:
+    """Which resource an event is about. Remembers full names, since a label holds only 63 characters of one."""
+
+    def __init__(self, reconciler: Reconciler) -> None:
+        self._reconciler = reconciler
+        self._names: dict[tuple[str, str, str], str] = {}  # kind, namespace, label value -> name
+        self.seen: dict[str, tuple[str, float]] = {}  # uid -> resourceVersion that the watch showed last, generation
+
+    def resource(self, kind: str, body: Any, gone: bool) -> None:
+        """An event of a SereDeployment or SereTuningJob itself."""
+        name, namespace = body["metadata"]["name"], body["metadata"]["namespace"]
+        self._names[kind, namespace, meta.label_value(name)] = name
+        uid, generation = body["metadata"]["uid"], body["metadata"].get("generation", 0)
+        if gone:
+            self.seen.pop(uid, None)
+        else:
+            self.seen[uid] = (body["metadata"]["resourceVersion"], generation)
+        self._reconciler.wake((kind, namespace, name))
+
+    def child(self, labels: Any, namespace: str) -> None:
+        """An event of something that carries our labels."""
+        self._wake(meta.DEPLOYMENT_KIND, namespace, labels.get(meta.DEPLOYMENT_LABEL))
+        if labels.get(meta.COMPONENT_LABEL) == meta.TUNER_COMPONENT:
+            self._wake(meta.TUNING_JOB_KIND, namespace, labels.get(meta.INSTANCE_LABEL))
+
+    def profile(self, namespace: str) -> None:
+        """A SereProfile came, changed or went: every SereDeployment there may want it."""
+        for kind, where, label in list(self._names):
+            if kind == meta.DEPLOYMENT_KIND and where == namespace:
+                self._wake(kind, where, label)
+
+    def _wake(self, kind: str, namespace: str, label: str | None) -> None:
+        name = self._names.get((kind, namespace, label)) if label else None
+        if name is not None:
+            key: Key = (kind, namespace, name)
+            self._reconciler.wake(key)
+
+
+def registry(wakes: Wakes) -> kopf.OperatorRegistry:
+    """All handlers: each only wakes."""
+    handlers = SmartOperatorRegistry()  # "smart": brings kopf's own logins (service account, KUBECONFIG)
+    plurals = {meta.DEPLOYMENT_KIND: meta.DEPLOYMENTS, meta.TUNING_JOB_KIND: meta.TUNING_JOBS}
+
+    def watch_resource(kind: str, plural: str) -> None:
+        @kopf.on.event(meta.GROUP, meta.VERSION, plural, id=f"wake-{plural}", registry=handlers)
+        async def resource(event: Any, body: Any, **_: Any) -> None:
+            wakes.resource(kind, body, event["type"] == "DELETED")
+
+    def watch_child(group: str, version: str, plural: str) -> None:
+        @kopf.on.event(
+            group, version, plural, labels={meta.MANAGED_BY_LABEL: meta.FIELD_MANAGER}, id=f"wake-{plural}", registry=handlers
+        )
+        async def child(body: Any, **_: Any) -> None:
+            wakes.child(body["metadata"].get("labels") or {}, body["metadata"]["namespace"])
+
+    for kind, plural in plurals.items():
+        watch_resource(kind, plural)
+    for group, version, plural in CHILDREN:
+        watch_child(group, version, plural)
+
+    @kopf.on.event(meta.GROUP, meta.VERSION, meta.PROFILES, id="wake-profiles", registry=handlers)
+    async def profile(body: Any, **_: Any) -> None:
+        wakes.profile(body["metadata"]["namespace"])
+
+    return handlers
+
+
+def kopf_settings(namespaced: bool) -> kopf.OperatorSettings:
+    """kopf's settings, each with its reason."""
+    settings = kopf.OperatorSettings()
+    settings.posting.enabled = False  # events are posted by `enact`
+    settings.peering.standalone = True  # the Lease is the lock; peering is none
+    settings.scanning.disabled = namespaced  # watching namespaces and CRDs needs cluster-wide rights
+    settings.process.ultimate_exiting_timeout = 10  # 600 s by default, longer than any grace period of ours
+    settings.queueing.worker_limit = 32  # unbounded by default
+    settings.watching.server_timeout = 600  # both ends give up now and then, so that no watch dies unseen
+    settings.watching.client_timeout = 630
+    settings.watching.connect_timeout = 10
+    settings.networking.request_timeout = 60  # 300 by default
+    settings.networking.connect_timeout = 10
+    selector = f"{meta.MANAGED_BY_LABEL}={meta.FIELD_MANAGER}"
+    for group, version, plural in CHILDREN:
+        settings.watching.label_selectors[group, version, plural] = selector  # else filtered only after the download
+    return settings

@@ -1,0 +1,178 @@
+"""The operator process: wait for the Lease, then watch and reconcile until told to stop or the Lease is lost.
+
+Run by `sere operator run` or `python -m sere_operator.runtime.main`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import signal
+import sys
+import time
+
+import kopf
+import structlog
+
+from sere_operator.api import meta
+from sere_operator.plan.decide import decide
+from sere_operator.runtime import handlers
+from sere_operator.runtime.client import Client, connect
+from sere_operator.runtime.enact import NotLeadingError, enact
+from sere_operator.runtime.health import Health
+from sere_operator.runtime.lease import Elector, LeaseSettings, LostLeaseError, lead
+from sere_operator.runtime.observe import observe
+from sere_operator.runtime.probe import Prober
+from sere_operator.runtime.reconciler import Key, Reconciler
+from sere_operator.runtime.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+def configure_logging() -> None:
+    """JSON lines on stderr, kopf's among them."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.processors.JSONRenderer()],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(processor=structlog.processors.JSONRenderer(), foreign_pre_chain=shared)
+    )
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+
+
+class Operator:
+    """Wires the parts of one process together."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.client = Client(connect())
+        self.prober = Prober()
+        self.reconciler = Reconciler(self.work, workers=settings.workers)
+        self.wakes = handlers.Wakes(self.reconciler)
+        self.health = Health(self.reconciler, self.client)
+        lease = LeaseSettings(
+            settings.namespace, settings.lease_name, settings.lease_s, settings.lease_s * 2 / 3, settings.lease_s / 7.5
+        )
+        self.elector = Elector(self.client, lease, settings.identity)
+        self._stop = asyncio.Event()
+
+    async def work(self, key: Key) -> float | None:
+        """One look at one resource. Returns the seconds until the next, None if it is gone."""
+        kind, namespace, name = key
+        if kind != meta.DEPLOYMENT_KIND:
+            return None
+        snapshot = await observe(self.client, self.prober, namespace, name)
+        if snapshot is None:
+            return None
+        plan = decide(snapshot, self.settings.defaults)
+        if plan.writes:
+            log.info(
+                "writing", namespace=namespace, name=name, generation=snapshot.generation,
+                replace=[body["kind"] for body in plan.replace], apply=[body["kind"] for body in plan.apply],
+                pods={patch.name: patch.annotations for patch in plan.pods}, delete=[body["kind"] for body in plan.delete],
+                status=sorted(plan.status or {}),
+            )  # fmt: skip
+        await enact(self.client, snapshot.object, plan, lambda: self.elector.leads)
+        return plan.requeue_after
+
+    async def resync(self) -> None:
+        """Look at everything now and then, spread out, and see whether the watch still shows what a list shows."""
+        suspects: dict[str, tuple[str, float]] = {}
+        while True:
+            await asyncio.sleep(self.settings.resync_s / 5 * random.uniform(0.8, 1.2))
+            try:
+                suspects = await self._check_watch(suspects)
+            except Exception as error:
+                log.warning("resync", error=repr(error))
+
+    async def _check_watch(self, suspects: dict[str, tuple[str, float]]) -> dict[str, tuple[str, float]]:
+        now, missed, uids = time.monotonic(), {}, set()
+        for namespace in self.settings.namespaces or (None,):
+            for kind in (meta.DEPLOYMENT_KIND, meta.TUNING_JOB_KIND):
+                for found in await self.client.list(kind, namespace):
+                    metadata = found["metadata"]
+                    uids.add(metadata["uid"])
+                    shown = self.wakes.seen.get(metadata["uid"], ("", 0))[0]
+                    if shown != metadata["resourceVersion"]:
+                        before = suspects.get(metadata["uid"])
+                        # Counted only if the watch has shown nothing new at all since the last pass.
+                        missed[metadata["uid"]] = before if before is not None and before[0] == shown else (shown, now)
+                    key: Key = (kind, metadata["namespace"], metadata["name"])
+                    self.reconciler.wake_in(key, random.uniform(0, self.settings.resync_s))
+        since = [when for _, when in missed.values() if when < now]
+        self.health.blind_since = min(since) if since else None
+        if since:
+            log.warning("the watch misses changes", resources=len(since))
+        return missed
+
+    async def lead(self) -> None:
+        """What only the leader does."""
+        self.health.leading = True
+        namespaced = bool(self.settings.namespaces)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.reconciler.run())
+            group.create_task(self.resync())
+            existing = asyncio.all_tasks()
+            tasks = await kopf.spawn_tasks(
+                registry=handlers.registry(self.wakes),
+                settings=handlers.kopf_settings(namespaced),
+                clusterwide=not namespaced,
+                namespaces=list(self.settings.namespaces),
+                standalone=True,
+            )
+            self._listen_to_signals()  # kopf has put its own in the place of ours
+            group.create_task(kopf.run_tasks(tasks, ignored=existing))
+
+    def _listen_to_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+
+    async def run(self) -> int:
+        """Returns the process's exit status: 0 after a signal, 1 when the Lease was lost."""
+        port = await self.health.serve(self.settings.health_host, self.settings.health_port)
+        log.info("started", identity=self.settings.identity, port=port, namespaces=self.settings.namespaces or "all")
+        self._listen_to_signals()
+        leading = asyncio.create_task(lead(self.elector, self.lead))
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({leading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if stopping.done():
+            # Stop writing first, then give the Lease back, so that a successor starts at once.
+            leading.cancel()
+            await asyncio.wait({leading}, timeout=5.0)
+            await self.elector.release()
+            log.info("stopped")
+            return 0
+        try:
+            leading.result()
+        except BaseExceptionGroup as group:
+            log.error("ended", error=[repr(error) for error in group.exceptions])
+        except (LostLeaseError, NotLeadingError) as error:
+            log.error("ended", error=repr(error))
+        return 1
+
+
+def main() -> None:
+    """Run until SIGTERM. Ends hard, so that no thread of a lost leader can write any more."""
+    configure_logging()
+    status = asyncio.run(_main())
+    sys.stderr.flush()
+    os._exit(status)
+
+
+async def _main() -> int:
+    return await Operator(Settings.from_environment()).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Every read of the operator: one resource, its children and its pods, as a Snapshot."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import struct
+import time
+from dataclasses import replace
+from typing import Any
+
+from sere_ext.errors import SereError
+from sere_ext.policy import Policy
+from sere_ext.similarity import SimilarityMeta
+
+from sere_operator.api import meta
+from sere_operator.api.common import SpecError, parse_spec
+from sere_operator.api.deployment import SereDeploymentSpec
+from sere_operator.plan import children, rollout, routing
+from sere_operator.plan.decide import stable_digest
+from sere_operator.plan.snapshot import Object, PodMetrics, PodView, Similarity, Snapshot
+from sere_operator.runtime.client import Client
+from sere_operator.runtime.probe import Prober
+
+
+def _selector(labels: dict[str, str]) -> str:
+    return ",".join(f"{key}={value}" for key, value in labels.items())
+
+
+async def observe(client: Client, prober: Prober, namespace: str, name: str) -> Snapshot | None:
+    """Everything about one SereDeployment, None if there is none."""
+    found = await client.get(meta.DEPLOYMENT_KIND, namespace, name)
+    if found is None:
+        return None
+    found = {**found, "apiVersion": meta.API_VERSION, "kind": meta.DEPLOYMENT_KIND}
+    snapshot = Snapshot(now=time.time(), object=found)
+    try:
+        spec = parse_spec(SereDeploymentSpec, snapshot.spec)
+    except SpecError:
+        return snapshot  # decide says what is wrong
+    named = {
+        "Deployment": children.deployment_name(name),
+        "Service": children.service_name(name),
+        "ConfigMap": meta.policy_config_map(name),
+        "PodDisruptionBudget": meta.fit_name(name),
+    }
+    owned = _selector({meta.DEPLOYMENT_LABEL: meta.label_value(name), meta.MANAGED_BY_LABEL: meta.FIELD_MANAGER})
+    objects, pods, jobs = await asyncio.gather(
+        asyncio.gather(*(client.get(kind, namespace, child) for kind, child in named.items())),
+        client.list("Pod", namespace, _selector(children.selector(name))),
+        client.list(meta.TUNING_JOB_KIND, namespace, owned),
+    )
+    kept = {kind: {"kind": kind, **body} for kind, body in zip(named, objects, strict=True) if body is not None}
+    snapshot = replace(snapshot, children=kept, tuning_jobs=tuple(jobs))
+    profiles = await _profiles(client, snapshot, spec)
+    snapshot = replace(snapshot, profiles=profiles)
+    uris = routing.similarity_uris(profiles, spec)
+    found_similarities = {uri: await read_similarity(client, namespace, uri) for uri in uris}
+    views, service = await _ask(prober, snapshot, spec, pods)
+    snapshot = replace(snapshot, now=time.time(), pods=tuple(views), service_digest=service, similarities=found_similarities)
+    return await _golden(prober, snapshot, spec)
+
+
+async def _profiles(client: Client, snapshot: Snapshot, spec: SereDeploymentSpec) -> dict[str, Object]:
+    name = routing.profile_name(snapshot, spec)
+    profile = await client.get(meta.PROFILE_KIND, snapshot.namespace, name) if name else None
+    if name is None or profile is None:
+        return {}
+    return {name: {**profile, "apiVersion": meta.API_VERSION, "kind": meta.PROFILE_KIND}}
+
+
+def pod_base(pod: Object) -> str | None:
+    """`http://<pod address>:8000` of a running pod."""
+    status = pod.get("status") or {}
+    address = status.get("podIP")
+    if not address or status.get("phase") != "Running":
+        return None
+    return f"http://[{address}]:{children.PORT}" if ":" in address else f"http://{address}:{children.PORT}"
+
+
+async def _ask(
+    prober: Prober, snapshot: Snapshot, spec: SereDeploymentSpec, pods: list[Object]
+) -> tuple[list[PodView], str | None]:
+    model = children.served_name(snapshot.name, spec)
+    with_metrics = rollout.metrics_needed(snapshot.status)
+
+    async def one(pod: Object) -> PodView:
+        base, view = pod_base(pod), PodView(pod)
+        if base is None or view.terminating:
+            return view
+        state = await prober.state(base)
+        if state is None:
+            return view
+        view = replace(view, state=state)
+        proven = await prober.proven(base, model, (view.uid, str(view.restarts)), view.digest) if view.ready else None
+        metrics: PodMetrics | None = await prober.metrics(base) if with_metrics else None
+        return replace(view, proven=proven, metrics=metrics)
+
+    views = list(await asyncio.gather(*(one(pod) for pod in pods)))
+    service = snapshot.children.get("Service")
+    address = (service or {}).get("spec", {}).get("clusterIP")
+    ready = [view for view in views if view.ready and view.proven]
+    if service is None or not address or address == "None" or not ready:
+        return views, None
+    # Proven anew whenever the pods behind it, or what they run, are others.
+    key = (service["metadata"]["uid"], *sorted(f"{view.uid}/{view.restarts}/{view.proven}" for view in ready))
+    host = f"[{address}]" if ":" in address else address
+    return views, await prober.through_service(f"http://{host}:{children.PORT}", model, key)
+
+
+async def _golden(prober: Prober, snapshot: Snapshot, spec: SereDeploymentSpec) -> Snapshot:
+    wanted = routing.wanted(snapshot, spec)
+    if wanted.profile is None:
+        return snapshot
+    needed = rollout.golden_needed(snapshot, wanted, stable_digest(snapshot))
+    results = []
+    for pod, digest in needed:  # one after the other: two pods on one node would share its cores
+        base = pod_base(pod.object)
+        if base is not None:
+            results.append(
+                await prober.golden(
+                    base, children.served_name(snapshot.name, spec), wanted.profile.golden_prompts,
+                    golden_concurrency(wanted.profile.policy), pod.uid, digest,
+                )
+            )  # fmt: skip
+    return replace(snapshot, now=time.time(), golden=tuple(results))
+
+
+def golden_concurrency(policy: Policy) -> int:
+    """Requests at a time that bring decode batches into the policy's largest-reaching bucket, at most 64."""
+    edges = [bucket.min_tokens for table in policy.tables() for bucket in table if bucket.kind.value != "exact"]
+    return min(64, max([8, *edges]))
+
+
+async def read_similarity(client: Client, namespace: str, uri: str) -> Similarity:
+    """The artefact behind `configmap://name/key`, checked. A claim cannot be read from here."""
+    if not uri.startswith("configmap://"):
+        return Similarity(problem=f"{uri} cannot be read by the operator; put the artefact into a ConfigMap")
+    name, _, key = uri.removeprefix("configmap://").partition("/")
+    config_map = await client.get("ConfigMap", namespace, name)
+    encoded = ((config_map or {}).get("binaryData") or {}).get(key)
+    if encoded is None:
+        return Similarity(problem=f"ConfigMap {name} has no binary key {key}")
+    try:
+        return Similarity(encoded, similarity_meta(base64.b64decode(encoded)).digest)
+    except (SereError, ValueError, KeyError, struct.error) as error:
+        return Similarity(problem=f"ConfigMap {name} key {key} is no similarity artefact: {error}")
+
+
+def similarity_meta(data: bytes) -> SimilarityMeta:
+    """The header's metadata (format: `sere_ext.similarity`). Raises ValueError, KeyError or struct.error on other data."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header: dict[str, Any] = json.loads(data[8 : 8 + length])
+    return SimilarityMeta.model_validate(json.loads(header["__metadata__"]["sere"]))

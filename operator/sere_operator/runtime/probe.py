@@ -1,0 +1,146 @@
+"""Asking engine pods themselves, over HTTP: what they apply, a real token, their histograms, golden prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+from prometheus_client.parser import text_string_to_metric_families
+from sere_ext.profile import GoldenPrompt
+
+from sere_operator.plan.snapshot import GoldenResult, Histogram, PodMetrics
+
+PROOF_TTL_S = 600.0  # a token proves a pod for so long; while it holds nothing is sent
+_HISTOGRAMS = ("sere_tpot_seconds", "sere_ttft_seconds")
+
+
+@dataclass
+class Prober:
+    """Keeps what was proven per container, so that a settled pod is asked `GET /sere` and nothing else."""
+
+    state_timeout_s: float = 4.0
+    token_timeout_s: float = 60.0
+    _proofs: dict[tuple[str, ...], tuple[str, float]] = field(default_factory=dict)
+    _client: httpx2.AsyncClient | None = None
+
+    def client(self) -> httpx2.AsyncClient:
+        if self._client is None:
+            limits = httpx2.Limits(max_connections=200, max_keepalive_connections=50, keepalive_expiry=30)
+            self._client = httpx2.AsyncClient(timeout=self.state_timeout_s, limits=limits, trust_env=False)
+        return self._client
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+
+    async def state(self, base: str) -> dict[str, Any] | None:
+        """Decoded `GET /sere`, None if there is no answer of that form."""
+        try:
+            answer = await self.client().get(f"{base}/sere")
+            decoded = answer.json() if answer.status_code == 200 else None
+        except (httpx2.HTTPError, ValueError):
+            return None
+        return decoded if isinstance(decoded, dict) and "policyDigest" in decoded else None
+
+    async def proven(self, base: str, model: str, container: tuple[str, ...], digest: str | None) -> str | None:
+        """The digest under which this container gave a real token; asks for one if `digest` is not proven yet."""
+        known = self._proofs.get(container)
+        fresh = known is not None and time.monotonic() - known[1] < PROOF_TTL_S
+        if digest is None or (fresh and known is not None and known[0] == digest):
+            return known[0] if fresh and known else None
+        if await self._token(self.client(), base, model):
+            self._proofs[container] = (digest, time.monotonic())
+            return digest
+        return None
+
+    async def through_service(self, base: str, model: str, key: tuple[str, ...]) -> str | None:
+        """Policy digest of the pod that a token came from through the Service: both asked on one connection."""
+        known = self._proofs.get(key)
+        if known is not None and time.monotonic() - known[1] < PROOF_TTL_S:
+            return known[0]
+        limits = httpx2.Limits(max_connections=1, max_keepalive_connections=1)
+        try:
+            async with httpx2.AsyncClient(timeout=self.state_timeout_s, limits=limits, trust_env=False) as one:
+                if not await self._token(one, base, model):
+                    return None
+                state = (await one.get(f"{base}/sere")).json()
+        except (httpx2.HTTPError, ValueError):
+            return None
+        digest = state.get("policyDigest") if isinstance(state, dict) else None
+        if digest is not None:
+            self._proofs[key] = (digest, time.monotonic())
+        return digest
+
+    def forget(self, keep: set[str]) -> None:
+        """Drop proofs of containers whose first key part (a uid) is not in `keep`; called now and then by the resync."""
+        self._proofs = {key: proof for key, proof in self._proofs.items() if key[0] in keep}
+
+    async def _token(self, client: httpx2.AsyncClient, base: str, model: str) -> bool:
+        body = {"model": model, "prompt": "1", "max_tokens": 1, "temperature": 0}
+        try:
+            answer = await client.post(f"{base}/v1/completions", json=body, timeout=self.token_timeout_s)
+            return answer.status_code == 200 and int(answer.json()["usage"]["completion_tokens"]) >= 1
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError):
+            return False
+
+    async def metrics(self, base: str) -> PodMetrics | None:
+        """The plug-in's latency histograms, None if they cannot be read."""
+        try:
+            answer = await self.client().get(f"{base}/metrics")
+            return parse_metrics(answer.text) if answer.status_code == 200 else None
+        except (httpx2.HTTPError, ValueError):
+            return None
+
+    async def golden(
+        self, base: str, model: str, prompts: tuple[GoldenPrompt, ...], concurrency: int, pod_uid: str, digest: str
+    ) -> GoldenResult:
+        """Answer the prompts `concurrency` at a time, so that they run inside the policy's batch sizes."""
+        gate = asyncio.Semaphore(max(1, concurrency))
+
+        async def one(prompt: GoldenPrompt) -> bool | None:
+            body = {"model": model, "prompt": prompt.prompt, "max_tokens": prompt.max_tokens, "temperature": 0}
+            async with gate:
+                try:
+                    answer = await self.client().post(f"{base}/v1/completions", json=body, timeout=self.token_timeout_s)
+                    if answer.status_code != 200:
+                        return None
+                    return right(str(answer.json()["choices"][0]["text"]), prompt.answer)
+                except (httpx2.HTTPError, ValueError, KeyError, IndexError):
+                    return None
+
+        answers = await asyncio.gather(*(one(prompt) for prompt in prompts))
+        return GoldenResult(pod_uid, digest, tuple(answers))
+
+
+def right(text: str, answer: str) -> bool:
+    """Exact match but for surrounding white space; a text that runs on after a line break is cut there."""
+    return text.strip() == answer.strip() or text.strip().split("\n", 1)[0].strip() == answer.strip()
+
+
+def parse_metrics(text: str) -> PodMetrics:
+    """Prometheus text to histograms; every bound becomes `over[<ms>]`, the number of requests above it."""
+    found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {name: {} for name in _HISTOGRAMS}
+    # The whole page is large (vLLM's own metrics); only our lines are parsed.
+    lines = [line for line in text.splitlines() if line.removeprefix("# TYPE ").startswith(_HISTOGRAMS)]
+    for family in text_string_to_metric_families("\n".join(lines) + "\n"):
+        if family.name not in found:
+            continue
+        for sample in family.samples:
+            key = (sample.labels.get("policy", ""), sample.labels.get("bucket", ""))
+            entry = found[family.name].setdefault(key, {"count": 0.0, "sum": 0.0, "le": {}})
+            if sample.name.endswith("_count"):
+                entry["count"] += sample.value
+            elif sample.name.endswith("_sum"):
+                entry["sum"] += sample.value
+            elif sample.name.endswith("_bucket") and sample.labels.get("le") != "+Inf":
+                bound = f"{float(sample.labels['le']) * 1e3:g}"
+                entry["le"][bound] = entry["le"].get(bound, 0.0) + sample.value
+    return PodMetrics(*({key: _histogram(entry) for key, entry in found[name].items()} for name in _HISTOGRAMS))
+
+
+def _histogram(entry: dict[str, Any]) -> Histogram:
+    count = int(entry["count"])
+    return Histogram(count, float(entry["sum"]), {bound: count - int(below) for bound, below in entry["le"].items()})

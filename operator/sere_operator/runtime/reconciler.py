@@ -1,0 +1,114 @@
+"""One loop per resource: look, decide, write, and look again when woken or when the plan asks for it.
+
+Level-based: a wake-up carries no content. Whatever is missed is found by the next look, so events may be lost, doubled
+or late without harm. A resource is never worked on twice at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from sere_operator.runtime.client import ApiError
+from sere_operator.runtime.enact import NotLeadingError
+
+log = structlog.get_logger(__name__)
+
+Key = tuple[str, str, str]  # kind, namespace, name
+Work = Callable[[Key], Awaitable[float | None]]  # seconds until the next look, None: gone, forget it
+
+MAX_BACKOFF_S = 60.0
+
+
+@dataclass
+class _Entry:
+    queued: bool = False
+    running: bool = False
+    dirty: bool = False
+    failures: int = 0
+    timer: asyncio.TimerHandle | None = None
+    due: float = 0.0
+
+
+@dataclass
+class Reconciler:
+    """Wakes are merged per key; at most `workers` keys are worked on at a time."""
+
+    work: Work
+    workers: int = 8
+    entries: dict[Key, _Entry] = field(default_factory=dict)
+    last_success: float = 0.0  # monotonic seconds
+    reconciled: int = 0
+    failed: int = 0
+
+    def __post_init__(self) -> None:
+        self._queue: asyncio.Queue[Key] = asyncio.Queue()
+
+    def wake(self, key: Key) -> None:
+        """Look at this resource soon. Call from the event loop's thread."""
+        entry = self.entries.setdefault(key, _Entry())
+        if entry.timer is not None:
+            entry.timer.cancel()
+            entry.timer = None
+        if entry.running:
+            entry.dirty = True
+        elif not entry.queued:
+            entry.queued = True
+            self._queue.put_nowait(key)
+
+    def wake_in(self, key: Key, delay_s: float) -> None:
+        entry = self.entries.setdefault(key, _Entry())
+        loop = asyncio.get_running_loop()
+        due = loop.time() + delay_s
+        if entry.queued or entry.running or (entry.timer is not None and entry.due <= due):
+            return
+        if entry.timer is not None:
+            entry.timer.cancel()
+        entry.due = due
+        entry.timer = loop.call_later(delay_s, self.wake, key)
+
+    async def run(self) -> None:
+        """Work for ever; ends by cancellation, or by NotLeadingError from a write."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self.workers):
+                group.create_task(self._worker())
+
+    async def _worker(self) -> None:
+        while True:
+            key = await self._queue.get()
+            entry = self.entries[key]
+            entry.queued, entry.running, entry.dirty = False, True, False
+            delay = await self._once(key, entry)
+            entry.running = False
+            if entry.dirty:
+                self.wake(key)
+            elif delay is None:
+                self.entries.pop(key, None)
+            else:
+                self.wake_in(key, delay)
+
+    async def _once(self, key: Key, entry: _Entry) -> float | None:
+        try:
+            delay = await self.work(key)
+        except NotLeadingError:
+            raise
+        except Exception as error:  # one resource's trouble must not stop the others
+            entry.failures += 1
+            self.failed += 1
+            backoff = min(MAX_BACKOFF_S, 0.5 * 2 ** min(entry.failures, 8)) * random.uniform(0.8, 1.2)
+            known = isinstance(error, ApiError)
+            if known and error.status == 409:  # type: ignore[attr-defined]
+                backoff = 0.2  # somebody was quicker; look again
+            log.warning(
+                "reconcile", kind=key[0], namespace=key[1], name=key[2], error=str(error) or repr(error), exc_info=not known
+            )
+            return backoff
+        entry.failures = 0
+        self.reconciled += 1
+        self.last_success = time.monotonic()
+        return delay
