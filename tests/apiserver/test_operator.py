@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,8 +69,8 @@ class World:
     def ready(self, name: str = "m", timeout_s: float = 40.0) -> None:
         def check() -> bool:
             ready = self.condition("Ready", name)
-            assert ready["status"] == "True" and ready["current"], (ready["reason"], ready["message"])
-            return True
+            assert ready["status"] == "True", (ready["reason"], ready["message"])
+            return ready["current"]
 
         eventually(check, timeout_s, f"{name} Ready")
 
@@ -78,12 +80,7 @@ class World:
 
 @pytest.fixture
 def node(kubeconfig: str, crds: list[str]) -> Iterator[FakeNode]:
-    from kubernetes import client as kube
-    from kubernetes import config
-
-    configuration = kube.Configuration()
-    config.load_kube_config(kubeconfig, client_configuration=configuration)
-    with FakeNode(configuration) as fake:
+    with FakeNode(kubeconfig) as fake:
         yield fake
 
 
@@ -102,11 +99,134 @@ def test_children_conditions_and_static_policy(world: World) -> None:
         child = world.get(kind, "m")
         assert child["metadata"]["ownerReferences"][0]["kind"] == "SereDeployment"
     status = world.get("SereDeployment", "m")["status"]
-    assert status["ready"] == "2/2" and status["policy"]["stable"] == "exact"
+    assert (status["ready"], status["policy"]["stable"]) == ("2/2", "exact")
     assert world.condition("PolicyApplied")["reason"] == "ExactRouting"
+    assert "finalizers" not in world.get("SereDeployment", "m")["metadata"]
+    assert not [key for key in world.get("SereDeployment", "m")["metadata"].get("annotations") or {} if "kopf" in key]
 
+    before = {pod.uid for pod in world.node.pods.values()}
+    template = world.get("Deployment", "m")["metadata"]["generation"]
     world.apply(manifest(replicas=2, routing={"mode": "Static", "policy": STATIC}))
     world.ready(timeout_s=60)
     (digest,) = set(world.digests())
     assert digest.startswith("sere-")
     assert world.condition("PolicyApplied")["reason"] == "Applied"
+    pods = list(world.node.pods.values())
+    assert {pod.uid for pod in pods} == before, "a policy change replaced a pod"
+    assert world.get("Deployment", "m")["metadata"]["generation"] == template, "a policy change touched the pod template"
+    assert [pod.switches for pod in pods] == [[digest], [digest]], "a pod went back and forth"
+    events = [event["reason"] for event in world.items("Event") if event["involvedObject"]["kind"] == "SereDeployment"]
+    assert events.index("CanaryStarted") < events.index("CanaryPassed") < events.index("PolicyPromoted")
+
+
+def test_foreign_changes_are_healed(world: World) -> None:
+    world.apply(manifest(replicas=2))
+    world.ready()
+    world.patch("Deployment", "m", {"spec": {"replicas": 5}})
+    eventually(lambda: world.get("Deployment", "m")["spec"]["replicas"] == 2)
+    foreign = {"name": "engine", "image": "other:1", "env": [{"name": "FOREIGN", "value": "1"}]}
+    world.api("Deployment").patch(
+        name="m", namespace=world.namespace, body={"spec": {"template": {"spec": {"containers": [foreign]}}}},
+        content_type="application/strategic-merge-patch+json",
+    )  # fmt: skip
+
+    def engine() -> bool:
+        container = world.get("Deployment", "m")["spec"]["template"]["spec"]["containers"][0]
+        assert container["image"] == "engine:1"
+        return all(variable["name"] != "FOREIGN" for variable in container["env"])
+
+    eventually(engine)
+    uid = world.get("Service", "m")["metadata"]["uid"]
+    world.delete("Service", "m")
+    eventually(lambda: world.items("Service") and world.get("Service", "m")["metadata"]["uid"] != uid)
+    world.patch("ConfigMap", "m-policy", {"data": {"stable": "sere-00000000", "foreign": "x"}})
+    eventually(lambda: world.get("ConfigMap", "m-policy")["data"] == {"stable": "exact"})
+    world.ready()
+
+
+def test_kill_switch_and_back(world: World) -> None:
+    world.apply(manifest(replicas=2, routing={"mode": "Static", "policy": STATIC}))
+    world.ready(timeout_s=60)
+    (digest,) = set(world.digests())
+    world.patch("SereDeployment", "m", {"metadata": {"annotations": {"serving.sere.dev/override": "exact"}}})
+    eventually(lambda: world.digests() == ["exact", "exact"], 10)
+    eventually(lambda: world.condition("PolicyApplied")["reason"] == "Overridden")
+    world.ready()
+    world.patch("SereDeployment", "m", {"metadata": {"annotations": {"serving.sere.dev/override": None}}})
+    eventually(lambda: world.digests() == [digest, digest], 10)
+
+
+def test_quiet_time_writes_nothing_but_the_lease(world: World) -> None:
+    for name in ("a", "b"):
+        world.apply(manifest(name, routing={"mode": "Static", "policy": STATIC}))
+    for name in ("a", "b"):
+        world.ready(name, timeout_s=60)
+    time.sleep(3)
+
+    def versions() -> dict[str, str]:
+        kinds = ("SereDeployment", "Deployment", "Service", "ConfigMap", "Pod", "PodDisruptionBudget", "Event")
+        return {
+            f"{kind}/{item['metadata']['name']}": item["metadata"]["resourceVersion"]
+            for kind in kinds
+            for item in world.items(kind)
+        }
+
+    before, lease = versions(), _lease(world)
+    time.sleep(60)  # longer than the idle poll, so that pods were asked again
+    after = versions()
+    assert {key for key in {*before, *after} if before.get(key) != after.get(key)} == set()
+    assert _lease(world) != lease
+
+
+def _lease(world: World) -> str:
+    lease = world.api("Lease").get(name=world.namespace, namespace="default").to_dict()
+    return str(lease["metadata"]["resourceVersion"])
+
+
+def test_deletion_leaves_nothing(world: World) -> None:
+    world.apply(manifest())
+    world.ready()
+    world.delete("SereDeployment", "m")
+    for kind in ("Deployment", "Service", "PodDisruptionBudget", "Pod"):
+        eventually(lambda kind=kind: not world.items(kind), 40, f"{kind} gone")
+    eventually(lambda: [c["metadata"]["name"] for c in world.items("ConfigMap")] == ["kube-root-ca.crt"])
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_state(world: World) -> None:
+    world.operator.kill()
+    quick = OperatorProcess(world.node.kubeconfig, world.operator.path, SERE_LEASE_NAME=world.namespace, SERE_LEASE_S="2")
+    world.apply(manifest(replicas=3, routing={"mode": "Static", "policy": STATIC}))
+    randomness = random.Random(7)
+    for _ in range(6):
+        before = quick.path.read_text().count('"leading"')
+        quick.start()
+        eventually(lambda before=before: quick.path.read_text().count('"leading"') > before, 30, "leads")
+        time.sleep(randomness.uniform(0.05, 2.5))
+        quick.kill()
+    world.operator = quick.start()
+    world.ready(timeout_s=90)
+    assert len(set(world.digests())) == 1
+    assert world.digests()[0].startswith("sere-")
+    for pod in world.items("Pod"):
+        assert "serving.sere.dev/policy" not in pod["metadata"]["annotations"]
+    rollout = world.get("SereDeployment", "m")["status"].get("rollout")
+    assert rollout is None
+    for pod in world.node.pods.values():
+        assert len(pod.switches) == 1, f"{pod.name} went back and forth: {pod.switches}"
+
+
+def test_two_operators_and_a_lost_leader(world: World, kubeconfig: str, tmp_path: Path) -> None:
+    second = OperatorProcess(kubeconfig, tmp_path / "second.log", SERE_LEASE_NAME=world.namespace).start()
+    try:
+        world.apply(manifest(replicas=2))
+        world.ready()
+        logs = [world.operator.log(), second.log()]
+        assert sum('"leading"' in log for log in logs) == 1
+        assert sum('"writing"' in log for log in logs) == 1
+        leader, other = (world.operator, second) if '"leading"' in logs[0] else (second, world.operator)
+        assert leader.stop() == 0
+        world.apply(manifest(replicas=1))
+        eventually(lambda: world.get("Deployment", "m")["spec"]["replicas"] == 1, 30)
+        assert '"leading"' in other.log()
+    finally:
+        second.kill()

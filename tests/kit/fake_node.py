@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from kubernetes import client as kube
+from kubernetes import config as kube_config
 from kubernetes.dynamic import DynamicClient
 
 MANAGED = "app.kubernetes.io/managed-by=sere-operator"
@@ -64,7 +65,10 @@ class FakeNode:
     key          the ProfileKey that pods say they run
     """
 
-    def __init__(self, configuration: kube.Configuration, load_s: float = 0.5, project_s: float = 0.3) -> None:
+    def __init__(self, kubeconfig: str, load_s: float = 0.5, project_s: float = 0.3) -> None:
+        configuration = kube.Configuration()
+        kube_config.load_kube_config(kubeconfig, client_configuration=configuration)
+        self.kubeconfig = kubeconfig
         self.client = DynamicClient(kube.ApiClient(configuration))
         self.pods: dict[str, FakePod] = {}
         self.behaviours: dict[str, Behaviour] = {}

@@ -123,8 +123,6 @@ def pod_template(name: str, spec: SereDeploymentSpec, defaults: Defaults) -> Obj
     args += engine.extra_args
 
     fixed = {"SERE_POLICY_DIR": pods.POLICY_DIR}
-    if spec.model.revision:
-        fixed["SERE_MODEL_REVISION"] = spec.model.revision
     if spec.slo is not None:
         for variable, limits in (("SERE_SLO_TPOT_MS", spec.slo.tpot_ms), ("SERE_SLO_TTFT_MS", spec.slo.ttft_ms)):
             if limits is not None:

@@ -76,7 +76,10 @@ class Storage:
         return f"{path}/{ref.key}"
 
     def uri(self, uri: str) -> str:
-        """The path at which the thing named by a pvc:// or file:// URI is found in the pod; mounts the claim."""
+        """The path at which the thing named by a pvc://, configmap:// or file:// URI is found in the pod; mounts it."""
+        if uri.startswith("configmap://"):
+            name, _, key = uri.removeprefix("configmap://").partition("/")
+            return self.config_map(KeyRef(name=name, key=key))
         pvc = parse_pvc(uri)
         if pvc is None:
             return uri.removeprefix("file://")

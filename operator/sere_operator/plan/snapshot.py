@@ -157,10 +157,12 @@ class TuningSnapshot:
 
     now: float
     object: Object
-    children: dict[str, Object] = field(default_factory=dict)  # "Job", "ServiceAccount", "Role", "RoleBinding", "ConfigMap"
+    children: dict[tuple[str, str], Object] = field(default_factory=dict)  # by kind and name
     result: Object | None = None
-    profiles: dict[str, Object] = field(default_factory=dict)
     pods: tuple[Object, ...] = ()  # the Job's pods
+
+    def child(self, kind: str, name: str) -> Object | None:
+        return self.children.get((kind, name))
 
     @property
     def name(self) -> str:

@@ -42,6 +42,8 @@ class Wakes:
         else:
             self.seen[uid] = (body["metadata"]["resourceVersion"], generation)
         self._reconciler.wake((kind, namespace, name))
+        if kind == meta.TUNING_JOB_KIND:  # its SereDeployment waits for what it says
+            self.child(body["metadata"].get("labels") or {}, namespace)
 
     def child(self, labels: Any, namespace: str) -> None:
         """An event of something that carries our labels."""

@@ -18,12 +18,13 @@ import structlog
 
 from sere_operator.api import meta
 from sere_operator.plan.decide import decide
+from sere_operator.plan.tuning import decide_tuning
 from sere_operator.runtime import handlers
 from sere_operator.runtime.client import Client, connect
 from sere_operator.runtime.enact import NotLeadingError, enact
 from sere_operator.runtime.health import Health
 from sere_operator.runtime.lease import Elector, LeaseSettings, LostLeaseError, lead
-from sere_operator.runtime.observe import observe
+from sere_operator.runtime.observe import observe, observe_tuning
 from sere_operator.runtime.probe import Prober
 from sere_operator.runtime.reconciler import Key, Reconciler
 from sere_operator.runtime.settings import Settings
@@ -70,20 +71,25 @@ class Operator:
     async def work(self, key: Key) -> float | None:
         """One look at one resource. Returns the seconds until the next, None if it is gone."""
         kind, namespace, name = key
-        if kind != meta.DEPLOYMENT_KIND:
-            return None
-        snapshot = await observe(self.client, self.prober, namespace, name)
-        if snapshot is None:
-            return None
-        plan = decide(snapshot, self.settings.defaults)
+        defaults = self.settings.defaults
+        if kind == meta.TUNING_JOB_KIND:
+            run = await observe_tuning(self.client, namespace, name, defaults)
+            if run is None:
+                return None
+            owner, plan = run.object, decide_tuning(run, defaults)
+        else:
+            snapshot = await observe(self.client, self.prober, namespace, name)
+            if snapshot is None:
+                return None
+            owner, plan = snapshot.object, decide(snapshot, defaults)
         if plan.writes:
             log.info(
-                "writing", namespace=namespace, name=name, generation=snapshot.generation,
+                "writing", kind=kind, namespace=namespace, name=name, generation=owner["metadata"].get("generation"),
                 replace=[body["kind"] for body in plan.replace], apply=[body["kind"] for body in plan.apply],
                 pods={patch.name: patch.annotations for patch in plan.pods}, delete=[body["kind"] for body in plan.delete],
                 status=sorted(plan.status or {}),
             )  # fmt: skip
-        await enact(self.client, snapshot.object, plan, lambda: self.elector.leads)
+        await enact(self.client, owner, plan, lambda: self.elector.leads)
         return plan.requeue_after
 
     async def resync(self) -> None:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
-import struct
 import time
 from dataclasses import replace
-from typing import Any
 
 from sere_ext.errors import SereError
 from sere_ext.policy import Policy
-from sere_ext.similarity import SimilarityMeta
 
 from sere_operator.api import meta
 from sere_operator.api.common import SpecError, parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
-from sere_operator.plan import children, rollout, routing
+from sere_operator.api.tuning import SereTuningJobSpec
+from sere_operator.plan import children, rollout, routing, tuning
+from sere_operator.plan.artefact import verified_digest
+from sere_operator.plan.children import Defaults
 from sere_operator.plan.decide import stable_digest
-from sere_operator.plan.snapshot import Object, PodMetrics, PodView, Similarity, Snapshot
+from sere_operator.plan.snapshot import Object, PodMetrics, PodView, Similarity, Snapshot, TuningSnapshot
 from sere_operator.runtime.client import Client
 from sere_operator.runtime.probe import Prober
 
@@ -143,13 +141,31 @@ async def read_similarity(client: Client, namespace: str, uri: str) -> Similarit
     if encoded is None:
         return Similarity(problem=f"ConfigMap {name} has no binary key {key}")
     try:
-        return Similarity(encoded, similarity_meta(base64.b64decode(encoded)).digest)
-    except (SereError, ValueError, KeyError, struct.error) as error:
-        return Similarity(problem=f"ConfigMap {name} key {key} is no similarity artefact: {error}")
+        return Similarity(encoded, verified_digest(encoded))
+    except SereError as error:
+        return Similarity(problem=f"ConfigMap {name} key {key}: {error}")
 
 
-def similarity_meta(data: bytes) -> SimilarityMeta:
-    """The header's metadata (format: `sere_ext.similarity`). Raises ValueError, KeyError or struct.error on other data."""
-    length = struct.unpack("<Q", data[:8])[0]
-    header: dict[str, Any] = json.loads(data[8 : 8 + length])
-    return SimilarityMeta.model_validate(json.loads(header["__metadata__"]["sere"]))
+async def observe_tuning(client: Client, namespace: str, name: str, defaults: Defaults) -> TuningSnapshot | None:
+    """Everything about one SereTuningJob, None if there is none."""
+    found = await client.get(meta.TUNING_JOB_KIND, namespace, name)
+    if found is None:
+        return None
+    found = {**found, "apiVersion": meta.API_VERSION, "kind": meta.TUNING_JOB_KIND}
+    snapshot = TuningSnapshot(now=time.time(), object=found)
+    try:
+        spec = parse_spec(SereTuningJobSpec, snapshot.spec)
+    except SpecError:
+        return snapshot
+    if snapshot.status.get("outcome"):
+        return snapshot
+    result = await client.get("ConfigMap", namespace, tuning.result_name(name))
+    snapshot = replace(snapshot, result=result)
+    wanted = [(body["kind"], body["metadata"]["name"]) for body in tuning.build(snapshot, spec, defaults)]
+    wanted += [(body["kind"], body["metadata"]["name"]) for body in tuning.read_result(snapshot, spec).objects]
+    label = _selector({meta.INSTANCE_LABEL: meta.label_value(name), meta.COMPONENT_LABEL: meta.TUNER_COMPONENT})
+    objects, pods = await asyncio.gather(
+        asyncio.gather(*(client.get(kind, namespace, child) for kind, child in wanted)), client.list("Pod", namespace, label)
+    )
+    there = {key: {"kind": key[0], **body} for key, body in zip(wanted, objects, strict=True) if body is not None}
+    return replace(snapshot, now=time.time(), children=there, pods=tuple(pods))
