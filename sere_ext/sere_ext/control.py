@@ -147,6 +147,12 @@ class SereControl:
             except SereError as error:
                 return failed(status_of(error), type(error).__name__, str(error))
 
+        async def get_ready(request: Any) -> JSONResponse:
+            """200 once the first policy is applied, for readiness probes; asks no worker."""
+            control = live(request)
+            ready = control is not None and control.ready
+            return JSONResponse({"ready": ready}, 200 if ready else 503)
+
         async def put_policy(request: Any) -> JSONResponse:
             control = live(request)
             if control is None:
@@ -159,9 +165,10 @@ class SereControl:
             except SereError as error:
                 return failed(status_of(error), type(error).__name__, str(error))
 
-        for handler in (get_state, put_policy):  # annotations are strings here, FastAPI needs the class
+        for handler in (get_state, get_ready, put_policy):  # annotations are strings here, FastAPI needs the class
             handler.__annotations__["request"] = Request
         app.add_api_route("/sere", get_state, methods=["GET"], response_model=None)
+        app.add_api_route("/sere/ready", get_ready, methods=["GET"], response_model=None)
         app.add_api_route("/sere/policy", put_policy, methods=["PUT"], response_model=None)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:

@@ -1,0 +1,22 @@
+"""`GET /sere/ready`, the pods' readiness probe: 503 until the first policy is applied."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+
+def test_ready_follows_the_first_application() -> None:
+    fastapi = pytest.importorskip("fastapi", reason="the engine's web framework is missing: pip install 'sere[vllm]'")
+    testclient = pytest.importorskip("fastapi.testclient")
+    from sere_ext.control import SereControl
+
+    app = fastapi.FastAPI()
+    SereControl().attach_router(app)
+    client = testclient.TestClient(app)
+    assert client.get("/sere/ready").status_code == 503  # no engine
+    app.state.sere = SimpleNamespace(ready=False)
+    assert client.get("/sere/ready").status_code == 503
+    app.state.sere.ready = True
+    assert client.get("/sere/ready").json() == {"ready": True}
