@@ -54,8 +54,8 @@ def kubeconfig() -> str:
 @pytest.fixture(scope="session")
 def crds(kubeconfig: str) -> list[str]:
     """The project's CRDs, installed and established. Their names."""
-    subprocess.run(["kubectl", "apply", "--server-side", "-f", str(CRDS)], check=True, capture_output=True, text=True, timeout=60)
-    names = [yaml.safe_load(path.read_text())["metadata"]["name"] for path in sorted(CRDS.glob("*.yaml"))]
+    subprocess.run(["kubectl", "apply", "--server-side", "-k", str(CRDS)], check=True, capture_output=True, text=True, timeout=60)
+    names = [yaml.safe_load(path.read_text())["metadata"]["name"] for path in sorted(CRDS.glob("sere*.yaml"))]
     subprocess.run(
         ["kubectl", "wait", "--for=condition=Established", "--timeout=30s", *(f"crd/{name}" for name in names)],
         check=True, capture_output=True, text=True, timeout=60,
