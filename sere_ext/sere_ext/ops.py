@@ -18,6 +18,10 @@ from sere_ext.state import LayerState
 
 _library = torch.library.Library("sere", "DEF")
 _library.define("reroute(Tensor weights, Tensor ids, Tensor logits, int slot) -> (Tensor, Tensor)")
+_library.define(
+    "fused_experts_cpu(Tensor(a!) out, Tensor x, Tensor w13, Tensor w2, Tensor? b13, Tensor? b2, Tensor weights, Tensor ids, "
+    "str activation, str isa, bool skip_weighted) -> ()"
+)
 
 _layers: list[LayerState] = []  # by slot; filled by `seam.install`
 _NO_PADDING = np.zeros(0, np.bool_)
@@ -78,3 +82,30 @@ def _reroute_fake(weights: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor
 
 _library.impl("reroute", _reroute_cpu, "CPU")
 torch.library.register_fake("sere::reroute", _reroute_fake, lib=_library)
+
+
+def _fused_experts_cpu(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    b13: torch.Tensor | None,
+    b2: torch.Tensor | None,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    activation: str,
+    isa: str,
+    skip_weighted: bool,
+) -> None:
+    """vLLM's CPU kernel on the leading columns in use alone: it computes slots of weight 0 like any other.
+
+    How many those are depends on data, so the cut is made in here. What is left out is a sum of zeros.
+    """
+    columns = kernel.columns_in_use(weights.numpy())
+    if columns < weights.shape[1] and not skip_weighted:
+        weights, ids = weights[:, :columns].contiguous(), ids[:, :columns].contiguous()
+    torch.ops._C.cpu_fused_moe(out, x, w13, w2, b13, b2, weights, ids, skip_weighted, activation, isa)
+
+
+_library.impl("fused_experts_cpu", _fused_experts_cpu, "CPU")
+torch.library.register_fake("sere::fused_experts_cpu", lambda *arguments: None, lib=_library)

