@@ -1,0 +1,209 @@
+"""Mode Tuned and the canary's judgement, on a real API server: the operator's own process, faked pods and tuner."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kit"))
+from fake_node import KEY, Behaviour, FakeNode
+from operator_process import OperatorProcess, World, eventually, manifest
+
+POLICY = {"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 2}]}
+TUNED: dict[str, Any] = {
+    "slo": {"tpotMs": {"p95": 20}},
+    "accuracy": {"maxDropPoints": 1, "tasks": [{"uri": "pvc://data/items.jsonl"}]},
+    "routing": {"mode": "Tuned"},
+    "tuning": {
+        "trials": 8,
+        "similarity": {"calibrate": {"uri": "pvc://data/calib.jsonl"}},
+        "workload": {"load": {"concurrency": [16]}},
+    },
+    "rollout": {"canary": {"minRequests": 200, "deadline": "60s"}},
+}
+
+
+def profile(certified: bool = True, key: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What `sere tune` writes as profile.json."""
+    return {
+        "apiVersion": "serving.sere.dev/v1alpha1",
+        "kind": "SereProfile",
+        "metadata": {},
+        "spec": {
+            "policy": POLICY,
+            "key": key or KEY,
+            "evidence": {
+                "certified": certified,
+                "tpotMs": {"exact": 24.1, "chosen": 17.9, "limit": 20},
+                "speedup": {"value": 1.35, "low": 1.28, "high": 1.42, "pairs": 12, "condition": "equal concurrency 16"},
+                "accuracy": {
+                    "exact": 0.784, "chosen": 0.782, "items": 6450, "maxDropPoints": 1.0, "confidence": 0.95,
+                    "dropPoints": 0.2, "discordantShare": 0.01, "noiseFloor": 0.005,
+                },
+            },
+            "goldenPrompts": [{"prompt": f"say {i}", "answer": f"SAY {i}", "maxTokens": 8} for i in range(16)],
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture
+def node(kubeconfig: str, crds: list[str]) -> Iterator[FakeNode]:
+    with FakeNode(kubeconfig) as fake:
+        yield fake
+
+
+@pytest.fixture
+def world(client: Any, namespace: str, node: FakeNode, kubeconfig: str, tmp_path: Path) -> Iterator[World]:
+    operator = OperatorProcess(kubeconfig, tmp_path / "operator.log", SERE_LEASE_NAME=namespace).start()
+    yield World(client, namespace, node, operator)
+    operator.kill()
+    print(operator.log()[-9000:])
+
+
+def tuning_job(world: World) -> str:
+    return str(eventually(lambda: world.items("Job"), 30, "the tuning Job")[0]["metadata"]["name"])
+
+
+def publish(world: World, job: str, outcome: str, message: str = "", **data: Any) -> None:
+    """As the tuner's own server-side apply."""
+    body = {"outcome": outcome, "message": message, "exitCode": 0, "trials": {"completed": 8, "feasible": 3}}
+    data["outcome.json"] = body
+    world.api("ConfigMap").server_side_apply(
+        body={
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": f"{job}-result"},
+            "data": {key: json.dumps(value) for key, value in data.items()},
+        },
+        namespace=world.namespace, field_manager="sere-tuner", force_conflicts=True,
+    )  # fmt: skip
+
+
+def policy_digest(world: World) -> str:
+    return str(world.get("SereDeployment", "m")["status"]["policy"]["wanted"])
+
+
+def test_tuned_end_to_end(world: World) -> None:
+    world.apply(manifest(replicas=2, **TUNED))
+    world.ready()  # before any tuning result
+    job = tuning_job(world)
+    spec = world.get("Job", job)["spec"]["template"]["spec"]
+    container = spec["containers"][0]
+    assert container["command"] + container["args"][:1] == ["sere", "tune"]
+    assert container["args"][-1] == f"configmap/{world.namespace}/{job}-result"
+    given = json.loads(world.get("ConfigMap", f"{job}-input")["data"]["tuning.yaml"])
+    assert given["accuracy"]["tasks"] == [{"file": "/mnt/pvc/data/items.jsonl", "metric": "exact", "stop": []}]
+    assert given["calibrate"] == {"data": "/mnt/pvc/data/calib.jsonl"}
+    assert given["search"]["trials"] == 8
+    (rule,) = world.get("Role", job)["rules"]
+    assert (rule["resourceNames"], rule["verbs"]) == ([f"{job}-result"], ["create", "patch"])
+    assert world.condition("Tuned")["reason"] == "Tuning"
+
+    world.node.behaviours.clear()
+    world.node.default = Behaviour(tpot_ms=15)
+    pods = {pod.uid for pod in world.node.pods.values()}
+    publish(world, job, "Chosen", **{"profile.json": profile()})
+    eventually(lambda: world.condition("PolicyApplied")["reason"] == "Applied", 60, "promoted")
+    world.ready()
+    digest = policy_digest(world)
+    assert world.digests() == [digest, digest]
+    assert {pod.uid for pod in world.node.pods.values()} == pods
+    status = world.get("SereDeployment", "m")["status"]
+    assert (status["tpotP95"], status["speedup"], status["accuracy"]) == ("17.9ms", "1.35x", "-0.2")
+    assert world.condition("Tuned")["reason"] == "Certified"
+    assert world.condition("Ready")["message"] == "serving the certified policy"
+    answered = [pod.tokens for pod in world.node.pods.values()]
+    assert min(answered) >= 16, f"golden prompts ran on both sides: {answered}"
+
+    # Deleting the run never touches what serves.
+    made = status["policy"]["profile"]
+    world.delete("SereTuningJob", job)
+    eventually(lambda: not world.items("Job"), 30, "the Job went with its run")
+    assert world.get("SereProfile", made)["spec"]["policy"]["buckets"][0]["S"] == 2
+    assert world.digests() == [digest, digest]
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "words"),
+    [
+        (Behaviour(right=False), "golden prompts"),
+        (Behaviour(tpot_ms=40), "above the limit of 20 ms"),
+    ],
+    ids=["worse answers", "slower"],
+)
+def test_a_harmful_canary_goes_back_and_is_remembered(world: World, behaviour: Behaviour, words: str) -> None:
+    world.apply(manifest(replicas=2, **TUNED))
+    world.ready()
+    job = tuning_job(world)
+    world.node.default, world.node.behaviours["exact"] = behaviour, Behaviour(tpot_ms=15)
+    publish(world, job, "Chosen", **{"profile.json": profile()})
+    eventually(lambda: world.condition("PolicyApplied")["reason"] == "Rejected", 60, "rejected")
+    eventually(lambda: world.digests() == ["exact", "exact"], 20)
+    condition = world.condition("PolicyApplied")
+    assert words in condition["message"]
+    assert "will not be tried again" in condition["message"]
+    (rejection,) = world.get("SereDeployment", "m")["status"]["rejected"]
+    assert rejection["digest"] == policy_digest(world)
+    switched = [pod for pod in world.node.pods.values() if pod.switches]
+    assert len(switched) == 1, "only the canary ever ran it"
+    world.ready()
+
+
+def test_a_quiet_night_is_inconclusive_and_bans_nothing(world: World) -> None:
+    world.node.traffic = 0
+    quick = {**TUNED, "rollout": {"canary": {"minRequests": 200, "deadline": "5s"}}}
+    world.apply(manifest(replicas=2, **quick))
+    world.ready()
+    publish(world, tuning_job(world), "Chosen", **{"profile.json": profile()})
+    eventually(lambda: world.condition("PolicyApplied")["reason"] == "Inconclusive", 60)
+    eventually(lambda: world.digests() == ["exact", "exact"], 20)
+    status = world.get("SereDeployment", "m")["status"]
+    assert "rejected" not in status
+    assert status["rollout"]["nextAttemptAt"]
+    world.ready()
+
+
+def test_one_pod_alone_is_both_sides(world: World) -> None:
+    world.apply(manifest(**TUNED))
+    world.ready()
+    publish(world, tuning_job(world), "Chosen", **{"profile.json": profile()})
+    eventually(lambda: world.condition("PolicyApplied")["reason"] == "Applied", 60, "promoted")
+    (pod,) = world.node.pods.values()
+    assert pod.switches == [policy_digest(world)]
+    assert pod.tokens >= 32, "golden prompts before and after"
+
+
+def test_outcomes_without_a_policy_keep_exact_and_say_why(world: World) -> None:
+    world.apply(manifest(**TUNED))
+    world.ready()
+    job = tuning_job(world)
+    publish(world, job, "Infeasible", "nearest miss: topk 4 has TPOT p95 20.8 ms, 4 % over the limit of 20 ms")
+    eventually(lambda: world.condition("Tuned")["reason"] == "Infeasible")
+    assert "nearest miss" in world.condition("Tuned")["message"]
+    assert world.digests() == ["exact"]
+    run = world.get("SereTuningJob", job)["status"]
+    assert run["outcome"] == "Infeasible"
+    assert {c["type"]: c["status"] for c in run["conditions"]} == {"Complete": "True", "Feasible": "False"}
+    world.ready()
+
+
+def test_a_profile_of_another_engine_is_stale_and_advisory_ones_wait(world: World) -> None:
+    world.apply(manifest(**TUNED))
+    world.ready()
+    publish(world, tuning_job(world), "Chosen", **{"profile.json": profile(key={**KEY, "engineVersion": "0.31.0"})})
+    eventually(lambda: world.condition("PolicyApplied")["reason"] == "PolicyStale")
+    assert "engine 0.31.0, this pod runs 0.32.0" in world.condition("PolicyApplied")["message"]
+    assert world.digests() == ["exact"]
+
+    world.apply({**manifest("n", **TUNED)})
+    world.ready("n")
+    job = eventually(lambda: next(j for j in world.items("Job") if j["metadata"]["name"].startswith("n-")), 30)
+    publish(world, job["metadata"]["name"], "Chosen", **{"profile.json": profile(certified=False)})
+    eventually(lambda: world.condition("PolicyApplied", "n")["reason"] == "AwaitingApproval", 60)
+    assert world.get("SereDeployment", "n")["status"]["policy"]["stable"] == "exact"
+    digest = world.get("SereDeployment", "n")["status"]["policy"]["wanted"]
+    world.patch("SereDeployment", "n", {"metadata": {"annotations": {"serving.sere.dev/approved": digest}}})
+    eventually(lambda: world.condition("PolicyApplied", "n")["reason"] == "Applied", 40)
