@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--S", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rho", type=float, nargs="+", default=[0.0])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="more only helps on an idle machine")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     settings = [(batch, S, rho) for batch in given.batch for S in given.S for rho in given.rho]

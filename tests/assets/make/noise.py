@@ -56,7 +56,8 @@ def decode_ms(engine: Any, asked: list[Item]) -> float:
 
 def measure(directory: Path, count: int, seed: int) -> dict[str, object]:
     """Load the model in vLLM and compare."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to standard output, where the result goes
     from vllm import LLM
 
     engine = LLM(

@@ -1,7 +1,7 @@
 """Train the small Qwen3-MoE from nothing, with fixed seeds, on a CPU: ``python tests/assets/make/train.py``.
 
-The optimiser is Muon for the matrices inside the layers (its updates are orthogonalised, which at this size takes about
-half the steps that Adam takes) and AdamW for embeddings, norms and routers. A load-balancing loss per layer keeps routing
+The optimiser is Muon (orthogonalised updates) for the matrices inside the layers, AdamW for embeddings, norms and routers.
+A load-balancing loss per layer keeps routing
 spread over all experts: without it a few experts would serve every token and re-routing would cost nothing.
 """
 
@@ -187,6 +187,7 @@ def save(model: Qwen3MoeForCausalLM, destination: Path) -> None:
         do_sample=False, max_new_tokens=16, eos_token_id=tokenizer.EOS_ID, pad_token_id=tokenizer.PAD_ID
     )
     model.save_pretrained(destination)
+    (destination / "model.safetensors").chmod(0o644)  # safetensors writes for the owner only
     tokenizer.save(destination, MAX_POSITIONS)
 
 

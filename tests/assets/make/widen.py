@@ -37,6 +37,8 @@ def widen(source: Path, destination: Path, factor: int = FACTOR) -> Path:
         else:  # gate and up, [I, H]
             weights[name] = weight.repeat(factor, 1).contiguous()
     save_file(weights, destination / "model.safetensors", metadata={"format": "pt"})
+    # safetensors writes for the owner only; a server in a container runs as somebody else.
+    (destination / "model.safetensors").chmod(0o644)
     return destination
 
 
