@@ -42,7 +42,9 @@ def kubectl(*arguments: str, stdin: str | None = None, timeout_s: float = 120) -
 
 def apply(*objects: Object, namespace: str) -> None:
     """As a user's `kubectl apply`."""
-    kubectl("apply", "--namespace", namespace, "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}))
+    kubectl(
+        "apply", "--namespace", namespace, "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
+    )
 
 
 def get(kind: str, name: str, namespace: str) -> Object | None:

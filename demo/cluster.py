@@ -1,0 +1,183 @@
+"""`python -m demo.cluster OUT.json`, run inside `tests/kit/one-node`: install, serve, tune, switch hot under traffic.
+
+Writes {"requests", "errors", "pod_restarts", "seconds"}: what a client saw while the policy was rolled out, and how long
+it took from the policy's first write to the last pod that runs it, canary and analysis included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from demo import kube
+from demo.traffic import Traffic
+
+ROOT = kube.ROOT
+BUILD = ROOT / "build" / "demo"
+DATA = BUILD / "data"  # what the pods see as the claim `data`
+MAKE = ROOT / "tests" / "assets" / "make"
+SAMPLE = ROOT / "manifests" / "samples" / "demo.yaml"
+NAMESPACE = "default"
+ITEMS = 1500  # certify a limit of 2 points
+NAME = "demo"
+
+console = Console(stderr=True, highlight=False)
+
+
+def show(*command: str) -> None:
+    """Print a kubectl command and what it says, as a newcomer would type and see it."""
+    console.print("[dim]$ kubectl " + " ".join(command) + "[/dim]")
+    console.print(kube.kubectl(*command).rstrip(), soft_wrap=True)
+
+
+def prepare() -> list[str]:
+    """Fill the folder behind the claim `data`. Returns prompts for the client, none of them among the items."""
+    shutil.rmtree(DATA, ignore_errors=True)
+    DATA.mkdir(parents=True)
+    widened = BUILD / "model"
+    if not (widened / "model.safetensors").exists():
+        subprocess.run([sys.executable, MAKE / "widen.py", ROOT / "tests/assets/tiny_moe", widened], check=True)
+    shutil.copytree(widened, DATA / "model")
+    for name, split, count, seed in (
+        ("items", "eval", ITEMS, 2), ("calib", "calibration", 256, 2), ("client", "calibration", 256, 3),
+    ):  # fmt: skip
+        options = ["--split", split, "--count", str(count), "--seed", str(seed), "--out", str(DATA / f"{name}.jsonl")]
+        subprocess.run([sys.executable, MAKE / "items.py", *options], check=True, stdout=subprocess.DEVNULL)
+    kube.readable(DATA)
+    return [json.loads(line)["prompt"] for line in (DATA / "client.jsonl").read_text().splitlines()]
+
+
+def serve() -> None:
+    """Apply the sample and wait until it is Ready: a real token came through its Service."""
+    resource = yaml.safe_load(SAMPLE.read_text())
+    resource["spec"] = kube.small_engine(resource["spec"])
+    console.print(f"[dim]$ kubectl apply -f {SAMPLE.relative_to(ROOT)}[/dim]")
+    kube.apply(resource, namespace=NAMESPACE)
+    began = time.monotonic()
+    kube.wait_for("Ready", lambda: state("Ready").get("status") == "True", 420, every_s=2)
+    console.print(f"Ready after {time.monotonic() - began:.0f} s")
+    show("get", "sere")
+
+
+def state(kind: str) -> dict[str, Any]:
+    return kube.condition(kube.get("sere", NAME, NAMESPACE), kind)
+
+
+def tune() -> None:
+    """Follow the tuning run to its end. No client sends anything meanwhile: it would be measured.
+
+    Raises:
+        SystemExit: the run chose no policy; the message is its own.
+    """
+    shown = ""
+
+    def ended() -> bool:
+        nonlocal shown
+        jobs = kube.items("seretune", NAMESPACE)
+        status = (jobs[0].get("status") or {}) if jobs else {}
+        line = f"{status.get('progress') or '0'} trials  {status.get('stage') or 'starting'}"
+        if line != shown:
+            shown = line
+            console.print(f"  {time.strftime('%H:%M:%S')}  {line}")
+        return bool(status.get("outcome"))
+
+    kube.wait_for("the end of the tuning run", ended, 900, every_s=3)
+    show("get", "seretune")
+    (job,) = kube.items("seretune", NAMESPACE)
+    if job["status"]["outcome"] != "Chosen":
+        message = kube.condition(job, "Complete").get("message", "")
+        raise SystemExit(f"the tuning run in the cluster ended as {job['status']['outcome']}: {message}")
+    show("get", "sereprof")
+
+
+def roll_out(prompts: list[str]) -> dict[str, Any]:
+    """Watch the policy reach every pod while a client sends requests. Returns the figures."""
+    before = [kube.identity(pod) for pod in kube.pods(NAME, NAMESPACE)]
+    config = f"{NAME}-policy"
+    with Traffic(kube.service_address(NAME, NAMESPACE), NAME, prompts, concurrency=8, tokens=16) as traffic:
+
+        def written() -> bool:
+            data = (kube.get("configmap", config, NAMESPACE) or {}).get("data") or {}
+            return any(key.startswith("sere-") for key in data)
+
+        kube.wait_for("the policy's write", written, 120, every_s=0.2)
+        began, shown = time.monotonic(), ""
+
+        def applied() -> bool:
+            nonlocal shown
+            found = state("PolicyApplied")
+            line = f"{found.get('reason')}: {found.get('message')}"
+            if line != shown:
+                shown = line
+                console.print(f"  {time.strftime('%H:%M:%S')}  {line}", soft_wrap=True)
+            if found.get("reason") == "Rejected":
+                raise SystemExit(f"the canary was rejected: {found.get('message')}")
+            pods = kube.pods(NAME, NAMESPACE)
+            running = {kube.in_pod(pod, "/sere")["policyDigest"] for pod in pods}
+            return bool(pods) and found.get("status") == "True" and "exact" not in running
+
+        kube.wait_for("the policy on every pod", applied, 420, every_s=0.5)
+        seconds = time.monotonic() - began
+        time.sleep(5)  # and some traffic under the new policy
+    after = [kube.identity(pod) for pod in kube.pods(NAME, NAMESPACE)]
+    if [uid for uid, _ in after] != [uid for uid, _ in before]:
+        raise SystemExit(f"pods were replaced during the rollout: {before} became {after}")
+    if traffic.errors:
+        console.print(f"[red]failed requests: {traffic.causes}[/red]")
+    restarts = sum(count for _, count in after) - sum(count for _, count in before)
+    return {"requests": traffic.requests, "errors": traffic.errors, "pod_restarts": restarts, "seconds": round(seconds, 1)}
+
+
+def diagnose() -> None:
+    """What a person would look at after a failure, into build/demo/cluster."""
+    folder = BUILD / "cluster"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, command in {
+        "objects": ("get", "sere,seretune,sereprof,deploy,job,pod,cm,svc", "-A", "-o", "wide"),
+        "resources": ("get", "sere,seretune,sereprof", "-A", "-o", "yaml"),
+        "pods": ("describe", "pods", "-n", NAMESPACE),
+        "operator": ("logs", "-n", kube.SYSTEM, "deploy/sere-operator", "--tail=-1"),
+        "engine": ("logs", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=engine", "--tail=2000"),
+        "tuner": ("logs", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=tuner", "--tail=2000"),
+    }.items():
+        done = subprocess.run(["kubectl", *command], capture_output=True, text=True, check=False)
+        (folder / f"{name}.txt").write_text(done.stdout + done.stderr)
+    if logs := os.environ.get("KUBE_DIR"):
+        shutil.copytree(Path(logs) / "log", folder / "log", dirs_exist_ok=True)
+
+
+def main(out: Path) -> None:
+    prompts = prepare()
+    console.print("[dim]$ helm install sere helm/sere-operator --namespace sere-system[/dim]")
+    kube.install()
+    show("-n", kube.SYSTEM, "get", "pods")
+    kube.prepare_namespace(NAMESPACE, {"data": DATA})
+    serve()
+    tune()
+    figures = roll_out(prompts)
+    show("get", "sere")
+    show("sere", "explain", NAME)
+    out.write_text(json.dumps(figures) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BaseException as error:
+        diagnose()
+        if isinstance(error, SystemExit):
+            raise
+        console.print(f"[red]{error}[/red]")
+        raise

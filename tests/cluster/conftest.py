@@ -1,0 +1,82 @@
+"""A real node with the operator installed by the real helm. Started by tests/kit/cluster-rung.
+
+Engines are few: two cores carry two at a time, and each takes about a minute to start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from demo import kube
+
+ROOT = Path(__file__).resolve().parents[2]
+MAKE = ROOT / "tests" / "assets" / "make"
+NAMESPACE = "default"
+ITEMS = 1500  # certify a limit of 2 points
+
+
+@pytest.fixture(scope="session")
+def node() -> None:
+    """A cluster to test on, or one line on what is missing."""
+    if not os.environ.get("KUBE_DIR"):
+        why = "no cluster: run tests/kit/cluster-rung, which starts one (root, containerd and Kubernetes binaries needed)"
+        if os.environ.get("SERE_REQUIRE_RUNGS") == "1":
+            pytest.fail(why)
+        pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def data(node: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder behind the claim `data`: the small model, its items, calibration text."""
+    folder = tmp_path_factory.mktemp("data")
+    shutil.copytree(ROOT / "tests/assets/tiny_moe", folder / "model")
+    for name, split, count in (("items", "eval", ITEMS), ("calib", "calibration", 256)):
+        options = ["--split", split, "--count", str(count), "--seed", "5", "--out", str(folder / f"{name}.jsonl")]
+        subprocess.run([sys.executable, MAKE / "items.py", *options], check=True, stdout=subprocess.DEVNULL)
+    folder.chmod(0o755)
+    kube.readable(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts(data: Path) -> list[str]:
+    return [json.loads(line)["prompt"] for line in (data / "calib.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def operator(data: Path) -> Iterator[None]:
+    """The chart, installed; a namespace that enforces restricted pods, with the data; logs kept when a test fails."""
+    kube.install()
+    kube.prepare_namespace(NAMESPACE, {"data": data})
+    yield
+    log = subprocess.run(
+        ["kubectl", "logs", "-n", kube.SYSTEM, "deploy/sere-operator", "--tail=-1"], capture_output=True, text=True, check=False
+    )
+    folder = ROOT / "build" / "test" / "cluster"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "operator.log").write_text(log.stdout + log.stderr)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Say what the cluster looked like when a test failed."""
+    report = yield
+    if report.when == "call" and report.failed and os.environ.get("KUBE_DIR"):
+        for title, command in {
+            "objects": ("get", "sere,seretune,sereprof,job,pod", "-n", NAMESPACE, "-o", "wide"),
+            "status": ("get", "sere,seretune", "-n", NAMESPACE, "-o", "jsonpath={range .items[*]}{.status}{'\\n'}{end}"),
+            "operator": ("logs", "-n", kube.SYSTEM, "deploy/sere-operator", "--tail=20"),
+            "engine": ("logs", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=engine", "--tail=25"),
+            "tuner": ("logs", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=tuner", "--tail=40"),
+        }.items():
+            done = subprocess.run(["kubectl", *command], capture_output=True, text=True, check=False)
+            report.sections.append((title, done.stdout + done.stderr))
+    return report

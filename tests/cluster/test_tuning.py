@@ -1,0 +1,81 @@
+"""Tuned, end to end: the operator runs the tuner's own container, takes its profile, and switches the serving pod hot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from demo import kube
+from demo.traffic import Traffic
+
+NAMESPACE = "default"
+NAME = "demo"
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def tuned(operator: None) -> dict[str, Any]:
+    """The demo's sample: one serving engine and one tuning engine."""
+    resource = yaml.safe_load((kube.ROOT / "manifests/samples/demo.yaml").read_text())
+    resource["spec"] = kube.small_engine(resource["spec"])
+    kube.apply(resource, namespace=NAMESPACE)
+    return resource
+
+
+def condition(kind: str) -> dict[str, Any]:
+    return kube.condition(kube.get("sere", NAME, NAMESPACE), kind)
+
+
+def job() -> dict[str, Any]:
+    jobs = kube.items("seretune", NAMESPACE)
+    return jobs[0] if jobs else {}
+
+
+def test_ready_does_not_wait_for_tuning(tuned: dict[str, Any]) -> None:
+    kube.wait_for("Ready", lambda: condition("Ready").get("status") == "True", 420, every_s=2)
+    assert condition("Tuned").get("status") != "True"
+    (pod,) = kube.pods(NAME, NAMESPACE)
+    assert kube.in_pod(pod, "/sere")["policyDigest"] == "exact"
+
+
+def test_tuning_ends_in_a_certified_profile(tuned: dict[str, Any]) -> None:
+    kube.wait_for("the end of the tuning run", lambda: (job().get("status") or {}).get("outcome"), 780, every_s=3)
+    found = job()
+    assert found["status"]["outcome"] == "Chosen", kube.condition(found, "Complete")
+    profile = kube.get("sereprof", found["status"]["profile"], NAMESPACE)
+    assert profile is not None
+    evidence = profile["spec"]["evidence"]
+    assert evidence["certified"]
+    assert evidence["accuracy"]["upperBoundPoints"] <= 2.0
+    assert found["status"]["trials"]["completed"] <= 8
+
+
+def test_profile_reaches_the_pod_hot(tuned: dict[str, Any], prompts: list[str]) -> None:
+    """One pod alone: it is its own stable side first, then the canary. It never restarts, and no request fails."""
+    (pod,) = kube.pods(NAME, NAMESPACE)
+    before = kube.identity(pod)
+    with Traffic(kube.service_address(NAME, NAMESPACE), NAME, prompts, concurrency=8, tokens=16) as client:
+        kube.wait_for("the profile's policy", lambda: condition("PolicyApplied").get("status") == "True", 420, every_s=1)
+    assert client.errors == 0, client.causes
+    (pod,) = kube.pods(NAME, NAMESPACE)
+    assert kube.identity(pod) == before
+    profile = kube.get("sereprof", job()["status"]["profile"], NAMESPACE) or {}
+    running = kube.in_pod(pod, "/sere")
+    assert running["policy"] == profile["spec"]["policy"]
+    assert running["policyDigest"] == (kube.get("sere", NAME, NAMESPACE) or {})["status"]["policy"]["stable"] != "exact"
+    assert condition("Tuned")["status"] == "True"
+
+
+def test_deleting_the_tuning_job_never_touches_traffic(tuned: dict[str, Any], prompts: list[str]) -> None:
+    (pod,) = kube.pods(NAME, NAMESPACE)
+    before = kube.in_pod(pod, "/sere")["policyDigest"]
+    with Traffic(kube.service_address(NAME, NAMESPACE), NAME, prompts, concurrency=2) as client:
+        kube.kubectl("delete", "seretune", "--all", "-n", NAMESPACE, "--timeout=60s")
+        kube.wait_for("traffic", lambda: client.requests > 30, 60)
+    assert client.errors == 0, client.causes
+    assert kube.identity(kube.pods(NAME, NAMESPACE)[0]) == kube.identity(pod)
+    assert kube.in_pod(pod, "/sere")["policyDigest"] == before
+    kube.kubectl("delete", "sere", NAME, "-n", NAMESPACE, "--timeout=60s")
