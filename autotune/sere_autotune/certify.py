@@ -128,7 +128,7 @@ def _run_rung(run: Run, index: int, rung: Rung, alpha: float) -> RungResult:
 
 
 def _block_seconds(run: Run, index: int) -> float:
-    attrs = run.study.study.user_attrs
+    attrs = run.study.attrs
     times = [v["wall"] for k, v in attrs.items() if k.startswith(f"block.{index}.")]
     if times:
         return float(max(times))
@@ -194,7 +194,7 @@ def pack(report: BlockReport, timed: str, wall: float) -> dict[str, Any]:
 def load_blocks(run: Run, index: int, plan: dict[str, int]) -> list[ArmBlock]:
     """All blocks of a rung from the study."""
     found = []
-    for key, kept in run.study.study.user_attrs.items():
+    for key, kept in run.study.attrs.items():
         if not key.startswith(f"block.{index}."):
             continue
         pair, level, arm = key.split(".")[2:]

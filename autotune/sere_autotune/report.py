@@ -153,7 +153,7 @@ def _trials(summary: dict[str, Any]) -> str:
 
 def _noise(summary: dict[str, Any]) -> str:
     noise = summary["noiseFloor"]
-    if not noise:
+    if not noise or not noise["items"]:
         return ""
     return (
         "<h2>Noise floor</h2><p>Exact routing against itself under the same load: answers differed on "

@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sere_ext.policy import Policy
 from sere_ext.profile import (
@@ -27,10 +27,8 @@ from sere_autotune.ladder import Rung, RungResult
 from sere_autotune.measures import Answer
 from sere_autotune.outcome import Ending, Outcome
 from sere_autotune.report import render
+from sere_autotune.search import Run, noise_floor
 from sere_autotune.spec import TuningSpec
-
-if TYPE_CHECKING:
-    from sere_autotune.search import Run
 
 GOLDEN_PROMPTS = 24
 
@@ -108,7 +106,7 @@ def build_profile(run: Run, outcome: Outcome, similarity: Path | None) -> Profil
     policy = Policy.parse(rung.policy)
     limits = {metric: (name, limit) for metric, name, limit in spec.slo.limits()}
     name = headline(spec)
-    noise = study.get("noise") or {}
+    noise = noise_floor(run)
     spent = study.get("spent", {})
 
     def optional(metric: str) -> Paired | None:
@@ -137,7 +135,7 @@ def build_profile(run: Run, outcome: Outcome, similarity: Path | None) -> Profil
             upper_bound_points=result.upper_bound * 100,
             p_value=result.p_value,
             discordant_share=(result.losses + result.gains) / max(result.items, 1),
-            noise_floor=noise.get("differ", 0.0),
+            noise_floor=noise["differ"],
         ),
         active_experts=(
             Paired(exact=result.active_before, chosen=result.active_after)
@@ -214,7 +212,7 @@ def build_summary(run: Run, outcome: Outcome, profile: Profile | None) -> dict[s
         "accuracy": {"maxDropPoints": spec.accuracy.max_drop_points, "confidence": spec.accuracy.confidence,
                      "searchItems": len(run.search), "certItems": len(run.cert), "alpha": study.get("alpha"),
                      "earlierOpenings": study.get("openings")},
-        "noiseFloor": study.get("noise"), "trials": trials, "counts": outcome.trials, "ladder": rungs,
+        "noiseFloor": noise_floor(run), "trials": trials, "counts": outcome.trials, "ladder": rungs,
         "searchEnded": study.get("searchEnded"), "ladderEnded": study.get("ladderEnded"),
         "spent": {"deviceHours": spent.get("deviceSeconds", 0.0) / 3600, "wallSeconds": spent.get("wallSeconds", 0.0)},
         "budget": {"deviceHours": spec.search.device_hours, "wallMinutes": spec.search.wall_minutes, "trials": spec.search.trials},

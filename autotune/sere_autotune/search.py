@@ -134,20 +134,36 @@ def measure(run: Run, policy: Policy, items: Sequence[Item], *, number: int, sec
         if policy == EXACT_POLICY and not exact:
             run.study.put_exact_answers(index, answers(report.block.sent))
         if result.stopped and result.stopped.startswith("accuracy"):
-            break
+            return found
+    if policy != EXACT_POLICY:
+        _reference(run, found, items, number, seconds)
     return found
+
+
+def _reference(run: Run, found: Sequence[LevelResult], items: Sequence[Item], number: int, seconds: float) -> None:
+    """Exact routing right after a trial, on a quarter of its items: what the machine's drift is, and more noise floor."""
+    some = items[: max(len(items) // 4, 16)]
+    again = measure(run, EXACT_POLICY, some, number=number, seconds=max(1.0, seconds / 3), reject=False)
+    for level, exact in zip(found, again, strict=False):
+        if exact.requests:
+            level.reference_tpot_ms = exact.latency_ms["tpot"]["mean"]
+            level.reference_items, level.reference_differ = exact.items, exact.differ
+            level.reference_discordant = exact.losses + exact.gains
 
 
 def rank(run: Run) -> None:
     """Run trials until the trials or the budget are used up; what certification needs is kept back."""
     study, search = run.study, run.spec.search
     study.heal()
+    study.put("searchEnded", None)
     study.enqueue_first(run.space(), search.trials)
     crashes = 0
     run.report.stage("search", search.trials, len(study.complete()))
     for old in study.complete():
-        run.report.trial(_row(old.number, run.space(), run.space().table(old.params), study.levels(old), old.constraints))
-    while (done := len(study.complete())) < search.trials:
+        space = run.space()
+        base = study.exact_tpot_ms(space)
+        run.report.trial(_row(old.number, space, space.table(old.params), study.levels(old), old.constraints, base))
+    while (done := len(study.complete())) < search.trials and study.get("ladder") is None:
         if done and run.left_s() < reserve_s(run) + _trial_seconds(run):
             study.put(
                 "searchEnded", f"{run.budget.which(time.monotonic())} after {done} trials, the rest is kept for certification"
@@ -188,21 +204,24 @@ def _evaluate(run: Run, trial: Any, table: Table, crashes: int) -> int:
         return crashes + 1
     if not any(level.requests for level in levels):
         raise BudgetExhaustedError(f"{run.budget.which(time.monotonic())} ran out in the middle of a trial; raise it")
-    violations = constraints(levels, limits, run.max_drop, run.spec.slo.max_failure_share)
+    base = study.exact_tpot_ms(space)
+    violations = constraints(levels, limits, run.max_drop, run.spec.slo.max_failure_share, base)
     record: dict[str, Any] = {
         "policy": policy.to_json_dict(), "describe": policy.describe(), "digest": policy.digest,
         "levels": [level.to_dict() for level in levels], "seconds": time.monotonic() - began,
     }  # fmt: skip
-    study.tell(trial, objective(levels), violations, record)
-    run.report.trial(_row(trial.number, space, table, levels, violations))
+    study.tell(trial, objective(levels, base), violations, record)
+    run.report.trial(_row(trial.number, space, table, levels, violations, base))
     return 0
 
 
-def _row(number: int, space: Space, table: Table, levels: Sequence[LevelResult], violations: dict[str, float]) -> dict[str, Any]:
+def _row(
+    number: int, space: Space, table: Table, levels: Sequence[LevelResult], violations: dict[str, float], base: Sequence[float]
+) -> dict[str, Any]:
     items = sum(level.items for level in levels)
     return {
         "number": number, "policy": space.policy(table).describe(), "exact": table == space.exact(),
-        "tpotMs": objective(levels) if levels else float("nan"),
+        "tpotMs": objective(levels, base) if levels else float("nan"),
         "accuracy": float(np.mean([level.accuracy for level in levels])) if levels else float("nan"),
         "dropPoints": 100 * sum(level.losses - level.gains for level in levels) / items if items else 0.0,
         "items": items, "active": levels[0].active_after if levels else None,
@@ -232,9 +251,19 @@ def _after_exact(run: Run) -> None:
         study.put("noise", {"items": n, "differ": differ, "discordant": discordant})
 
 
+def noise_floor(run: Run) -> dict[str, float]:
+    """Exact against exact under the search's load, all measurements pooled: {"items", "differ", "discordant"} (shares)."""
+    first = run.study.get("noise") or {"items": 0, "differ": 0.0, "discordant": 0.0}
+    levels = [level for trial in run.study.complete() for level in run.study.levels(trial)]
+    n = first["items"] + sum(level.reference_items for level in levels)
+    differ = first["differ"] * first["items"] + sum(level.reference_differ for level in levels)
+    discordant = first["discordant"] * first["items"] + sum(level.reference_discordant for level in levels)
+    return {"items": n, "differ": differ / max(n, 1), "discordant": discordant / max(n, 1)}
+
+
 def noise_discordance(run: Run) -> float:
     """Discordant share of exact against exact; never quite zero, since only so many items were looked at."""
-    noise = run.study.get("noise") or {"items": 0, "discordant": 0.0}
+    noise = noise_floor(run)
     return float((noise["discordant"] * noise["items"] + 0.5) / (noise["items"] + 100))
 
 
@@ -265,7 +294,8 @@ def freeze_ladder(run: Run) -> list[Rung]:
     noise = noise_discordance(run)
     picks = pick_ladder(model, run.max_drop, run.spec.search.rungs, noise, _allowed(run, space, model))
     ladder = [_rung(run, space, model, fraction, candidate) for fraction, candidate in picks]
-    run.study.put("ladder", [rung.to_dict() for rung in ladder])
+    if ladder or not run.study.get("searchEnded"):  # a search cut short may go on with a raised budget
+        run.study.put("ladder", [rung.to_dict() for rung in ladder])
     return ladder
 
 

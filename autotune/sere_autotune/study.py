@@ -69,6 +69,7 @@ class TuningStudy:
         self.study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(path))), study_name="sere", direction="minimize", load_if_exists=True
         )
+        self.attrs: dict[str, Any] = self.study.user_attrs  # this process is the only writer, so a copy stays true
         old = self.get("fingerprint")
         if mark is not None and old is not None and old != mark:
             self.close()
@@ -87,10 +88,11 @@ class TuningStudy:
     # Study attributes.
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self.study.user_attrs.get(key, default)
+        return self.attrs.get(key, default)
 
     def put(self, key: str, value: Any) -> None:
         self.study.set_user_attr(key, value)
+        self.attrs[key] = value
 
     # Spending.
 
@@ -153,19 +155,20 @@ class TuningStudy:
     def put_exact_answers(self, level: int, answers: dict[str, Answer]) -> None:
         self.put(f"exactAnswers.{level}", {item: [int(a.correct), a.text] for item, a in answers.items()})
 
+    def exact_tpot_ms(self, space: Space) -> list[float]:
+        """Mean TPOT of the exact trial per level, or [] before it ended."""
+        exact = next((t for t in self.complete() if space.table(t.params) == space.exact() and self.levels(t)), None)
+        return [level.latency_ms["tpot"]["mean"] for level in self.levels(exact)] if exact else []
+
     def observations(self, space: Space) -> list[Observation]:
-        """What the model learns from: every complete, uncrashed trial at every level, against the exact trial there."""
-        trials = self.complete()
-        exact = next((t for t in trials if space.table(t.params) == space.exact() and self.levels(t)), None)
-        if exact is None:
-            return []
-        base = [level.latency_ms["tpot"]["mean"] for level in self.levels(exact)]
+        """What the model learns from: every complete, uncrashed trial at every level, against exact routing beside it."""
+        base = self.exact_tpot_ms(space)
         found = []
-        for trial in trials:
+        for trial in self.complete() if base else []:
             table = space.table(trial.params)
             for bucket, (level, choice) in enumerate(zip(self.levels(trial), table, strict=False)):
-                mean = level.latency_ms["tpot"]["mean"]
-                speed = math.log(base[bucket] / mean) if mean > 0 else 0.0
+                mean, reference = level.latency_ms["tpot"]["mean"], level.reference_tpot_ms
+                speed = math.log(reference / mean) if reference and mean > 0 else math.nan
                 found.append(Observation(bucket, choice, level.items, level.losses, level.gains, speed))
         return found
 

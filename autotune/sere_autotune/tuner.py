@@ -18,7 +18,7 @@ from sere_ext.similarity import SimilarityMeta, model_config_digest, read_meta
 from sere_autotune import certify, planner, results, search
 from sere_autotune.budget import Budget
 from sere_autotune.items import Item, load_items, set_digest, split
-from sere_autotune.ladder import Rung, RungResult
+from sere_autotune.ladder import MIN_SPEEDUP, Rung, RungResult
 from sere_autotune.ledger import Ledger
 from sere_autotune.outcome import BudgetExhaustedError, Ending, NearestMiss, Outcome, nearest_miss
 from sere_autotune.search import Engine, Reporter, Run
@@ -171,6 +171,8 @@ def _run(run: Run, ledger: Ledger, prepared: Prepared, only: Policy | None) -> O
             search.rank(run)
             ladder = search.freeze_ladder(run)
         ledger.note(prepared.config_digest, noise=search.noise_discordance(run), pace=study.get("pace"))
+        if not ladder and study.get("searchEnded"):
+            raise BudgetExhaustedError(f"the search ended with {study.get('searchEnded')}; raise it")
         if not ladder:
             return _infeasible(run, [], [])
         chosen, done = certify.certify(run, ladder, ledger, prepared.config_digest)
@@ -214,7 +216,7 @@ def _probe(run: Run, policy: Policy) -> list[Rung]:
     from sere_autotune.stats import power
 
     chance = power(len(run.cert), d, drop, run.max_drop, run.spec.accuracy.alpha)
-    speed = objective(exact) / objective(levels)
+    speed = objective(exact) / objective(levels, [level.latency_ms["tpot"]["mean"] for level in exact])
     # One small probe says little of the drop: the certificate decides, so it is never refused from this.
     rung = Rung(policy.to_json_dict(), policy.describe(), 1.0, min(drop, run.max_drop / 2), d, speed, max(chance, 0.5))
     run.study.put("ladder", [rung.to_dict()])
@@ -254,9 +256,13 @@ def _infeasible(run: Run, ladder: Sequence[Rung], done: Sequence[RungResult]) ->
             "accuracy": "accuracy.maxDropPoints, or more items to tell such a drop from the limit",
         }[result.verdict]
         nearest = NearestMiss(rung.describe, result.verdict, max(0.0, result.upper_bound - run.max_drop), text, give)
-    elif nearest is None:
-        gain = "no policy is predicted to be faster within the accuracy budget"
-        nearest = NearestMiss("exact", "speed", 0.0, gain, "accuracy.maxDropPoints, or the load (larger batches gain more)")
+    else:
+        slow = [t for t in run.study.complete() if all(by <= 0 for by in t.constraints.values())]
+        slow = [t for t in slow if Policy.parse(t.user_attrs["policy"]).uses_rerouting()]
+        if slow or nearest is None:
+            best = min(slow, key=lambda t: t.value or 0.0).user_attrs["describe"] if slow else "no policy"
+            text = f"{best} keeps every limit but is not at least {MIN_SPEEDUP - 1:.0%} faster than exact routing"
+            nearest = NearestMiss(best, "speed", 0.0, text, "accuracy.maxDropPoints, or the load (larger batches gain more)")
     message = f"nothing is feasible; closest: {nearest.text}; what would have to give: {nearest.give}; exact routing stays"
     return Outcome(Ending.INFEASIBLE, message, _counts(run), nearest)
 

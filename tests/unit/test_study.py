@@ -1,0 +1,179 @@
+"""The study as the only truth: a whole run on a planted engine, killed, resumed, out of budget, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from planted import PlantedEngine, Quiet, run, spec_for, truth, write_items
+from sere_autotune.outcome import Ending
+from sere_autotune.study import TuningStudy
+from sere_ext.errors import SereError, UsageError
+from sere_ext.policy import Kind, Policy
+from sere_ext.profile import Profile
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> Path:
+    return write_items(tmp_path / "items.jsonl", 6000)
+
+
+def test_a_run_ends_with_a_certified_faster_policy_within_its_budget(tmp_path: Path, items: Path) -> None:
+    report = Quiet()
+    finished = run(spec_for(tmp_path / "out", items, search__trials=12), PlantedEngine(), report)
+    assert finished.outcome.ending is Ending.CHOSEN, finished.outcome.message
+    profile = Profile.read(tmp_path / "out" / "profile.json")
+    evidence = profile.spec.evidence
+    assert evidence.certified
+    assert evidence.accuracy.upper_bound_points is not None
+    assert evidence.accuracy.upper_bound_points <= 1.0
+    assert evidence.speedup.value == pytest.approx(truth(profile.spec.policy)[2], rel=0.05)
+    assert evidence.speedup.condition == "TPOT p95, equal concurrency 16"
+    assert evidence.active_experts is not None
+    assert evidence.active_experts.exact > evidence.active_experts.chosen
+    assert len(report.rows) == 12
+    assert report.rows[0]["exact"]
+    assert all((tmp_path / "out" / name).exists() for name in ("study.journal", "summary.json", "report.html"))
+
+
+def test_a_finished_study_says_the_same_again_without_an_engine(tmp_path: Path, items: Path) -> None:
+    spec = spec_for(tmp_path / "out", items)
+    first = run(spec, PlantedEngine())
+    engine = PlantedEngine()
+    again = run(spec, engine)
+    assert engine.blocks == 0
+    assert again.outcome == first.outcome
+    assert again.summary["trials"] == first.summary["trials"]
+
+
+def test_killed_with_minus_9_it_goes_on_and_loses_at_most_the_trial_in_flight(tmp_path: Path, items: Path) -> None:
+    calls = tmp_path / "calls.log"
+    command = [sys.executable, str(Path(__file__).parent / "planted.py"), str(tmp_path / "out"), str(items), "8", "0.2"]
+    kills = 0
+    for at_block in (3, 9, 20):  # in the search, near its end, in certification
+        victim = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ})
+        while victim.poll() is None and (not calls.exists() or len(calls.read_text().splitlines()) < at_block):
+            time.sleep(0.05)
+        if victim.poll() is None:
+            os.kill(victim.pid, signal.SIGKILL)
+            kills += 1
+        victim.wait()
+    assert kills == 3
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "Chosen"
+    study = TuningStudy(tmp_path / "out", None)
+    trials = study.study.get_trials()
+    study.close()
+    complete = [t for t in trials if t.state.name == "COMPLETE"]
+    failed = [t for t in trials if t.state.name == "FAIL"]
+    assert len(complete) == 8
+    assert not [t for t in trials if t.state.name == "RUNNING"]
+    assert len(failed) <= kills
+    assert {t.user_attrs["retry_of"] for t in complete if "retry_of" in t.user_attrs} <= {t.number for t in failed}
+    # Exact twice, 7 trials with exact beside each, 2 x 3 pairs per rung; a kill loses the trial in flight (two blocks).
+    blocks = len(calls.read_text().splitlines())
+    rungs = sum(rung["result"] is not None for rung in json.loads((tmp_path / "out" / "summary.json").read_text())["ladder"])
+    assert blocks <= 2 + 7 * 2 + 6 * rungs + 2 * kills
+
+
+def test_a_crashing_kind_is_infeasible_and_never_chosen(tmp_path: Path, items: Path) -> None:
+    engine = PlantedEngine(crashes=[Kind.OEA])
+    finished = run(spec_for(tmp_path / "out", items, search__sampler="random", search__trials=12), engine)
+    crashed = [t for t in finished.summary["trials"] if t["crash"]]
+    assert crashed
+    assert all(min(t["violations"].values()) > 0 for t in crashed)
+    assert finished.profile is None or "oea" not in json.dumps(finished.profile["spec"]["policy"])
+
+
+def test_an_engine_that_dies_under_exact_routing_is_a_failure(tmp_path: Path, items: Path) -> None:
+    class Broken(PlantedEngine):
+        def block(self, *args, **kwargs):
+            from sere_autotune.engine import EngineCrashError
+
+            raise EngineCrashError("out of memory")
+
+    with pytest.raises(SereError, match="keeps failing"):
+        run(spec_for(tmp_path / "out", items), Broken())
+
+
+def test_an_impossible_latency_limit_ends_with_the_nearest_miss(tmp_path: Path, items: Path) -> None:
+    finished = run(spec_for(tmp_path / "out", items, slo__tpotMs__p95=2), PlantedEngine())
+    assert finished.outcome.exit_code == 3
+    assert "TPOT p95" in finished.outcome.message
+    assert "slo.tpotMs.p95" in finished.outcome.message
+    assert "exact routing stays" in finished.outcome.message
+    assert not (tmp_path / "out" / "profile.json").exists()
+
+
+def test_a_spent_budget_ends_with_4_and_a_raised_one_goes_on(tmp_path: Path, items: Path) -> None:
+    engine = PlantedEngine(wait_s=1.0)
+    short = spec_for(tmp_path / "out", items, search__deviceHours=14 / 3600, certify__pairs=6)
+    began = time.monotonic()
+    finished = run(short, engine)
+    assert finished.outcome.exit_code == 4, finished.outcome.message
+    assert time.monotonic() - began < 14
+    assert "deviceHours" in finished.outcome.message
+    more = spec_for(tmp_path / "out", items, search__deviceHours=1, certify__pairs=6)
+    before = len(finished.summary["trials"])
+    again = run(more, PlantedEngine())
+    assert again.outcome.ending is Ending.CHOSEN
+    assert again.summary["trials"][:before] == finished.summary["trials"]
+
+
+def test_no_block_may_outlive_the_budget(tmp_path: Path, items: Path) -> None:
+    engine = PlantedEngine()
+    run(spec_for(tmp_path / "out", items, search__deviceHours=100 / 3600, search__trialSeconds=90), engine)
+    assert max(engine.cut) <= 100
+
+
+def test_a_folder_of_another_tuning_is_refused_unless_fresh(tmp_path: Path, items: Path) -> None:
+    run(spec_for(tmp_path / "out", items), PlantedEngine())
+    other = spec_for(tmp_path / "out", items, slo__tpotMs__p95=39)
+    with pytest.raises(UsageError, match="--fresh"):
+        run(other, PlantedEngine())
+    assert run(other, PlantedEngine(), fresh=True).outcome.ending is Ending.CHOSEN
+
+
+def test_two_tuners_in_one_folder_are_refused(tmp_path: Path, items: Path) -> None:
+    held = TuningStudy(tmp_path / "out", None)
+    with pytest.raises(UsageError, match="another tuner works in"):
+        run(spec_for(tmp_path / "out", items), PlantedEngine())
+    held.close()
+
+
+def test_a_cert_set_opened_before_spends_half_of_alpha(tmp_path: Path, items: Path) -> None:
+    run(spec_for(tmp_path / "one", items), PlantedEngine())
+    second = run(spec_for(tmp_path / "two", items, search__seed=1), PlantedEngine())
+    assert second.summary["accuracy"]["alpha"] == pytest.approx(0.025)
+    assert second.summary["accuracy"]["earlierOpenings"] == 1
+
+
+def test_certify_alone_takes_a_policy(tmp_path: Path, items: Path) -> None:
+    good = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 3}]})
+    bad = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 1}]})
+    spec = spec_for(tmp_path / "good", items, accuracy__maxDropPoints=2, search__rungs=1)
+    assert run(spec, PlantedEngine(), only=good).outcome.ending is Ending.CHOSEN
+    finished = run(spec_for(tmp_path / "bad", items, accuracy__maxDropPoints=2, search__rungs=1), PlantedEngine(), only=bad)
+    assert finished.outcome.exit_code == 3
+    assert "points, p = " in finished.outcome.message
+
+
+@pytest.mark.parametrize("sampler", ["model", "tpe", "random"])
+def test_every_sampler_tells_the_same_constraints_for_every_trial(tmp_path: Path, items: Path, sampler: str) -> None:
+    run(spec_for(tmp_path / "out", items, search__sampler=sampler), PlantedEngine())
+    study = TuningStudy(tmp_path / "out", None)
+    keys = {frozenset(t.constraints) for t in study.complete()}
+    study.close()
+    assert keys == {frozenset({"tpot.p95", "accuracy", "failures"})}
+
+
+def test_an_accuracy_rejection_ends_the_trial_early(tmp_path: Path, items: Path) -> None:
+    spec = spec_for(tmp_path / "out", items, search__policies=["topk"], search__trials=9)
+    finished = run(spec, PlantedEngine())
+    harsh = [t for t in finished.summary["trials"] if t["policy"].startswith("topk 1")]
+    assert harsh
+    assert all(t["stopped"].startswith("accuracy") and t["items"] < 400 and t["violations"]["accuracy"] > 0 for t in harsh)
