@@ -89,10 +89,12 @@ class Evidence(Record):
     """What was measured for the chosen policy. `certified` is False for advisory profiles."""
 
     certified: Annotated[bool, Field(description="false for an advisory profile, which is never promoted by itself")]
-    tpot_ms: Annotated[Paired, Field(description="time per output token, ms")]
+    tpot_ms: Annotated[Paired, Field(description="time per output token, ms, at the percentile that the SLO limits")]
+    tpot_mean_ms: Annotated[Paired | None, Field(description="mean time per output token, ms")] = None
     ttft_ms: Annotated[Paired | None, Field(description="time to the first token, ms")] = None
     e2el_ms: Annotated[Paired | None, Field(description="time from request to last token, ms")] = None
-    speedup: Annotated[Ratio, Field(description="of the time per output token")]
+    speedup: Annotated[Ratio, Field(description="of tpotMs")]
+    speedup_mean: Annotated[Ratio | None, Field(description="of tpotMeanMs")] = None
     accuracy: Annotated[AccuracyEvidence, Field(description="on held-out items, under load")]
     active_experts: Annotated[Paired | None, Field(description="mean per layer and step")] = None
     rung: Annotated[int, Field(description="of the ladder of candidates that was chosen")] = 0
