@@ -22,6 +22,33 @@ COUNTERS = ("calls", "tokens", "activeBefore", "activeAfter", "slots", "rerouted
 _NOBODY = -1
 
 
+def _shield_llvmlite() -> None:
+    """Make llvmlite's library object answer "no such attribute" when asked for `__dict__`.
+
+    vLLM's CPU platform looks through all attributes of all loaded modules at engine start and fails on that object, which
+    answers any name with a function (seen with vLLM 0.32, llvmlite 0.47). So an engine could not start in a process that
+    has loaded numba, for instance a second `LLM`.
+    """
+    from llvmlite.binding import ffi  # type: ignore[import-untyped]
+
+    library = type(ffi.lib)
+    if library.__name__ == "_Shielded":
+        return
+
+    class _Shielded(library):  # type: ignore[misc, valid-type]
+        __slots__ = ()
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return super().__getattr__(name)
+
+    ffi.lib.__class__ = _Shielded
+
+
+_shield_llvmlite()
+
+
 def _compiled(function: Callable[..., Any]) -> Any:
     """Compile with numba, keeping the machine code on disk where some cache directory can be written."""
     try:

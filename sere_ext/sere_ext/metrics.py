@@ -2,8 +2,8 @@
 
 The engine's scheduler statistics have no field of ours, so one task polls the workers, at most once a second and only
 while requests run; a scrape costs nothing. Latencies come from vLLM's own statistics of finished requests, in the API
-server, and are labelled by the policy that was in force and by the bucket of the mean number of requests that decoded
-beside them, so that two policies can be compared at equal bucket.
+server, and are labelled by the policy that was in force and by the class (1, 2-3, 4-7, 8-15, ...) of the mean number of
+requests that decoded beside them, so that any two policies can be compared at equal batch size.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ import time
 from bisect import bisect_left
 from collections import deque
 from typing import TYPE_CHECKING, Any
-
-from sere_ext.policy import Policy
-from sere_ext.state import OTHER, bucket_label
 
 if TYPE_CHECKING:
     from sere_ext.control import LiveControl
@@ -88,13 +85,14 @@ class Occupancy:
         return (self._areas[index + 1] - self._areas[index]) / max(self._times[index + 1] - self._times[index], 1e-9)
 
 
-def bucket_of(policy: Policy, running: float) -> str:
-    """Label of the bucket that holds for a decode step of this many requests (one token each)."""
-    tokens = round(running)
-    for bucket in policy.buckets:
-        if bucket.min_tokens <= tokens <= bucket.max_tokens:
-            return bucket_label(bucket)
-    return OTHER
+def batch_label(running: float) -> str:
+    """`8-15`: the power-of-two class of a mean number of running requests.
+
+    Not the policy's own buckets: exact routing has none, and two policies must be compared at equal batch size.
+    """
+    tokens = max(round(running), 1)
+    low = 1 << (tokens.bit_length() - 1)
+    return "1" if low == 1 else f"{low}-{2 * low - 1}"
 
 
 class Metrics:
@@ -178,7 +176,7 @@ class Metrics:
     def observe(self, now: float, request: Any) -> None:
         """One finished request (vLLM's `FinishedRequestStats`), finished `now`."""
         started = now - request.decode_time
-        bucket = bucket_of(self._control.policy, self._occupancy.mean(started, now))
+        bucket = batch_label(self._occupancy.mean(started, now))
         policy = self._digest if started >= self._since else MIXED
         if request.num_generation_tokens > 1:
             self._tpot.labels(policy, bucket).observe(request.decode_time / (request.num_generation_tokens - 1))

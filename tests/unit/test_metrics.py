@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
-from sere_ext.metrics import Metrics, Occupancy, bounds, bucket_of
+from sere_ext.metrics import Metrics, Occupancy, batch_label, bounds
 from sere_ext.policy import Policy
 
 POLICY = Policy.parse({"buckets": [{"minTokens": 4, "maxTokens": 8, "kind": "topk", "S": 2}, {"minTokens": 9, "kind": "exact"}]})
@@ -31,8 +31,9 @@ def test_occupancy_is_the_time_weighted_mean() -> None:
     assert running.mean(14, 14) == 0
 
 
-def test_buckets_are_labelled_by_requests_beside_each_other() -> None:
-    assert [bucket_of(POLICY, n) for n in (3.4, 3.6, 8.4, 8.6, 500)] == ["other", "4-8", "4-8", "9-", "9-"]
+def test_batches_are_classed_by_powers_of_two_whatever_the_policy() -> None:
+    labels = [batch_label(n) for n in (0, 1, 1.6, 3.4, 3.6, 7.4, 8, 15.4, 500)]
+    assert labels == ["1", "1", "2-3", "2-3", "4-7", "4-7", "8-15", "8-15", "256-511"]
 
 
 @pytest.fixture
@@ -75,11 +76,11 @@ def test_latency_is_labelled_by_policy_and_bucket_and_a_switch_makes_it_mixed(me
     metrics._since = 100.0
     metrics._occupancy.record(100.0, 6)
     metrics.observe(103.0, finished(tokens=11, decode=1.0, e2e=1.5))
-    labels = {"policy": POLICY.digest, "bucket": "4-8"}
+    labels = {"policy": POLICY.digest, "bucket": "4-7"}
     assert value("sere_tpot_seconds_sum", **labels) == pytest.approx(0.1)
     assert value("sere_ttft_seconds_sum", **labels) == pytest.approx(0.5)
     metrics.observe(103.0, finished(tokens=11, decode=4.0, e2e=4.5))
-    assert value("sere_tpot_seconds_count", policy="mixed", bucket="4-8") == 1
+    assert value("sere_tpot_seconds_count", policy="mixed", bucket="4-7") == 1
     assert value("sere_tpot_seconds_count", **labels) == 1
     metrics.observe(103.0, finished(tokens=1, decode=0.0, e2e=0.2))
     assert value("sere_tpot_seconds_count", **labels) == 1, "one token has no time per further token"
