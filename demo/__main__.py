@@ -89,7 +89,7 @@ def prepare(args: argparse.Namespace) -> Path:
         "model": str(model),
         "engine": {"maxModelLen": 128, "extraArgs": ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32"]},
         "similarity": str(BUILD / "similarity.safetensors"),
-        "workload": {"dataset": str(BUILD / "items.jsonl"), "load": {"concurrency": [16]}},
+        "workload": {"load": {"concurrency": [16]}},
         "slo": slo,
         "accuracy": {
             "maxDropPoints": args.max_drop_points,
