@@ -63,7 +63,7 @@ def serve() -> None:
     console.print(f"[dim]$ kubectl apply -f {SAMPLE.relative_to(ROOT)}[/dim]")
     kube.apply(resource, namespace=NAMESPACE)
     began = time.monotonic()
-    kube.wait_for("Ready", lambda: state("Ready").get("status") == "True", 420, every_s=2)
+    kube.wait_for("Ready", lambda: state("Ready").get("status") == "True", 900, every_s=2)
     console.print(f"Ready after {time.monotonic() - began:.0f} s")
     show("get", "sere")
 
@@ -90,7 +90,7 @@ def tune() -> None:
             console.print(f"  {time.strftime('%H:%M:%S')}  {line}")
         return bool(status.get("outcome"))
 
-    kube.wait_for("the end of the tuning run", ended, 900, every_s=3)
+    kube.wait_for("the end of the tuning run", ended, 1200, every_s=3)
     show("get", "seretune")
     (job,) = kube.items("seretune", NAMESPACE)
     if job["status"]["outcome"] != "Chosen":
@@ -125,7 +125,7 @@ def roll_out(prompts: list[str]) -> dict[str, Any]:
             running = {kube.in_pod(pod, "/sere")["policyDigest"] for pod in pods}
             return bool(pods) and found.get("status") == "True" and "exact" not in running
 
-        kube.wait_for("the policy on every pod", applied, 420, every_s=0.5)
+        kube.wait_for("the policy on every pod", applied, 600, every_s=0.5)
         seconds = time.monotonic() - began
         time.sleep(5)  # and some traffic under the new policy
     after = [kube.identity(pod) for pod in kube.pods(NAME, NAMESPACE)]

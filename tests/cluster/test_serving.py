@@ -21,7 +21,7 @@ NAME = "story"
 # topk needs no similarity artefact. One bucket for every batch size, so that single requests are re-routed too.
 POLICY = {"buckets": [{"minTokens": 1, "maxTokens": 64, "kind": "topk", "S": 2}]}
 
-pytestmark = pytest.mark.timeout(480)
+pytestmark = pytest.mark.timeout(1500)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_operator_cannot_read_secrets(operator: None) -> None:
 
 
 def test_ready_means_a_real_token_through_the_service(story: dict[str, Any]) -> None:
-    kube.wait_for("Ready", lambda: condition("Ready").get("status") == "True", 420, every_s=2)
+    kube.wait_for("Ready", lambda: condition("Ready").get("status") == "True", 1200, every_s=2)
     kube.kubectl("wait", f"sere/{NAME}", "-n", NAMESPACE, "--for=condition=Ready", "--timeout=10s")
     assert len(kube.pods(NAME, NAMESPACE)) == 2
     assert set(digests().values()) == {"exact"}

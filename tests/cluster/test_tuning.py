@@ -13,7 +13,7 @@ from demo.traffic import Traffic
 NAMESPACE = "default"
 NAME = "demo"
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,14 @@ def job() -> dict[str, Any]:
 
 
 def test_ready_does_not_wait_for_tuning(tuned: dict[str, Any]) -> None:
-    kube.wait_for("Ready", lambda: condition("Ready").get("status") == "True", 420, every_s=2)
+    kube.wait_for("Ready", lambda: condition("Ready").get("status") == "True", 1200, every_s=2)
     assert condition("Tuned").get("status") != "True"
     (pod,) = kube.pods(NAME, NAMESPACE)
     assert kube.in_pod(pod, "/sere")["policyDigest"] == "exact"
 
 
 def test_tuning_ends_in_a_certified_profile(tuned: dict[str, Any]) -> None:
-    kube.wait_for("the end of the tuning run", lambda: (job().get("status") or {}).get("outcome"), 780, every_s=3)
+    kube.wait_for("the end of the tuning run", lambda: (job().get("status") or {}).get("outcome"), 1500, every_s=3)
     found = job()
     assert found["status"]["outcome"] == "Chosen", kube.condition(found, "Complete")
     profile = kube.get("sereprof", found["status"]["profile"], NAMESPACE)
@@ -58,7 +58,7 @@ def test_profile_reaches_the_pod_hot(tuned: dict[str, Any], prompts: list[str]) 
     (pod,) = kube.pods(NAME, NAMESPACE)
     before = kube.identity(pod)
     with Traffic(kube.service_address(NAME, NAMESPACE), NAME, prompts, concurrency=8, tokens=16) as client:
-        kube.wait_for("the profile's policy", lambda: condition("PolicyApplied").get("status") == "True", 420, every_s=1)
+        kube.wait_for("the profile's policy", lambda: condition("PolicyApplied").get("status") == "True", 900, every_s=1)
     assert client.errors == 0, client.causes
     (pod,) = kube.pods(NAME, NAMESPACE)
     assert kube.identity(pod) == before
