@@ -168,13 +168,20 @@ def _try(problems: list[str], step: Callable[[], None]) -> bool:
     return True
 
 
+def _follows(state: Object, override: bool) -> bool:
+    """Whether the pod's answer shows the switch's position: exact on every rank, since truth lives in the workers."""
+    if not override:
+        return not state.get("override")
+    return {state.get("policyDigest"), *(rank.get("policyDigest") for rank in state.get("ranks") or [])} == {"exact"}
+
+
 def _confirm(cluster: Cluster, pods: list[str], override: bool, seconds: float) -> None:
     """Ask the pods until all say so. A cluster where they cannot be asked is said, not taken for an answer."""
     until, open_pods, last = time.monotonic() + seconds, set(pods), ""
     while open_pods and time.monotonic() < until:
         for pod in sorted(open_pods):
             try:
-                if bool(cluster.pod_state(pod).get("override")) is override:
+                if _follows(cluster.pod_state(pod), override):
                     open_pods.discard(pod)
             except ClusterError as error:
                 last = str(error)

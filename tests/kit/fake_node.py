@@ -49,6 +49,7 @@ class FakePod:
     pending: tuple[str, float] | None = None  # digest and when it will be applied
     error: str | None = None
     generation: int = 0
+    override: bool = False
     counts: dict[str, list[float]] = field(default_factory=dict)  # digest -> TPOTs in ms
     tokens: int = 0
     ready: bool = False
@@ -234,10 +235,8 @@ class FakeNode:
         if (namespace, name) not in maps:
             maps[namespace, name] = self._maps.get(name=name, namespace=namespace).to_dict().get("data") or {}
         data, annotations = maps[namespace, name], pod["metadata"].get("annotations") or {}
-        if "exact" in (annotations.get("serving.sere.dev/override"), data.get("override")):
-            digest = "exact"
-        else:
-            digest = annotations.get("serving.sere.dev/policy") or data["stable"]
+        override = "exact" in (annotations.get("serving.sere.dev/override"), data.get("override"))
+        digest = "exact" if override else annotations.get("serving.sere.dev/policy") or data["stable"]
         known.error = None
         if digest != "exact" and f"{digest}.json" not in data:
             known.error, digest = f"policy {digest} is not in the ConfigMap", known.digest
@@ -245,11 +244,11 @@ class FakeNode:
         if refusal is not None:
             known.error, digest = refusal, known.digest
         if digest == known.digest:
-            known.pending = None
+            known.pending, known.override = None, override
         elif known.pending is None or known.pending[0] != digest:
             known.pending = (digest, time.monotonic() + self.project_s)
         elif time.monotonic() >= known.pending[1]:
-            known.digest, known.pending = digest, None
+            known.digest, known.pending, known.override = digest, None, override
             known.generation += 1
             known.switches.append(digest)
 
@@ -288,7 +287,7 @@ class FakeNode:
             return {"choices": [{"text": text}], "usage": {"completion_tokens": 1}}
         return {
             "ready": True, "source": "file", "policy": {}, "policyDigest": pod.digest, "similarityDigest": None,
-            "generation": pod.generation, "override": False, "error": pod.error, "key": self.key,
+            "generation": pod.generation, "override": pod.override, "error": pod.error, "key": self.key,
             "model": {"numExperts": 16, "topK": 4, "moeLayers": [0]},
             "ranks": [{"rank": 0, "policyDigest": pod.digest, "similarityDigest": None, "generation": pod.generation}],
             "counters": {},
