@@ -1,8 +1,7 @@
 """Train the small Qwen3-MoE from nothing, with fixed seeds, on a CPU: ``python tests/assets/make/train.py``.
 
 The optimiser is Muon (orthogonalised updates) for the matrices inside the layers, AdamW for embeddings, norms and routers.
-A load-balancing loss per layer keeps routing
-spread over all experts: without it a few experts would serve every token and re-routing would cost nothing.
+A load-balancing loss per layer spreads routing over all experts: re-routing away from experts that nobody uses costs nothing.
 """
 
 from __future__ import annotations
