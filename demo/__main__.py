@@ -78,7 +78,7 @@ def prepare(args: argparse.Namespace) -> Path:
         "--split",
         "calibration",
         "--count",
-        "512",
+        "128",
         "--seed",
         "1",
         "--out",
