@@ -24,7 +24,8 @@ from sere_autotune.space import Choice, Table
 
 Floats = NDArray[np.float64]
 
-_CHAINS, _STEPS, _KEPT = 64, 500, 5
+_CHAINS, _STEPS, _KEPT = 64, 400, 5
+_CELLS = 400
 _SPEED_NOISE = 0.04  # of a trial's log speed-up; short blocks on a busy machine are no better
 _SCALARS = 5  # log bS, log bR, logit q, log cS, log cR
 
@@ -39,6 +40,20 @@ class Observation:
     losses: int
     gains: int
     log_speed: float  # log(exact TPOT / this TPOT); nan where it was not measured
+
+
+Features = tuple[NDArray[np.intp], Floats, Floats, Floats]  # cell, s, rho, whether it re-routes
+
+
+@dataclass(frozen=True)
+class _Data:
+    """All observations as arrays."""
+
+    features: Features
+    n: Floats
+    losses: Floats
+    gains: Floats
+    speed: Floats
 
 
 class MonotoneModel:
@@ -62,8 +77,9 @@ class MonotoneModel:
         """Draw from the posterior given all trials so far."""
         rng = np.random.default_rng(seed)
         seen = [o for o in observations if o.choice.kind is not Kind.EXACT and o.items > 0]
+        data = self._data(seen)
         state = self._prior_draws(rng, _CHAINS)
-        score = self._log_posterior(state, seen)
+        score = self._log_posterior(state, data)
         size = state.shape[1]
         kept = []
         for step in range(_STEPS):
@@ -71,7 +87,7 @@ class MonotoneModel:
             second = (np.arange(_CHAINS) + rng.integers(1, _CHAINS, _CHAINS)) % _CHAINS
             scale = 1.0 if step % 10 == 0 else 2.38 / np.sqrt(2 * size)
             proposal = state + scale * (state[first] - state[second]) + rng.normal(0, 0.02, state.shape)
-            new = self._log_posterior(proposal, seen)
+            new = self._log_posterior(proposal, data)
             taken = np.log(rng.random(_CHAINS)) < new - score
             state[taken], score[taken] = proposal[taken], new[taken]
             if step >= _STEPS // 2 and step % (_STEPS // 2 // _KEPT) == 0:
@@ -102,7 +118,7 @@ class MonotoneModel:
         speeds = np.stack([self.log_speed(b)[draw] for b in range(self.buckets)])
         return tuple(self.choices[i] for i in best_table(speeds, drops, max_drop))
 
-    def _features(self, bucket: int, choices: Sequence[Choice]) -> tuple[NDArray[np.intp], Floats, Floats, Floats]:
+    def _features(self, bucket: int, choices: Sequence[Choice]) -> Features:
         kinds = np.array([0 if c.kind is Kind.EXACT else self.kinds.index(c.kind) for c in choices])
         s = np.array([3.0 * (c.S - 1) / max(self.top_k - 1, 1) for c in choices])
         rho = np.array([c.rho for c in choices])
@@ -113,12 +129,12 @@ class MonotoneModel:
         cells = len(self.kinds) * self.buckets
         return x[:, _SCALARS : _SCALARS + cells], x[:, _SCALARS + cells :]
 
-    def _excess(self, x: Floats, features: tuple[NDArray[np.intp], Floats, Floats, Floats]) -> Floats:
+    def _excess(self, x: Floats, features: Features) -> Floats:
         cell, s, rho, alive = features
         offset = self._split(x)[0][:, cell]
         return alive * np.exp(np.clip(offset - np.exp(x[:, 0:1]) * s - np.exp(x[:, 1:2]) * rho, -20, 0))
 
-    def _speed(self, x: Floats, features: tuple[NDArray[np.intp], Floats, Floats, Floats]) -> Floats:
+    def _speed(self, x: Floats, features: Features) -> Floats:
         cell, s, rho, alive = features
         offset = self._split(x)[1][:, cell]
         return alive * np.exp(np.clip(offset - np.exp(x[:, 3:4]) * s - np.exp(x[:, 4:5]) * rho, -20, 2))
@@ -143,24 +159,25 @@ class MonotoneModel:
             found -= 0.5 * (((by_kind - by_kind.mean(axis=2, keepdims=True)) / spread) ** 2).sum(axis=(1, 2))
         return np.asarray(found)
 
-    def _log_posterior(self, x: Floats, seen: Sequence[Observation]) -> Floats:
-        found = self._log_prior(x)
+    def _data(self, seen: Sequence[Observation]) -> _Data | None:
         if not seen:
+            return None
+        parts = [self._features(o.bucket, [o.choice]) for o in seen]
+        cells, s, rho, alive = (np.concatenate([part[i] for part in parts]) for i in range(4))
+        n, losses, gains = np.array([(o.items, o.losses, o.gains) for o in seen], dtype=float).T
+        return _Data((cells, s, rho, alive), n, losses, gains, np.array([o.log_speed for o in seen]))
+
+    def _log_posterior(self, x: Floats, data: _Data | None) -> Floats:
+        found = self._log_prior(x)
+        if data is None:
             return found
-        per_bucket = [self._features(o.bucket, [o.choice]) for o in seen]
-        features = tuple(np.concatenate([f[i] for f in per_bucket]) for i in range(4))
-        excess = self._excess(x, features)  # type: ignore[arg-type]
-        n = np.array([o.items for o in seen], dtype=float)
-        losses = np.array([o.losses for o in seen], dtype=float)
-        gains = np.array([o.gains for o in seen], dtype=float)
+        excess = self._excess(x, data.features)
         # Losses and gains as independent Poisson: the same as Poisson discordance with binomial losses.
         q = _sigmoid(x[:, 2:3])
-        loss_rate = n * (self.floor / 2 + excess * (1 + q) / 2)
-        gain_rate = n * (self.floor / 2 + excess * (1 - q) / 2)
-        found = found + (losses * np.log(loss_rate) - loss_rate + gains * np.log(gain_rate) - gain_rate).sum(axis=1)
-        speed = np.array([o.log_speed for o in seen])
-        predicted = self._speed(x, features)  # type: ignore[arg-type]
-        off = np.where(np.isnan(speed), 0.0, (predicted - np.nan_to_num(speed)) / _SPEED_NOISE)
+        loss_rate = data.n * (self.floor / 2 + excess * (1 + q) / 2)
+        gain_rate = data.n * (self.floor / 2 + excess * (1 - q) / 2)
+        found = found + (data.losses * np.log(loss_rate) - loss_rate + data.gains * np.log(gain_rate) - gain_rate).sum(axis=1)
+        off = np.where(np.isnan(data.speed), 0.0, (self._speed(x, data.features) - np.nan_to_num(data.speed)) / _SPEED_NOISE)
         # Heavy tails: one block beside a noisy neighbour must not outvote the others.
         return np.asarray(found - 2.5 * np.log1p(off**2 / 4).sum(axis=1))
 
@@ -177,26 +194,28 @@ def best_table(speeds: Floats, drops: Floats, max_drop: float, allowed: NDArray[
         drops: shares [buckets, choices], 0 for exact.
         allowed: [buckets, choices]; exact is always allowed.
 
-    By a Lagrange multiplier found by bisection: exact on the convex hull, and the same for any number of buckets.
+    A knapsack over the buckets with the budget in 400 cells, costs rounded up, so the limit is never passed.
     """
     buckets = len(speeds)
     usable = np.ones(speeds.shape, bool) if allowed is None else allowed.copy()
-    usable[:, 0] = True
+    usable[:, 0] = True  # exact
     if buckets == 1:
         good = usable[0] & (drops[0] <= max_drop)
         good[0] = True
         return [int(np.argmax(np.where(good, speeds[0], -np.inf)))]
 
-    def pick(price: float) -> list[int]:
-        return [int(i) for i in np.argmax(np.where(usable, speeds - price * drops, -np.inf), axis=1)]
-
-    def cost(table: list[int]) -> float:
-        return float(np.mean([drops[b, i] for b, i in enumerate(table)]))
-
-    if cost(pick(0.0)) <= max_drop:
-        return pick(0.0)
-    low, high = -9.0, 9.0  # log10 of the price of a unit of drop
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if cost(pick(10.0**middle)) <= max_drop else (middle, high)
-    return pick(10.0**high)
+    costs = np.ceil(np.maximum(drops, 0.0) / max(max_drop * buckets, 1e-12) * _CELLS - 1e-9)
+    best = np.zeros(_CELLS + 1)  # most log speed by cells spent so far
+    chosen: list[NDArray[np.intp]] = []
+    for b in range(buckets):
+        grown = np.full((speeds.shape[1], _CELLS + 1), -np.inf)
+        for i in np.flatnonzero(usable[b] & (costs[b] <= _CELLS)):
+            cost = int(costs[b, i])
+            grown[i, cost:] = best[: _CELLS + 1 - cost] + speeds[b, i]
+        chosen.append(np.argmax(grown, axis=0))
+        best = grown.max(axis=0)
+    cell, table = int(np.argmax(best)), [0] * buckets
+    for b in reversed(range(buckets)):
+        table[b] = int(chosen[b][cell])
+        cell -= int(costs[b, table[b]])
+    return table

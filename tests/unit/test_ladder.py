@@ -1,0 +1,185 @@
+"""From trials to a ladder, from blocks to verdicts: the model, the fixed sequence, the latency limits."""
+
+import numpy as np
+import pytest
+from sere_autotune.ladder import ArmBlock, judge_rung, pick_ladder, walk
+from sere_autotune.measures import Answer
+from sere_autotune.model import MonotoneModel, Observation, best_table
+from sere_autotune.space import EXACT, Choice, Space, auto_buckets
+from sere_autotune.spec import BucketEdges
+from sere_ext.policy import Kind
+
+TOP_K = 4
+
+
+def world(choice: Choice) -> tuple[float, float, float]:
+    """(excess discordance, drop, log speed-up) of a planted world."""
+    excess = {Kind.SERE: 0.08, Kind.TOPK: 0.2, Kind.OEA: 0.1}[choice.kind] * np.exp(-1.6 * (choice.S - 1) - 2.5 * choice.rho)
+    gain = {Kind.SERE: 0.5, Kind.TOPK: 0.55, Kind.OEA: 0.45}[choice.kind] * np.exp(-0.6 * (choice.S - 1) - 0.8 * choice.rho)
+    return excess, 0.6 * excess, gain
+
+
+def space(buckets: int = 1) -> Space:
+    edges = auto_buckets([4, 16, 64][:buckets], [0, 0, 0][:buckets])
+    return Space(edges, (Kind.SERE, Kind.TOPK, Kind.OEA), TOP_K)
+
+
+def fitted(trials: int, seed: int, items: int = 500) -> MonotoneModel:
+    rng = np.random.default_rng(seed)
+    model = MonotoneModel(space().choices(), 1, TOP_K, noise_floor=0.001)
+    seen: list[Observation] = []
+    for number in range(trials):
+        if number < 3:
+            choice = Choice(Kind.SERE, *[(2, 0.1), (2, 0.0), (1, 0.1)][number])
+        else:
+            model.fit(seen, seed + number)
+            (choice,) = model.sample_table(0.01 * float(rng.choice([0.05, 0.25, 0.5])), rng)
+        if choice == EXACT:
+            continue
+        excess, _, gain = world(choice)
+        losses, gains = rng.poisson(items * excess * 0.8), rng.poisson(items * excess * 0.2)
+        seen.append(Observation(0, choice, items, int(losses), int(gains), gain + rng.normal(0, 0.03)))
+    model.fit(seen, seed + 1000)
+    return model
+
+
+def test_the_model_ranks_after_a_dozen_trials_and_the_ladder_keeps_the_budget() -> None:
+    broken, regrets = 0, []
+    for seed in range(3):
+        model = fitted(12, seed)
+        ladder = pick_ladder(model, 0.01, 3, 0.001, np.ones((1, len(model.choices)), bool))
+        assert [c.speedup for _, c in ladder] == sorted(c.speedup for _, c in ladder)
+        choice = dict(ladder)[0.25].table[0]
+        _, drop, gain = world(choice)
+        broken += drop > 0.01
+        best = max(world(c)[2] for c in model.choices[1:] if world(c)[1] <= 0.01)
+        regrets.append(best - gain)
+    assert broken == 0
+    assert np.median(regrets) < 0.15  # of a log speed-up near 0.3
+
+
+def test_drop_falls_in_both_thresholds_whatever_was_seen() -> None:
+    model = fitted(6, 3)
+    drop = model.drop(0).mean(axis=0)
+    at = {choice: drop[i] for i, choice in enumerate(model.choices)}
+    assert at[EXACT] == 0
+    for rho in (0.0, 0.3, 0.6):
+        assert at[Choice(Kind.SERE, 1, rho)] >= at[Choice(Kind.SERE, 2, rho)] >= at[Choice(Kind.SERE, 3, rho)]
+    assert at[Choice(Kind.SERE, 1, 0.2)] >= at[Choice(Kind.SERE, 1, 0.7)]
+
+
+def test_an_unmeasured_speed_does_not_move_the_model() -> None:
+    model = MonotoneModel(space().choices(), 1, TOP_K, 0.001)
+    model.fit([Observation(0, Choice(Kind.SERE, 1, 0.0), 100, 20, 2, float("nan"))], 0)
+    assert np.isfinite(model.log_speed(0)).all()
+
+
+def test_best_table_over_buckets_is_the_best_by_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        speeds = np.concatenate([np.zeros((3, 1)), np.sort(rng.random((3, 7)), axis=1)], axis=1)
+        drops = np.concatenate([np.zeros((3, 1)), np.sort(rng.random((3, 7)) * 0.03, axis=1)], axis=1)
+        picks = best_table(speeds, drops, 0.01)
+        value = sum(speeds[b, i] for b, i in enumerate(picks))
+        assert np.mean([drops[b, i] for b, i in enumerate(picks)]) <= 0.01
+        best = max(
+            speeds[0, i] + speeds[1, j] + speeds[2, k]
+            for i in range(8)
+            for j in range(8)
+            for k in range(8)
+            if (drops[0, i] + drops[1, j] + drops[2, k]) / 3 <= 0.01
+        )
+        assert value >= best - 0.12  # costs are rounded up by a 400th of the budget
+
+
+def test_best_table_of_one_bucket_is_exact_and_forbidden_choices_stay_out() -> None:
+    speeds, drops = np.array([[0.0, 0.5, 0.3]]), np.array([[0.0, 0.02, 0.004]])
+    assert best_table(speeds, drops, 0.01) == [2]
+    assert best_table(speeds, drops, 0.05) == [1]
+    assert best_table(speeds, drops, 0.05, np.array([[False, False, False]])) == [0]
+
+
+def test_buckets_meet_between_the_levels() -> None:
+    assert auto_buckets([16], [0]) == (BucketEdges(min_tokens=8, max_tokens=64),)
+    assert [(e.min_tokens, e.max_tokens) for e in auto_buckets([4, 16, 64], [0, 0, 0])] == [(2, 8), (9, 32), (33, 256)]
+    assert auto_buckets([0], [14.7])[0].min_tokens == 7  # an open loop's bucket comes from its measured batch
+
+
+def test_params_and_tables_are_the_same_thing() -> None:
+    some = space(2)
+    table = (Choice(Kind.SERE, 2, 0.35), Choice(Kind.TOPK, 3))
+    assert some.table(some.params(table)) == table
+    assert some.policy(some.exact()).digest == "exact"
+    assert [b.min_tokens for b in some.policy(table).buckets] == [2, 9]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "chosen", "ended"),
+    [
+        ([], None, False),
+        (["passed"], 0, False),
+        (["slo", "passed"], 1, False),  # a rung over a latency limit is skipped: the safe ones are slow
+        (["passed", "accuracy"], 0, True),
+        (["accuracy"], None, True),  # nothing beyond the first failure is ever looked at
+        (["passed", "slo"], 0, False),
+    ],
+)
+def test_the_fixed_sequence(verdicts: list[str], chosen: int | None, ended: bool) -> None:
+    assert walk(verdicts) == (chosen, ended)
+
+
+def blocks(
+    lost: int, gained: int, n: int, tpot: tuple[float, float] = (20.0, 15.0), pairs: int = 10, seed: int = 0
+) -> list[ArmBlock]:
+    rng = np.random.default_rng(seed)
+    found = []
+    per = n // pairs
+    for pair in range(pairs):
+        for arm in ("exact", "chosen"):
+            answers = {}
+            for i in range(pair * per, (pair + 1) * per):
+                exact_right = i >= gained
+                chosen_right = (exact_right and not (gained <= i < gained + lost)) or i < gained
+                answers[f"item{i}"] = Answer(exact_right if arm == "exact" else chosen_right, "x")
+            scale = tpot[arm == "chosen"]
+            times = {m: scale * np.exp(rng.normal(0, 0.1, per)) for m in ("tpot", "ttft", "e2el")}
+            found.append(ArmBlock(pair, 0, arm, answers, times, 10.0, per, 0, 16.0, 12.0, 6.0))
+    return found
+
+
+def test_a_rung_passes_fails_on_accuracy_or_on_latency() -> None:
+    limits = [("tpot", "p95", 25.0)]
+    passed = judge_rung(blocks(4, 2, 3000), limits, 0.01, 0.05, 0.0)
+    assert (passed.verdict, passed.items, passed.losses, passed.gains) == ("passed", 3000, 4, 2)
+    assert passed.speedup["p95"]["value"] == pytest.approx(20 / 15, rel=0.1)
+    assert passed.upper_bound < 0.01
+    worse = judge_rung(blocks(60, 0, 3000), limits, 0.01, 0.05, 0.0)
+    assert worse.verdict == "accuracy"
+    assert "-2.00 points" in worse.reason
+    slow = judge_rung(blocks(4, 2, 3000, (20.0, 24.0)), limits, 0.01, 0.05, 0.0)
+    assert slow.verdict == "slo"
+    assert "TPOT p95" in slow.reason
+    assert "25 ms" in slow.reason
+
+
+def test_a_repeated_item_is_no_new_evidence() -> None:
+    once = blocks(0, 0, 150, pairs=5)
+    again = [ArmBlock(b.pair + 5, 0, b.arm, b.answers, b.latency_ms, 10.0, b.requests, 0, 16.0) for b in once]
+    result = judge_rung([*once, *again], [], 0.01, 0.05, 0.0)
+    assert result.items == 150
+    assert result.verdict == "accuracy"  # 149 certify 2 points, 299 would be needed for 1
+
+
+def test_too_few_requests_leave_a_percentile_undecided_and_undecided_never_passes() -> None:
+    result = judge_rung(blocks(0, 0, 3000, pairs=5), [("tpot", "p99", 40.0)], 0.01, 0.05, 0.0)
+    assert result.slo[0]["verdict"] == "pass"
+    few = judge_rung(blocks(0, 0, 250, pairs=5), [("tpot", "p99", 40.0)], 0.05, 0.05, 0.0)
+    assert few.slo[0]["verdict"] == "undecided"
+    assert few.verdict == "slo"
+
+
+def test_failed_requests_count_against_a_rung() -> None:
+    some = blocks(0, 0, 600)
+    broken = [ArmBlock(b.pair, 0, b.arm, b.answers, b.latency_ms, 10.0, b.requests, 1, 16.0) for b in some]
+    assert judge_rung(broken, [], 0.01, 0.05, 0.0).verdict == "slo"
+    assert judge_rung(broken, [], 0.01, 0.05, 0.1).verdict == "passed"

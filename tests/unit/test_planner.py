@@ -1,0 +1,137 @@
+"""The plan: what certainty costs is said, and refused, before anything is spent."""
+
+from pathlib import Path
+
+import pytest
+from planted import PlantedEngine, run, spec_for, write_items
+from sere_autotune import planner, tuner
+from sere_autotune.items import Item, load_items, search_count, split
+from sere_autotune.ledger import Ledger, spent_alpha
+from sere_autotune.outcome import Ending, nearest_miss
+from sere_autotune.spec import AccuracySpec, TaskSpec
+from sere_ext.errors import UsageError
+
+
+def prepared(tmp_path: Path, count: int, **changes) -> tuner.Prepared:
+    return tuner.prepare(spec_for(tmp_path / "out", write_items(tmp_path / "items.jsonl", count), **changes))
+
+
+def test_the_dry_run_says_items_limit_and_time(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 8800)
+    text = planner.describe(ready.plan, ready.spec)
+    assert "8,800 items, 7,334 of them kept for certification" in text
+    assert "at 1% difference 1,560 items certify a policy that truly costs 0.3 points" in text
+    assert "this limit can certify" in text
+    assert "Budget     1 device-hours" in text
+
+
+def test_a_stored_noise_floor_and_pace_are_used(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 4000)
+    Ledger(ready.out).note(ready.config_digest, noise=0.009, pace={"rate": 50.0, "residence": 0.3, "startSeconds": 31.0})
+    again = tuner.prepare(ready.spec)
+    text = planner.describe(again.plan, again.spec)
+    assert "exact against exact differed on 0.90% of items last time" in text
+    assert "start about 31 s" in text
+    assert "at the pace of the last run" in text
+
+
+def test_too_few_items_are_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 300)
+    assert not ready.plan.can_certify
+    assert "299 would be needed" in ready.plan.problem
+    engine = PlantedEngine()
+    with pytest.raises(planner.CannotCertifyError, match="--advisory") as caught:
+        run(ready.spec, engine)
+    assert caught.value.exit_code == 5
+    assert engine.blocks == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_advisory_goes_on_and_marks_the_profile(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 300, search__policies=["oea"], search__trials=6)
+    finished = run(ready.spec, PlantedEngine(), advisory=True)
+    assert finished.outcome.ending in (Ending.CHOSEN, Ending.INFEASIBLE)
+    if finished.profile is not None:
+        assert finished.outcome.advisory
+        assert finished.profile["spec"]["evidence"]["certified"] is False
+
+
+def test_a_limit_of_nothing_can_never_certify(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 8800, accuracy__maxDropPoints=0)
+    assert "cannot be certified by any number of items" in ready.plan.problem
+    with pytest.raises(planner.CannotCertifyError):
+        run(ready.spec, PlantedEngine())
+
+
+def test_the_split_is_fixed_by_the_prompts_alone(tmp_path: Path) -> None:
+    path = write_items(tmp_path / "items.jsonl", 2000)
+    forward = load_items(AccuracySpec(tasks=(TaskSpec(file=str(path)),)))
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))) * 2)  # other order, each twice
+    backward = load_items(AccuracySpec(tasks=(TaskSpec(file=str(path)),)))
+    assert [i.digest for i in forward] == [i.digest for i in backward]
+    search, cert = split(forward, None)
+    assert not {i.digest for i in search} & {i.digest for i in cert}
+    assert len(search) == 500
+
+
+@pytest.mark.parametrize(("total", "count"), [(8800, 1466), (1319, 439), (30000, 2000), (3000, 500), (60, 20)])
+def test_how_many_items_the_search_sees(total: int, count: int) -> None:
+    assert search_count(total, None) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "line 1 is no JSON"),
+        ('{"answer": "1"}', 'needs a "prompt"'),
+        ('{"prompt": "a"}', 'needs an "answer"'),
+        ("", "no items"),
+    ],
+)
+def test_bad_items_are_named_by_line(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text(text + "\n")
+    with pytest.raises(UsageError, match=words):
+        load_items(AccuracySpec(tasks=(TaskSpec(file=str(path)),)))
+
+
+def test_a_dense_model_and_a_missing_one_are_refused(tmp_path: Path) -> None:
+    spec = spec_for(tmp_path / "out", write_items(tmp_path / "items.jsonl", 400))
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UsageError, match="dense model"):
+        tuner.prepare(spec)
+
+
+@pytest.mark.parametrize(
+    ("metric", "pattern", "answer", "text", "right"),
+    [
+        ("exact", None, "42", " 42\n", True),
+        ("exact", None, "42", "x42", False),
+        ("numeric", None, "1,234", "so it is 1234.0", True),
+        ("numeric", None, "5", "none", False),
+        ("contains", None, "yes", "oh yes!", True),
+        ("regex", r"#### (\d+)", "7", "so #### 7 is it", True),
+        ("regex", r"#### (\d+)", "7", "7", False),
+    ],
+)
+def test_how_answers_are_judged(metric: str, pattern: str | None, answer: str, text: str, right: bool) -> None:
+    assert Item("d", "p", answer, TaskSpec(file="f", metric=metric, pattern=pattern)).correct(text) is right
+
+
+def test_a_cert_set_is_opened_once_per_study_and_remembered(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "out")
+    assert [ledger.open("m", "c", "one"), ledger.open("m", "c", "one"), ledger.open("m", "c", "two")] == [0, 0, 1]
+    assert ledger.openings("m", "c", "three") == 2
+    assert ledger.openings("m", "other", "three") == 0
+    assert [spent_alpha(0.05, j) for j in (0, 1, 2)] == [0.05, 0.025, 0.0125]
+
+
+def test_the_nearest_miss_names_limit_distance_and_what_must_give() -> None:
+    miss = nearest_miss(
+        [("exact", False, {"tpot.p95": 0.2, "accuracy": -1.0}), ("topk 2", True, {"tpot.p95": 0.05, "accuracy": -0.5}),
+         ("topk 1", True, {"tpot.p95": -0.1, "accuracy": 3.0})],
+        {"tpot.p95": 20.0}, 1.0,
+    )  # fmt: skip
+    assert miss is not None
+    assert miss.text == "topk 2 has TPOT p95 21.0 ms, 5% over the limit of 20 ms"
+    assert "slo.tpotMs.p95" in miss.give
