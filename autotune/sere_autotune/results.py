@@ -215,6 +215,7 @@ def build_summary(run: Run, outcome: Outcome, profile: Profile | None) -> dict[s
         "noiseFloor": noise_floor(run), "trials": trials, "counts": outcome.trials, "ladder": rungs,
         "searchEnded": study.get("searchEnded"), "ladderEnded": study.get("ladderEnded"),
         "spent": {"deviceHours": spent.get("deviceSeconds", 0.0) / 3600, "wallSeconds": spent.get("wallSeconds", 0.0)},
+        "seconds": study.get("seconds", {}), "pace": study.get("pace"),
         "budget": {"deviceHours": spec.search.device_hours, "wallMinutes": spec.search.wall_minutes, "trials": spec.search.trials},
         "profile": profile.to_json_dict() if profile else None, "out": str(study.out),
     }  # fmt: skip

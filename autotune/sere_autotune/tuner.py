@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,21 +162,24 @@ def _run(run: Run, ledger: Ledger, prepared: Prepared, only: Policy | None) -> O
     study = run.study
     run.report.stage("starting the engine", 1)
     try:
-        run.facts = run.engine.start()
+        with _timed(run, "start"):
+            run.facts = run.engine.start()
         study.put("key", run.facts.key)
         study.put("topK", run.facts.top_k)
         if only is not None:
             only.check_model(run.facts.top_k)
             ladder = _probe(run, only)
         else:
-            search.rank(run)
-            ladder = search.freeze_ladder(run)
+            with _timed(run, "search"):
+                search.rank(run)
+                ladder = search.freeze_ladder(run)
         ledger.note(prepared.config_digest, noise=search.noise_discordance(run), pace=study.get("pace"))
         if not ladder and study.get("searchEnded"):
             raise BudgetExhaustedError(f"the search ended with {study.get('searchEnded')}; raise it")
         if not ladder:
             return _infeasible(run, [], [])
-        chosen, done = certify.certify(run, ladder, ledger, prepared.config_digest)
+        with _timed(run, "certification"):
+            chosen, done = certify.certify(run, ladder, ledger, prepared.config_digest)
     except BudgetExhaustedError as error:
         return Outcome(Ending.BUDGET, f"{error}; nothing was certified, exact routing stays", _counts(run), _nearest(run))
     except planner.CannotCertifyError as error:
@@ -194,6 +198,18 @@ def _run(run: Run, ledger: Ledger, prepared: Prepared, only: Policy | None) -> O
             message = f"{ladder[index].describe}: not certified ({done[index].reason}); advisory only"
             return Outcome(Ending.CHOSEN, message, _counts(run), chosen=index, advisory=True)
     return _infeasible(run, ladder, done)
+
+
+@contextlib.contextmanager
+def _timed(run: Run, stage: str) -> Iterator[None]:
+    """Add a stage's seconds, over all restarts, to the study."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        times = dict(run.study.get("seconds", {}))
+        times[stage] = times.get(stage, 0.0) + time.monotonic() - began
+        run.study.put("seconds", times)
 
 
 def _probe(run: Run, policy: Policy) -> list[Rung]:

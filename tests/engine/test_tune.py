@@ -1,0 +1,157 @@
+"""The tuner through its command line on the real engine and the trained model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from sere_ext.profile import Profile
+
+ROOT = Path(__file__).parents[2]
+MAKE = ROOT / "tests" / "assets" / "make"
+TRIALS = 5
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The widened model, items, calibration text, and a tuning file that calibrates by itself."""
+    folder = tmp_path_factory.mktemp("tune")
+    make(folder, "widen.py", str(ROOT / "tests" / "assets" / "tiny_moe"), str(folder / "model"))
+    make(folder, "items.py", "--split", "eval", "--count", "2400", "--seed", "5", "--out", str(folder / "items.jsonl"))
+    make(folder, "items.py", "--split", "calibration", "--count", "48", "--seed", "5", "--out", str(folder / "calib.jsonl"))
+    (folder / "tuning.yaml").write_text(json.dumps({
+        "model": str(folder / "model"),
+        "engine": {"maxModelLen": 128, "extraArgs": ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32"]},
+        "calibrate": {"data": str(folder / "calib.jsonl")},
+        "workload": {"load": {"concurrency": [16]}},
+        "slo": {"tpotMs": {"p95": 2000}, "ttftMs": {"p99": 60000}},
+        "accuracy": {"maxDropPoints": 2.0, "tasks": [{"file": str(folder / "items.jsonl"), "maxTokens": 24}], "searchItems": 400},
+        "search": {"trials": TRIALS, "rungs": 1, "deviceHours": 0.5, "itemsPerTrial": 200, "trialSeconds": 60},
+        "certify": {"pairs": 5, "blockSeconds": 4},
+        "out": str(folder / "run"),
+    }))  # fmt: skip
+    return folder
+
+
+def make(folder: Path, script: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, str(MAKE / script), *arguments], check=True, capture_output=True)
+
+
+def command(ground: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "sere_ext.cli", "tune", "-f", str(ground / "tuning.yaml"), *arguments]
+
+
+def tune(ground: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(ground, *arguments), capture_output=True, text=True, timeout=540, check=False)
+
+
+def marked(mark: str) -> list[int]:
+    """Living processes that carry a mark in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            state = (path.parent / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            if mark.encode() in path.read_bytes() and state != "Z":
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.timeout(1500)
+def test_killed_with_minus_9_and_started_again_it_ends_with_a_certificate(ground: Path) -> None:
+    mark = f"SERE_TEST_MARK={os.getpid()}-{time.time_ns()}"
+    victim = subprocess.Popen(
+        command(ground), stderr=subprocess.PIPE, text=True, env={**os.environ, mark.split("=")[0]: mark.split("=")[1]}
+    )
+    assert victim.stderr is not None
+    seen = []
+    for line in victim.stderr:
+        seen.append(line)
+        if line.startswith("  trial 2:"):  # in flight
+            break
+    assert victim.poll() is None, "".join(seen)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    victim.stderr.close()
+    deadline = time.monotonic() + 60
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left]
+
+    done = tune(ground, "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert len(summary["trials"]) == TRIALS
+    assert summary["trials"][0]["digest"] == "exact"
+    assert "(2 of 5 done before)" in done.stderr
+    profile = Profile.read(ground / "run" / "profile.json").spec
+    evidence = profile.evidence
+    assert evidence.certified
+    assert evidence.accuracy.p_value is not None
+    assert evidence.accuracy.p_value <= 0.05
+    assert evidence.speedup.value > 1.05, done.stderr
+    assert evidence.active_experts is not None
+    assert evidence.active_experts.chosen < evidence.active_experts.exact <= 16
+    assert profile.similarity is not None
+    assert profile.key.device == "cpu"
+    assert "Chosen   " in done.stderr
+    assert "at equal concurrency 16" in done.stderr
+
+    again = tune(ground)  # a finished study answers at once
+    assert again.returncode == 0
+    assert "starting the engine" not in again.stderr
+
+
+@pytest.mark.timeout(600)
+def test_an_impossible_latency_limit_ends_with_3_and_the_nearest_miss(ground: Path) -> None:
+    similarity = ground / "run" / "similarity.safetensors"
+    extra = ["--similarity", str(similarity)] if similarity.exists() else ["--search-policies", "[topk]"]
+    done = tune(ground, "--slo-tpot-ms-p95", "0.01", "--search-trials", "2", "--out", str(ground / "slo"), *extra)
+    assert done.returncode == 3, done.stderr
+    assert "over the limit of 0.01 ms" in done.stderr
+    assert "what would have to give: slo.tpotMs.p95" in done.stderr
+    assert "exact routing stays" in done.stderr
+    assert not (ground / "slo" / "profile.json").exists()
+    assert (ground / "slo" / "report.html").exists()
+
+
+def test_an_accuracy_budget_of_nothing_ends_with_5_before_anything_is_spent(ground: Path) -> None:
+    done = tune(ground, "--accuracy-max-drop-points", "0", "--out", str(ground / "zero"))
+    assert done.returncode == 5, done.stderr
+    assert "cannot be certified by any number of items" in done.stderr
+    assert not (ground / "zero").exists()
+
+
+def test_the_dry_run_starts_nothing_and_prints_a_whole_file(ground: Path) -> None:
+    done = tune(ground, "--dry-run", "--out", str(ground / "dry"))
+    assert done.returncode == 0, done.stderr
+    assert "this limit can certify" in done.stdout
+    assert "blockSeconds: 4" in done.stdout
+    assert not (ground / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--calibrate-data", "none.jsonl"], "calibrate.data: no file at none.jsonl"),
+        (["--engine-extra-args", "[--additional-config, '{}']"], "--additional-config is set by the tuner"),
+        (["--similarity", "{items}"], "no safetensors file"),
+        (["--model", "{dense}"], "dense model"),
+        (["--search-trials", "none"], "search.trials"),
+        (["--publish", "secret/a/b"], "give configmap/<namespace>/<name>"),
+    ],
+)
+def test_bad_input_ends_with_2_and_says_what_to_do(ground: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    filled = [a.replace("{items}", str(ground / "items.jsonl")).replace("{dense}", str(tmp_path)) for a in arguments]
+    done = tune(ground, *filled)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
