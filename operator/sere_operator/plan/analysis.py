@@ -20,6 +20,7 @@ CONFIDENCE = 0.95
 DESIGN_EFFECT = 30.0
 SLOWER_RATIO = 1.25  # mean TPOT of the canary over stable's: beyond this it is harm, whatever the SLO allows
 GOLDEN_ALPHA = 0.01  # of the one-sided sign test on answers that only one side got right
+OTHER_BUCKET = "other"  # the plug-in's label for batch sizes outside every bucket (sere_ext/state.py)
 _ALLOWED = {"p50": 0.50, "p95": 0.05, "p99": 0.01}
 
 
@@ -66,7 +67,8 @@ def judge(stable: Arm, canary: Arm, slo: Slo | None, *, min_requests: int, golde
     3. golden prompts got worse                                Rejected
     4. golden answers missing                                  Pending, after the deadline Inconclusive
     5. too few requests on a side                              Pending, after the deadline Inconclusive
-    6. all judged                                              Passed
+    6. an SLO limit that the histograms have no bound for      Pending, after the deadline Inconclusive
+    7. all judged                                              Passed
 
     Args:
         min_requests: finished requests that each side needs; 0: judge on what there is (a Static policy).
@@ -93,6 +95,9 @@ def judge(stable: Arm, canary: Arm, slo: Slo | None, *, min_requests: int, golde
     for side, arm in (("canary", canary), ("stable", stable)):
         if arm.requests < min_requests:
             return Verdict(unanswered, f"{side} finished {arm.requests} of {min_requests} requests that are needed to judge")
+    unseen = _unseen_limit(slo, canary) if slo is not None and min_requests else None
+    if unseen:
+        return Verdict(unanswered, unseen)
     return Verdict(Outcome.PASSED, _summary(stable, canary, golden_prompts))
 
 
@@ -112,6 +117,16 @@ def _breaks_limit(name: str, limits: Percentiles | None, canary: Histogram, stab
                 f"canary {name} {percentile} above the limit of {limit:g} ms ({share:.1%} of {canary.count:,} requests over it, "
                 f"at least {least:.1%} at {CONFIDENCE:.0%}, {allowed:.0%} allowed)"
             )
+    return None
+
+
+def _unseen_limit(slo: Slo, canary: Arm) -> str | None:
+    for name, limits, histograms in (("TPOT", slo.tpot_ms, canary.tpot), ("TTFT", slo.ttft_ms, canary.ttft)):
+        bounds = total(histograms).over
+        for percentile in _ALLOWED:
+            limit = getattr(limits, percentile) if limits is not None else None
+            if limit is not None and f"{limit:g}" not in bounds:
+                return f"the pods' histograms have no bound at the {name} limit of {limit:g} ms, so it cannot be judged"
     return None
 
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import Any
 
 from sere_operator.api import meta
 from sere_operator.api.conditions import Reason, timestamp
 from sere_operator.api.deployment import MAX_REJECTED, Approval, SereDeploymentSpec
 from sere_operator.plan import analysis
-from sere_operator.plan.analysis import Arm, Outcome
+from sere_operator.plan.analysis import Outcome
+from sere_operator.plan.evidence import Stage, arms, collect_golden, golden_answers, golden_count, measured, with_state
 from sere_operator.plan.routing import EXACT, Wanted, overridden, revision
 from sere_operator.plan.snapshot import Event, Object, PodView, Snapshot
 
@@ -29,16 +29,6 @@ APPLY_GRACE_S = 60.0  # a canary that does not show the policy by then will not
 SETTLE_S = 10.0  # a Static policy is looked at for this long
 BACKOFF_S = 300.0  # before an inconclusive policy is tried again; doubles
 MAX_BACKOFF_S = 6 * 3600.0
-MAX_STABLE_PODS = 8  # of the stable side, whose counters are remembered
-
-
-class Stage(StrEnum):
-    BASELINE = "Baseline"
-    CANARY = "Canary"
-    ANALYSING = "Analysing"
-    AWAITING_APPROVAL = "AwaitingApproval"
-    PROMOTING = "Promoting"
-    ROLLING_BACK = "RollingBack"
 
 
 @dataclass(frozen=True)
@@ -243,12 +233,8 @@ def _restarted(known: Object, canaries: list[PodView]) -> bool:
     return any(before.get(pod.uid) != pod.restarts for pod in canaries)
 
 
-def _with_state(known: Object, **changes: Any) -> Object:
-    return {**known, "state": {**(known.get("state") or {}), **changes}}
-
-
 def _to_stage(known: Object, stage: Stage, now: float, message: str, **changes: Any) -> Object:
-    moved = _with_state(known, since=stamp(now), start=None, stableStart=None, **changes)
+    moved = with_state(known, since=stamp(now), start=None, stableStart=None, **changes)
     return {**moved, "stage": stage.value, "message": message}
 
 
@@ -262,12 +248,12 @@ def _baseline(
     """One pod alone: stable's side of the comparison is taken on it before the switch."""
     now = snapshot.now
     step = replace(base, reason=Reason.CANARY, message=str(known.get("message", "")), requeue_after=POLL_S)
-    known = _collect_golden(snapshot, known, "stable", base.stable)
-    if _golden_count(wanted) and not _golden(known, "stable"):
+    known = collect_golden(snapshot, known, "stable", base.stable)
+    if golden_count(wanted) and not golden_answers(known, "stable"):
         if _in_stage_s(known, now) > spec.rollout.canary.deadline_seconds:
             return _inconclusive(base, known, now, "the golden prompts were not answered before the switch")
         return replace(step, rollout=known)
-    known, arm = _measured(known, canaries, base.stable, now)
+    known, arm = measured(known, canaries, base.stable)
     if arm is not None and arm.requests >= spec.rollout.canary.min_requests:
         moved = _to_stage(
             known, Stage.CANARY, now, f"baseline taken over {arm.requests} requests",
@@ -310,19 +296,19 @@ def _analyse(
     now, canary_spec, state = snapshot.now, spec.rollout.canary, known["state"]
     if any(pod.state is not None and pod.digest != wanted.digest for pod in canaries):
         return _inconclusive(base, known, now, "the canary stopped running the policy while it was being compared")
-    known = _collect_golden(snapshot, known, "canary", wanted.digest)
+    known = collect_golden(snapshot, known, "canary", wanted.digest)
     if not state["alone"]:
-        known = _collect_golden(snapshot, known, "stable", base.stable)
-    prompts = _golden_count(wanted)
+        known = collect_golden(snapshot, known, "stable", base.stable)
+    prompts = golden_count(wanted)
     over = _in_stage_s(known, now) > canary_spec.deadline_seconds
-    if prompts and not over and not (_golden(known, "canary") and _golden(known, "stable")):
+    if prompts and not over and not (golden_answers(known, "canary") and golden_answers(known, "stable")):
         # Latency is counted from after the golden prompts on: they are not the traffic that is served.
         message = f"golden prompts are being answered by the canary and the stable side ({prompts} each)"
         return replace(annotated, rollout=known, reason=Reason.CANARY, message=message)
     if wanted.profile is not None and not prompts:
         message = "the profile has no golden prompts, so the canary cannot be checked for harm to answers"
         return _ask(annotated, known, now, wanted, message)
-    known, stable, canary = _arms(snapshot, base.stable, wanted.digest, known, canaries)
+    known, stable, canary = arms(snapshot, base.stable, wanted.digest, known, canaries)
     if stable is None or canary is None:
         return replace(annotated, rollout=known, reason=Reason.CANARY, message="counting requests from now on")
     least = 0 if wanted.vouched else canary_spec.min_requests
@@ -381,104 +367,3 @@ def _inconclusive(base: Step, known: Object, now: float, why: str) -> Step:
     message = f"{why}; tried again after {rollout['nextAttemptAt']}"
     event = Event("Warning", "PolicyInconclusive", f"policy {known['candidate']}: {message}")
     return replace(base, rollout=rollout, reason=Reason.INCONCLUSIVE, message=message, events=(event,), requeue_after=POLL_S)
-
-
-# ---- evidence ----------------------------------------------------------------------------------------------------
-
-
-def _golden_count(wanted: Wanted) -> int:
-    return len(wanted.profile.golden_prompts) if wanted.profile is not None else 0
-
-
-def _golden(known: Object, side: str) -> tuple[bool | None, ...] | None:
-    answers = ((known.get("state") or {}).get("golden") or {}).get(side)
-    return tuple(answers) if answers is not None else None
-
-
-def _collect_golden(snapshot: Snapshot, known: Object, side: str, digest: str) -> Object:
-    """Take over the answers that `observe` brought for this side, once."""
-    if _golden(known, side) is not None:
-        return known
-    for result in snapshot.golden:
-        canary = any(pod.uid == result.pod_uid and pod.name in known["canaryPods"] for pod in snapshot.pods)
-        belongs = canary if (side == "canary" or known["state"]["alone"]) else not canary
-        if result.digest == digest and belongs and None not in result.right:
-            golden = {**(known["state"].get("golden") or {}), side: list(result.right)}
-            return _with_state(known, golden=golden, start=None, stableStart=None)
-    return known
-
-
-def golden_needed(snapshot: Snapshot, wanted: Wanted, stable: str) -> list[tuple[PodView, str]]:
-    """Pods that must answer the golden prompts now, and the policy under which they must do so."""
-    known = snapshot.status.get("rollout") or {}
-    if not _golden_count(wanted) or known.get("candidate") != wanted.digest or not known.get("canaryPods"):
-        return []
-    canaries = [pod for pod in snapshot.live_pods if pod.name in known["canaryPods"] and pod.ready]
-    others = [pod for pod in snapshot.live_pods if pod.name not in known["canaryPods"] and pod.ready and pod.digest == stable]
-    needed: list[tuple[PodView, str]] = []
-    if known.get("stage") == Stage.BASELINE and _golden(known, "stable") is None:
-        needed += [(pod, stable) for pod in canaries[:1]]
-    if known.get("stage") == Stage.ANALYSING:
-        if _golden(known, "canary") is None:
-            needed += [(pod, wanted.digest) for pod in canaries[:1]]
-        if _golden(known, "stable") is None and not known["state"]["alone"]:
-            needed += [(pod, stable) for pod in others[:1]]
-    return [(pod, digest) for pod, digest in needed if pod.digest == digest]
-
-
-def metrics_needed(status: Object) -> bool:
-    """Whether `observe` must read the pods' histograms."""
-    return (status.get("rollout") or {}).get("stage") in (Stage.BASELINE, Stage.ANALYSING)
-
-
-def _counters(pod: PodView, digest: str) -> Object | None:
-    """A pod's histograms under one policy, packed by bucket."""
-    if pod.metrics is None:
-        return None
-    return {
-        name: analysis.packed({bucket: h for (policy, bucket), h in series.items() if policy == digest})
-        for name, series in (("tpot", pod.metrics.tpot), ("ttft", pod.metrics.ttft))
-    }
-
-
-def _measured(known: Object, pods: list[PodView], digest: str, now: float, key: str = "start") -> tuple[Object, Arm | None]:
-    """What these pods did since the remembered start; the first look only remembers. A restarted pod starts anew."""
-    start: Object | None = known["state"].get(key)
-    if start is None:
-        counters = {pod.uid: _counters(pod, digest) for pod in pods[:MAX_STABLE_PODS]}
-        if not counters or any(value is None for value in counters.values()):
-            return known, None
-        return _with_state(known, **{key: counters}), None
-    tpot, ttft = [], []
-    for pod in pods:
-        if pod.uid not in start or pod.metrics is None:
-            continue
-        series = [
-            analysis.window(start[pod.uid].get(name), {b: h for (policy, b), h in seen.items() if policy == digest})
-            for name, seen in (("tpot", pod.metrics.tpot), ("ttft", pod.metrics.ttft))
-        ]
-        if series[0] is not None and series[1] is not None:
-            tpot.append(series[0])
-            ttft.append(series[1])
-    return known, Arm(analysis.merged(tpot), analysis.merged(ttft))
-
-
-def _arms(
-    snapshot: Snapshot, stable: str, candidate: str, known: Object, canaries: list[PodView]
-) -> tuple[Object, Arm | None, Arm | None]:
-    known, canary = _measured(known, canaries, candidate, snapshot.now)
-    if known["state"]["alone"]:
-        baseline = known["state"].get("baseline") or {}
-        arm: Arm | None = Arm(
-            {bucket: analysis.unpacked(data) for bucket, data in baseline.get("tpot", {}).items()},
-            {bucket: analysis.unpacked(data) for bucket, data in baseline.get("ttft", {}).items()},
-        )
-    else:
-        others = [pod for pod in snapshot.live_pods if pod.name not in known["canaryPods"] and pod.digest == stable]
-        known, arm = _measured(known, others, stable, snapshot.now, "stableStart")
-    canary_golden, stable_golden = _golden(known, "canary"), _golden(known, "stable")
-    return (
-        known,
-        replace(arm, golden=stable_golden) if arm is not None else None,
-        replace(canary, golden=canary_golden) if canary is not None else None,
-    )

@@ -13,7 +13,7 @@ from sere_operator.api import meta
 from sere_operator.api.common import SpecError, parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.api.tuning import SereTuningJobSpec
-from sere_operator.plan import children, rollout, routing, tuning
+from sere_operator.plan import children, evidence, routing, tuning
 from sere_operator.plan.artefact import verified_digest
 from sere_operator.plan.children import Defaults
 from sere_operator.plan.decide import stable_digest
@@ -81,7 +81,7 @@ async def _ask(
     prober: Prober, snapshot: Snapshot, spec: SereDeploymentSpec, pods: list[Object]
 ) -> tuple[list[PodView], str | None]:
     model = children.served_name(snapshot.name, spec)
-    with_metrics = rollout.metrics_needed(snapshot.status)
+    with_metrics, limits = evidence.metrics_needed(snapshot.status), slo_limits(spec)
 
     async def one(pod: Object) -> PodView:
         base, view = pod_base(pod), PodView(pod)
@@ -92,7 +92,7 @@ async def _ask(
             return view
         view = replace(view, state=state)
         proven = await prober.proven(base, model, (view.uid, str(view.restarts)), view.digest) if view.ready else None
-        metrics: PodMetrics | None = await prober.metrics(base) if with_metrics else None
+        metrics: PodMetrics | None = await prober.metrics(base, limits) if with_metrics else None
         return replace(view, proven=proven, metrics=metrics)
 
     views = list(await asyncio.gather(*(one(pod) for pod in pods)))
@@ -107,11 +107,17 @@ async def _ask(
     return views, await prober.through_service(f"http://{host}:{children.PORT}", model, key)
 
 
+def slo_limits(spec: SereDeploymentSpec) -> set[str]:
+    """The limits of the SLO as keys of `Histogram.over`; other bounds are not needed and would swell the status."""
+    parts = (spec.slo.tpot_ms, spec.slo.ttft_ms) if spec.slo else ()
+    return {f"{limit:g}" for part in parts if part for limit in (part.p50, part.p95, part.p99) if limit is not None}
+
+
 async def _golden(prober: Prober, snapshot: Snapshot, spec: SereDeploymentSpec) -> Snapshot:
     wanted = routing.wanted(snapshot, spec)
     if wanted.profile is None:
         return snapshot
-    needed = rollout.golden_needed(snapshot, wanted, stable_digest(snapshot))
+    needed = evidence.golden_needed(snapshot, wanted, stable_digest(snapshot))
     results = []
     for pod, digest in needed:  # one after the other: two pods on one node would share its cores
         base = pod_base(pod.object)

@@ -86,11 +86,11 @@ class Prober:
         except (httpx2.HTTPError, ValueError, KeyError, TypeError):
             return False
 
-    async def metrics(self, base: str) -> PodMetrics | None:
-        """The plug-in's latency histograms, None if they cannot be read."""
+    async def metrics(self, base: str, limits: set[str]) -> PodMetrics | None:
+        """The plug-in's latency histograms with the bounds in `limits` (ms), None if they cannot be read."""
         try:
             answer = await self.client().get(f"{base}/metrics")
-            return parse_metrics(answer.text) if answer.status_code == 200 else None
+            return parse_metrics(answer.text, limits) if answer.status_code == 200 else None
         except (httpx2.HTTPError, ValueError):
             return None
 
@@ -120,8 +120,8 @@ def right(text: str, answer: str) -> bool:
     return text.strip() == answer.strip() or text.strip().split("\n", 1)[0].strip() == answer.strip()
 
 
-def parse_metrics(text: str) -> PodMetrics:
-    """Prometheus text to histograms; every bound becomes `over[<ms>]`, the number of requests above it."""
+def parse_metrics(text: str, limits: set[str]) -> PodMetrics:
+    """Prometheus text to histograms; a bound that is in `limits` becomes `over[<ms>]`, the number of requests above it."""
     found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {name: {} for name in _HISTOGRAMS}
     # The whole page is large (vLLM's own metrics); only our lines are parsed.
     lines = [line for line in text.splitlines() if line.removeprefix("# TYPE ").startswith(_HISTOGRAMS)]
@@ -137,7 +137,8 @@ def parse_metrics(text: str) -> PodMetrics:
                 entry["sum"] += sample.value
             elif sample.name.endswith("_bucket") and sample.labels.get("le") != "+Inf":
                 bound = f"{float(sample.labels['le']) * 1e3:g}"
-                entry["le"][bound] = entry["le"].get(bound, 0.0) + sample.value
+                if bound in limits:
+                    entry["le"][bound] = entry["le"].get(bound, 0.0) + sample.value
     return PodMetrics(*({key: _histogram(entry) for key, entry in found[name].items()} for name in _HISTOGRAMS))
 
 

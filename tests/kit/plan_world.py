@@ -1,0 +1,251 @@
+"""A cluster in memory for tests of `decide`: applies a plan's writes one by one, so that a crash can fall between any two.
+
+No claim about Kubernetes is tested here (tests/apiserver does that); only what the operator decides, over time.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sere_ext.policy import Policy
+
+from sere_operator.api import meta
+from sere_operator.api.common import parse_spec
+from sere_operator.api.deployment import SereDeploymentSpec
+from sere_operator.plan import evidence, routing
+from sere_operator.plan.children import Defaults
+from sere_operator.plan.decide import decide, stable_digest
+from sere_operator.plan.snapshot import GoldenResult, Histogram, Plan, PodMetrics, PodView, Snapshot
+
+KEY = {
+    "modelName": "m", "modelRevision": "", "configDigest": "sha256:" + "0" * 64, "engineVersion": "0.32.0",
+    "pluginVersion": "0.1.0", "device": "cpu", "tensorParallelSize": 1,
+}  # fmt: skip
+LAG_S = 0.5  # from a written annotation or ConfigMap to its application in the pod
+GOLDEN = 16
+
+
+class CrashError(Exception):
+    """The operator died between two writes."""
+
+
+@dataclass
+class Pod:
+    name: str
+    uid: str
+    annotations: dict[str, str] = field(default_factory=dict)
+    digest: str = "exact"
+    due: tuple[str, float] | None = None
+    restarts: int = 0
+    counts: dict[str, list[float]] = field(default_factory=dict)  # digest -> [requests, seconds, over 20 ms]
+    ran: list[str] = field(default_factory=list)
+    ready: bool = True
+
+
+def profile_body(policy: dict[str, Any], *, certified: bool = True, golden: int = GOLDEN) -> dict[str, Any]:
+    accuracy = {
+        "exact": 0.8, "chosen": 0.8, "items": 1000, "maxDropPoints": 1.0, "confidence": 0.95, "dropPoints": 0.1,
+        "discordantShare": 0.01, "noiseFloor": 0.01,
+    }  # fmt: skip
+    return {
+        "apiVersion": meta.API_VERSION, "kind": "SereProfile", "metadata": {"name": "p", "namespace": "ns"},
+        "spec": {
+            "policy": policy, "key": KEY,
+            "evidence": {
+                "certified": certified, "tpotMs": {"exact": 20, "chosen": 15, "limit": 20},
+                "speedup": {"value": 1.3, "condition": "equal concurrency 16"}, "accuracy": accuracy,
+            },
+            "goldenPrompts": [{"prompt": f"q{i}", "answer": "a"} for i in range(golden)],
+        },
+    }  # fmt: skip
+
+
+POLICY = {"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 2}]}
+DIGEST = Policy.parse(POLICY).digest
+
+
+class World:
+    """Time runs only by `tick`. `harmful` digests answer wrong; `tpot_ms` is by digest, 15 for others."""
+
+    def __init__(self, replicas: int = 2, **spec: Any) -> None:
+        self.now = 1_800_000_000.0
+        self.object: dict[str, Any] = {
+            "apiVersion": meta.API_VERSION, "kind": "SereDeployment",
+            "metadata": {"name": "m", "namespace": "ns", "uid": "u", "generation": 1, "annotations": {}},
+            "spec": {
+                "model": {"name": "m"}, "replicas": replicas, "slo": {"tpotMs": {"p95": 20}},
+                "rollout": {"canary": {"minRequests": 100, "deadline": "60s"}}, **spec,
+            },
+        }  # fmt: skip
+        self.children: dict[str, Any] = {}
+        self.pods = [Pod(f"m-{i}", f"uid-{i}") for i in range(replicas)]
+        self.profiles: dict[str, Any] = {}
+        self.jobs: list[dict[str, Any]] = []
+        self.harmful: set[str] = set()
+        self.tpot_ms: dict[str, float] = {}
+        self.rate = 50.0  # finished requests per second and pod
+        self.events: list[str] = []
+        self.deleted: list[str] = []
+        self.golden_runs: list[tuple[str, str]] = []
+
+    # ---- what the operator reads ----
+
+    @property
+    def spec(self) -> SereDeploymentSpec:
+        return parse_spec(SereDeploymentSpec, self.object["spec"])
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return self.object.get("status") or {}
+
+    @property
+    def stable(self) -> str | None:
+        return (self.children.get("ConfigMap") or {}).get("data", {}).get("stable")
+
+    def condition(self, kind: str) -> dict[str, Any]:
+        return next(c for c in self.status["conditions"] if c["type"] == kind)
+
+    def view(self, pod: Pod) -> PodView:
+        conditions = [{"type": "Ready", "status": str(pod.ready)}]
+        body = {
+            "metadata": {"name": pod.name, "uid": pod.uid, "annotations": dict(pod.annotations), "labels": {}},
+            "status": {
+                "phase": "Running", "podIP": "10.0.0.1", "conditions": conditions,
+                "containerStatuses": [{"restartCount": pod.restarts}],
+            },
+        }  # fmt: skip
+        state = {"ready": True, "policyDigest": pod.digest, "key": KEY, "error": None, "ranks": [{"rank": 0, "policyDigest": pod.digest}]}
+        series = {(d, "8-64"): Histogram(int(n), s, {"20": int(over)}) for d, (n, s, over) in pod.counts.items()}
+        metrics = PodMetrics(series, series) if evidence.metrics_needed(self.status) else None
+        return PodView(body, state if pod.ready else None, pod.digest if pod.ready else None, metrics)
+
+    def observe(self) -> Snapshot:
+        snapshot = Snapshot(
+            now=self.now, object=copy.deepcopy(self.object), children=copy.deepcopy(self.children),
+            pods=tuple(self.view(pod) for pod in self.pods), service_digest=self.pods[0].digest if self.pods else None,
+            profiles=dict(self.profiles), tuning_jobs=tuple(self.jobs),
+        )  # fmt: skip
+        wanted = routing.wanted(snapshot, self.spec)
+        results = []
+        for pod, digest in evidence.golden_needed(snapshot, wanted, stable_digest(snapshot)):
+            self.golden_runs.append((pod.name, digest))
+            results.append(GoldenResult(pod.uid, digest, (digest not in self.harmful,) * GOLDEN))
+        return replace(snapshot, golden=tuple(results))
+
+    # ---- what the operator writes ----
+
+    def step(self, crash_after: int | None = None) -> Plan:
+        """One look. Raises CrashError once `crash_after` writes were done, if there are more."""
+        plan = decide(self.observe(), Defaults())
+        writes = [
+            *((self._apply, body) for body in plan.replace), *((self._apply, body) for body in plan.apply),
+            *((self._annotate, patch) for patch in plan.pods), *((self._delete, body) for body in plan.delete),
+            *([(self._status, plan.status)] if plan.status is not None else []),
+        ]  # fmt: skip
+        for done, (write, argument) in enumerate(writes):
+            if done == crash_after:
+                raise CrashError
+            write(argument)
+        self.events += [event.reason for event in plan.events]
+        return plan
+
+    def _apply(self, body: dict[str, Any]) -> None:
+        live = json.loads(json.dumps(body))
+        if body["kind"] == "SereTuningJob":
+            self.jobs.append(live)
+            return
+        live["metadata"]["uid"] = f"uid-{body['kind']}"
+        if body["kind"] == "Deployment":
+            live["metadata"]["generation"] = 1
+            count = body["spec"]["replicas"]
+            live["status"] = {
+                "observedGeneration": 1, "replicas": count, "updatedReplicas": count, "availableReplicas": count,
+            }  # fmt: skip
+            self.pods = self.pods[:count] + [Pod(f"m-{i}", f"uid-{i}") for i in range(len(self.pods), count)]
+        self.children[body["kind"]] = live
+
+    def _annotate(self, patch: Any) -> None:
+        for pod in self.pods:
+            if pod.uid == patch.uid:
+                merged = {**pod.annotations, **patch.annotations}
+                pod.annotations = {key: value for key, value in merged.items() if value is not None}
+
+    def _delete(self, body: dict[str, Any]) -> None:
+        self.deleted.append(body["kind"])
+        self.jobs = [job for job in self.jobs if job["metadata"]["name"] != body["metadata"]["name"]]
+
+    def _status(self, patch: dict[str, Any]) -> None:
+        self.object["status"] = _merge(self.status, patch)
+
+    # ---- the world ----
+
+    def edit(self, **spec: Any) -> None:
+        self.object["spec"] = {**self.object["spec"], **spec}
+        self.object["metadata"]["generation"] += 1
+
+    def annotate(self, key: str, value: str | None) -> None:
+        annotations = self.object["metadata"]["annotations"]
+        annotations.pop(key, None)
+        if value is not None:
+            annotations[key] = value
+
+    def restart(self, index: int) -> None:
+        """A container restarts: its counters are gone, it comes back with what the volume says."""
+        pod = self.pods[index % len(self.pods)]
+        pod.restarts += 1
+        pod.counts, pod.due = {}, None
+        pod.digest = self._projected(pod) or pod.digest
+
+    def _projected(self, pod: Pod) -> str | None:
+        data = (self.children.get("ConfigMap") or {}).get("data")
+        if data is None:
+            return None
+        if "exact" in (pod.annotations.get(meta.OVERRIDE_ANNOTATION), data.get("override")):
+            return "exact"
+        digest = pod.annotations.get(meta.POLICY_ANNOTATION) or data["stable"]
+        return str(digest) if digest == "exact" or f"{digest}.json" in data else None
+
+    def tick(self, seconds: float = 1.0) -> None:
+        self.now += seconds
+        for pod in self.pods:
+            wanted = self._projected(pod)
+            if wanted is None or wanted == pod.digest:
+                pod.due = None
+            elif pod.due is None or pod.due[0] != wanted:
+                pod.due = (wanted, self.now + LAG_S)
+            if pod.due is not None and self.now >= pod.due[1]:
+                pod.digest, pod.due = pod.due[0], None
+                pod.ran.append(pod.digest)
+            tpot = self.tpot_ms.get(pod.digest, 15.0)
+            n, s, over = pod.counts.get(pod.digest, [0.0, 0.0, 0.0])
+            more = int(self.rate * seconds)
+            share = 0.9 if tpot > 20 else 0.01
+            pod.counts[pod.digest] = [n + more, s + more * tpot / 1e3, over + int(more * share)]
+
+    def settle(self, steps: int = 400) -> Plan:
+        """Look and let time pass until nothing is written any more; waits out backoffs."""
+        quiet = 0
+        plan = Plan()
+        for _ in range(steps):
+            plan = self.step()
+            quiet = quiet + 1 if plan.writes == 0 else 0
+            waiting = (self.status.get("rollout") or {}).get("nextAttemptAt")
+            if quiet >= 3 and not waiting and not self.status.get("rollout"):
+                return plan
+            self.tick(400.0 if waiting and quiet >= 3 else 1.0)
+        return plan
+
+
+def _merge(live: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(live)
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict):
+            merged[key] = _merge(merged.get(key) if isinstance(merged.get(key), dict) else {}, value)  # type: ignore[arg-type]
+        else:
+            merged[key] = value
+    return merged
