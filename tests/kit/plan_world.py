@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sere_ext.policy import Policy
-
 from sere_operator.api import meta
 from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
@@ -117,7 +116,13 @@ class World:
                 "containerStatuses": [{"restartCount": pod.restarts}],
             },
         }  # fmt: skip
-        state = {"ready": True, "policyDigest": pod.digest, "key": KEY, "error": None, "ranks": [{"rank": 0, "policyDigest": pod.digest}]}
+        state = {
+            "ready": True,
+            "policyDigest": pod.digest,
+            "key": KEY,
+            "error": None,
+            "ranks": [{"rank": 0, "policyDigest": pod.digest}],
+        }
         series = {(d, "8-64"): Histogram(int(n), s, {"20": int(over)}) for d, (n, s, over) in pod.counts.items()}
         metrics = PodMetrics(series, series) if evidence.metrics_needed(self.status) else None
         return PodView(body, state if pod.ready else None, pod.digest if pod.ready else None, metrics)

@@ -19,7 +19,9 @@ PROFILE = {"mode": "Profile", "profileRef": {"name": "p"}}
 class RolloutMachine(RuleBasedStateMachine):
     """Profile mode; the policy is good, or gives worse answers, or is slow."""
 
-    @initialize(replicas=st.integers(1, 4), harm=st.sampled_from(["none", "answers", "slow"]), rate=st.sampled_from([0.0, 50.0, 500.0]))
+    @initialize(
+        replicas=st.integers(1, 4), harm=st.sampled_from(["none", "answers", "slow"]), rate=st.sampled_from([0.0, 50.0, 500.0])
+    )
     def begin(self, replicas: int, harm: str, rate: float) -> None:
         self.world = World(replicas, routing=PROFILE)
         self.world.profiles["p"] = profile_body(POLICY)
@@ -119,5 +121,8 @@ class RolloutMachine(RuleBasedStateMachine):
 
 TestRolloutMachine = RolloutMachine.TestCase
 TestRolloutMachine.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    max_examples=40,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -1,0 +1,119 @@
+"""The objects that the operator applies."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import kubernetes_validate
+import pytest
+from sere_ext.policy import Policy
+from sere_operator.api.common import parse_spec
+from sere_operator.api.deployment import SereDeploymentSpec
+from sere_operator.plan import children
+from sere_operator.plan.children import Defaults, PolicyEntry
+
+OWNER = {
+    "apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereDeployment",
+    "metadata": {"name": "m", "namespace": "ns", "uid": "00000000-0000-0000-0000-000000000001"},
+}  # fmt: skip
+
+
+def spec(**changes: Any) -> SereDeploymentSpec:
+    return parse_spec(SereDeploymentSpec, {"model": {"name": "org/model"}, **changes})
+
+
+def test_children_are_valid_and_owned() -> None:
+    wanted = spec(
+        model={"uri": "pvc://models/qwen3"}, resources={"limits": {"nvidia.com/gpu": 1}}, nodeSelector={"a": "b"},
+        tolerations=[{"key": "gpu", "operator": "Exists"}], volumes=[{"name": "v", "claimName": "c", "mountPath": "/v"}],
+    )  # fmt: skip
+    policy = Policy.parse({"buckets": [{"minTokens": 8, "kind": "topk", "S": 2}]})
+    bodies = [
+        children.deployment(OWNER, wanted, Defaults()), children.service(OWNER), children.disruption_budget(OWNER, wanted),
+        children.policy_config_map(OWNER, "exact", False, {policy.digest: PolicyEntry(policy)}),
+    ]  # fmt: skip
+    for body in bodies:
+        kubernetes_validate.validate(body, "1.34", strict=True)
+        (reference,) = body["metadata"]["ownerReferences"]
+        assert (reference["uid"], reference["controller"]) == (OWNER["metadata"]["uid"], True)
+        assert "finalizers" not in body["metadata"]
+
+
+def test_the_policy_is_nowhere_in_the_pod_template() -> None:
+    """A policy change must never restart a pod."""
+    static = {"mode": "Static", "policy": {"buckets": [{"minTokens": 8, "kind": "topk", "S": 2}]}}
+    assert children.pod_template("m", spec(), Defaults()) == children.pod_template("m", spec(routing=static), Defaults())
+
+
+def test_the_pod_passes_the_restricted_profile() -> None:
+    """https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted"""
+    pod = children.pod_template("m", spec(), Defaults())["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] > 0
+    allowed = {"emptyDir", "projected", "configMap", "persistentVolumeClaim", "secret", "downwardAPI"}
+    assert all(set(volume) - {"name"} <= allowed for volume in pod["volumes"])
+    (container,) = pod["containers"]
+    security = container["securityContext"]
+    assert security["capabilities"] == {"drop": ["ALL"]}
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert (security["allowPrivilegeEscalation"], security["readOnlyRootFilesystem"]) == (False, True)
+    writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    assert {"/tmp", "/dev/shm"} <= writable
+
+
+def test_the_engine_is_told_what_the_spec_says() -> None:
+    wanted = spec(
+        model={"name": "org/model", "revision": "abc", "tokenSecret": {"name": "hf", "key": "token"}},
+        engine={"image": "e:2", "tensorParallelSize": 4, "maxModelLen": 512, "extraArgs": ["--enforce-eager"],
+                "env": [{"name": "HOME", "value": "/x"}]},
+        slo={"tpotMs": {"p95": 20, "p99": 35.5}, "ttftMs": {"p99": 500}},
+    )  # fmt: skip
+    (container,) = children.pod_template("m", wanted, Defaults())["spec"]["containers"]
+    assert container["args"] == [
+        "serve", "org/model", "--port", "8000", "--served-model-name", "org/model", "--revision", "abc",
+        "--tensor-parallel-size", "4", "--max-model-len", "512", "--enforce-eager",
+    ]  # fmt: skip
+    env = {variable["name"]: variable.get("value") or variable.get("valueFrom") for variable in container["env"]}
+    assert env["SERE_POLICY_DIR"] == "/etc/sere"
+    assert (env["SERE_SLO_TPOT_MS"], env["SERE_SLO_TTFT_MS"]) == ("20,35.5", "500")
+    assert env["HF_TOKEN"] == {"secretKeyRef": {"name": "hf", "key": "token"}}
+    assert env["HOME"] == "/x", "the user's variable wins"
+    assert len(env) == len(container["env"]), "no variable twice"
+
+
+def test_a_claim_is_mounted_once_and_read_only() -> None:
+    wanted = spec(
+        model={"uri": "pvc://models/a/b"}, volumes=[{"name": "v", "claimName": "data", "mountPath": "/v", "subPath": "s"}]
+    )
+    pod = children.pod_template("m", wanted, Defaults())["spec"]
+    (container,) = pod["containers"]
+    assert container["args"][1] == "/mnt/pvc/models/a/b"
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert mounts["/mnt/pvc/models"]["readOnly"] is True
+    assert (mounts["/v"]["readOnly"], mounts["/v"]["subPath"]) == (True, "s")
+
+
+def test_the_policy_config_map_is_what_the_plug_in_reads() -> None:
+    policy = Policy.parse({"buckets": [{"minTokens": 8, "kind": "sere", "S": 2}], "similarityDigest": "sha256:" + "ab" * 32})
+    entry = PolicyEntry(policy, similarity=(policy.similarity_digest or "", "AAAA"))
+    body = children.policy_config_map(OWNER, policy.digest, True, {policy.digest: entry})
+    assert body["data"]["stable"] == policy.digest
+    assert body["data"]["override"] == "exact"
+    assert Policy.parse(body["data"][f"{policy.digest}.json"]).digest == policy.digest
+    assert body["binaryData"] == {"similarity-abababababab.safetensors": "AAAA"}
+    assert json.loads(body["data"][f"{policy.digest}.json"])["similarityDigest"] == policy.similarity_digest
+
+
+@pytest.mark.parametrize("name", ["m", "m" * 200])
+def test_long_names_are_cut_to_what_kubernetes_takes(name: str) -> None:
+    owner = {**OWNER, "metadata": {**OWNER["metadata"], "name": name}}
+    assert len(children.service(owner)["metadata"]["name"]) <= 63
+    body = children.deployment(owner, spec(), Defaults())
+    assert len(body["metadata"]["name"]) <= 46
+    assert all(len(value) <= 63 for value in body["metadata"]["labels"].values())
+
+
+def test_an_autoscaled_deployment_leaves_replicas_alone() -> None:
+    assert "replicas" not in children.deployment(OWNER, spec(autoscaling={"max": 3}), Defaults())["spec"]
+    assert children.deployment(OWNER, spec(), Defaults())["spec"]["replicas"] == 1
