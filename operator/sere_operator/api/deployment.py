@@ -86,7 +86,7 @@ class AutoscalingMetric(Record):
 
 
 class Autoscaling(Record):
-    """Bounds for a generated HorizontalPodAutoscaler."""
+    """Bounds for an autoscaler of the pods."""
 
     min: Annotated[int, Field(ge=1, le=10_000, description="fewest pods")] = 1
     max: Annotated[int, Field(ge=1, le=10_000, description="most pods")]
@@ -118,7 +118,11 @@ class Rollout(Record):
 
     approval: Annotated[Approval, Field(description="Manual waits for a person after the canary. Default: Auto.")] = Approval.AUTO
     require_profile: Annotated[
-        bool | None, Field(description="tune a new engine or model revision before the old goes. Default: true when Tuned.")
+        bool | None,
+        Field(
+            description="tune a new engine or model revision before the old goes; not acted on yet: the new one serves exactly "
+            "until it is tuned. Default: true when Tuned."
+        ),
     ] = None
     strategy: Annotated[Strategy, Field(description="Surge or DrainFirst. Default: Surge.")] = Strategy.SURGE
     max_surge: Annotated[int | None, Field(ge=0, le=1000, description="pods above replicas. Default: 1, with DrainFirst 0.")] = (
@@ -155,7 +159,12 @@ class SereDeploymentSpec(Record):
     engine: Annotated[Engine, Field(description="how vLLM is run")] = Engine()
     resources: Annotated[Resources | None, Field(description="of the engine's container")] = None
     replicas: Annotated[int | None, Field(ge=0, le=10_000, description="pods. Without replicas and autoscaling: 1.")] = None
-    autoscaling: Annotated[Autoscaling | None, Field(description="instead of replicas")] = None
+    autoscaling: Annotated[
+        Autoscaling | None,
+        Field(
+            description="instead of replicas: an autoscaler scales the Deployment of this name. None is generated yet; bring one"
+        ),
+    ] = None
     slo: Annotated[Slo | None, Field(description="latency limits; needed by mode Tuned")] = None
     accuracy: Annotated[Accuracy | None, Field(description="how much may be given up; needed by mode Tuned")] = None
     routing: Annotated[Routing, Field(description="which policy is wanted")] = Routing()
