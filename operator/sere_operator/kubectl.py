@@ -142,7 +142,8 @@ def exact(
     _try(problems, lambda: cluster.annotate(meta.API_VERSION, meta.DEPLOYMENT_KIND, name, override=value))
     config_map = meta.policy_config_map(name)
     if cluster.policies(name) is None:
-        problems.append(f"there is no ConfigMap {config_map} yet: pods that come later read the operator's")
+        # Nothing has been deployed: the annotation is all there is to set, and the operator makes the rest follow it.
+        typer.echo(f"there is no ConfigMap {config_map} yet; the operator will make it with the switch as it is now")
     else:
         _try(problems, lambda: cluster.merge("v1", "ConfigMap", config_map, {"data": {meta.OVERRIDE_KEY: value}}))
     asked = []

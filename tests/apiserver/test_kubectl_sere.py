@@ -119,6 +119,14 @@ def test_exact_twice_is_exact_once(client: DynamicClient, namespace: str, plugin
     assert policies(client, namespace)["override"] == "exact"
 
 
+def test_exact_before_anything_is_deployed(kubectl: Kubectl, client: DynamicClient, namespace: str, plugin: Sere) -> None:
+    kubectl("apply", "-f", str(SAMPLES / "static.yaml"))
+    done = plugin("exact", "qwen3-static")
+    assert done.returncode == 0, done.stderr
+    assert "there is no ConfigMap qwen3-static-policy yet" in done.stdout
+    assert annotations(client, namespace, "SereDeployment", "qwen3-static")[meta.OVERRIDE_ANNOTATION] == "exact"
+
+
 @pytest.mark.usefixtures("served")
 def test_a_pod_that_cannot_be_changed_does_not_keep_the_others_from_it(
     client: DynamicClient, namespace: str, kubectl: Kubectl, plugin: Sere, kubeconfig: str, tmp_path: Path
