@@ -158,7 +158,9 @@ def small_engine(spec: Object) -> Object:
     added = [{"name": name, "value": value} for name, value in ENGINE_ENVIRONMENT.items() if name not in given]
     engine["env"] = [*engine.get("env", []), *added]
     volume = {"name": ENVIRONMENT_CLAIM, "claimName": ENVIRONMENT_CLAIM, "mountPath": sys.prefix}
-    return {**spec, "engine": engine, "volumes": [*spec.get("volumes", []), volume]}
+    # Without a request the kernel gives a pod 1/500 of another's share: an engine beside anything busy would never start.
+    resources = spec.get("resources") or {"requests": {"cpu": "600m", "memory": "1Gi"}}
+    return {**spec, "engine": engine, "resources": resources, "volumes": [*spec.get("volumes", []), volume]}
 
 
 def readable(folder: Path) -> None:

@@ -88,6 +88,8 @@ def test_small_engine_keeps_what_the_spec_says() -> None:
     assert values["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert made["engine"]["maxModelLen"] == 8
     assert made["replicas"] == 3
+    assert made["resources"]["requests"]["cpu"], "without a request two engines would starve"
+    assert kube.small_engine({**spec, "resources": {"limits": {"cpu": 1}}})["resources"] == {"limits": {"cpu": 1}}
     assert spec["engine"]["env"] == [{"name": "OMP_NUM_THREADS", "value": "2"}], "the caller's own was changed"
 
 
