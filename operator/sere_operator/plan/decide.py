@@ -202,24 +202,25 @@ def tuning_job(owner: Object, spec: SereDeploymentSpec, name: str) -> Object:
 # ---- status ------------------------------------------------------------------------------------------------------
 
 
+# Reasons that are too common for an event, or that the rollout posts an event of its own for.
+_SILENT = frozenset({
+    Reason.STARTING, Reason.NOT_REQUESTED, Reason.PODS_NOT_READY, Reason.POLICY_PENDING, Reason.CANARY, Reason.PROMOTING,
+    Reason.REJECTED, Reason.INCONCLUSIVE, Reason.AWAITING_APPROVAL,
+})  # fmt: skip
+_WARNINGS = frozenset({
+    Reason.ROLLOUT_BLOCKED, Reason.FAILED, Reason.INFEASIBLE, Reason.NOT_ROUTABLE, Reason.POLICY_STALE, Reason.TUNING_BLOCKED,
+})  # fmt: skip
+
+
 def _transitions(snapshot: Snapshot, new: Object) -> list[Event]:
     """One event when Ready or Tuned change their status or reason."""
     events = []
     before = {c["type"]: (c["status"], c["reason"]) for c in snapshot.status.get("conditions") or []}
     for condition in new["conditions"]:
-        kind = condition["type"]
-        if kind not in ("Ready", "Tuned") or before.get(kind) == (condition["status"], condition["reason"]):
+        kind, reason = condition["type"], condition["reason"]
+        if kind not in ("Ready", "Tuned") or before.get(kind) == (condition["status"], reason) or reason in _SILENT:
             continue
-        if condition["reason"] in (Reason.STARTING, Reason.NOT_REQUESTED, Reason.PODS_NOT_READY, Reason.POLICY_PENDING):
-            continue
-        bad = condition["reason"] in (
-            Reason.ROLLOUT_BLOCKED,
-            Reason.FAILED,
-            Reason.INFEASIBLE,
-            Reason.NOT_ROUTABLE,
-            Reason.POLICY_STALE,
-        )
-        events.append(Event("Warning" if bad else "Normal", condition["reason"], condition["message"]))
+        events.append(Event("Warning" if reason in _WARNINGS else "Normal", reason, condition["message"]))
     return events
 
 

@@ -1,0 +1,251 @@
+"""`decide` on single snapshots: what is written, what is left alone, and what is said."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "kit"))
+from plan_world import DIGEST, POLICY, World, profile_body
+from sere_operator.plan.children import Defaults
+from sere_operator.plan.decide import decide
+
+STATIC = {"mode": "Static", "policy": POLICY}
+PROFILE = {"mode": "Profile", "profileRef": {"name": "p"}}
+TUNED = {
+    "routing": {"mode": "Tuned"},
+    "accuracy": {"maxDropPoints": 1, "tasks": [{"uri": "pvc://data/items.jsonl"}]},
+    "tuning": {
+        "similarity": {"calibrate": {"uri": "pvc://data/c.jsonl"}},
+        "workload": {"load": {"concurrency": [16]}},
+    },
+}
+
+
+def settled(**spec: Any) -> World:
+    world = World(2, **spec)
+    world.settle()
+    return world
+
+
+def test_it_settles_and_then_writes_nothing() -> None:
+    world = settled()
+    assert world.condition("Ready")["message"] == "serving exact routing"
+    plan = world.step()
+    assert plan.writes == 0
+    assert plan.events == []
+
+
+def test_the_config_map_comes_before_what_points_into_it() -> None:
+    plan = decide(World(2).observe(), Defaults())
+    assert [body["kind"] for body in plan.apply] == ["ConfigMap", "Deployment", "Service", "PodDisruptionBudget"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "words"),
+    [
+        ({"suspend": True}, "Suspended", "changes nothing"),
+        ({"replicas": 1, "autoscaling": {"max": 2}}, "InvalidSpec", "replicas or autoscaling"),
+        ({"nonsense": 1}, "InvalidSpec", "spec.nonsense"),
+    ],
+)
+def test_what_cannot_be_carried_out_touches_nothing(change: dict[str, Any], reason: str, words: str) -> None:
+    world = settled()
+    world.edit(**change)
+    world.children.pop("Service")
+    plan = decide(world.observe(), Defaults()) if reason == "Suspended" else decide_raw(world)
+    assert (plan.apply, plan.replace, plan.pods, plan.delete) == ([], [], [], [])
+    assert plan.status is not None
+    ready = next(c for c in plan.status["conditions"] if c["type"] == "Ready")
+    assert (ready["reason"], ready["status"]) == (reason, "False")
+    assert words in ready["message"]
+    assert plan.status["observedGeneration"] == 2
+
+
+def decide_raw(world: World) -> Any:
+    """`observe` itself stops at a spec that it cannot read."""
+    from sere_operator.plan.snapshot import Snapshot
+
+    return decide(Snapshot(now=world.now, object=world.object), Defaults())
+
+
+def test_a_resource_that_is_being_deleted_is_left_to_the_garbage_collector() -> None:
+    world = settled()
+    world.object["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    assert decide(world.observe(), Defaults()).writes == 0
+
+
+def test_somebody_elses_object_of_that_name_is_not_taken() -> None:
+    world = World(2)
+    world.children["Service"] = {"kind": "Service", "metadata": {"name": "m", "namespace": "ns", "uid": "x"}, "spec": {}}
+    plan = decide(world.observe(), Defaults())
+    assert plan.apply == []
+    assert plan.status is not None
+    ready = next(c for c in plan.status["conditions"] if c["type"] == "Ready")
+    assert "Service m exists and is not ours" in ready["message"]
+
+
+def test_a_static_policy_goes_by_one_canary_first() -> None:
+    world = settled()
+    world.edit(routing=STATIC)
+    world.settle()
+    assert world.stable == DIGEST
+    assert [pod.ran for pod in world.pods] == [[DIGEST], [DIGEST]], "a pod went back and forth"
+    order = [reason for reason in world.events if reason.startswith(("Canary", "Policy"))]
+    assert order == ["CanaryStarted", "CanaryPassed", "PolicyPromoted"]
+    assert world.status["policy"]["previous"] == "exact"
+
+
+def test_ready_is_false_until_the_current_spec_answers() -> None:
+    world = settled()
+    world.edit(routing=STATIC)
+    world.step()
+    assert (world.condition("Ready")["status"], world.condition("Ready")["observedGeneration"]) == ("False", 2)
+    world.settle()
+    assert world.condition("Ready")["status"] == "True"
+
+
+def test_the_kill_switch_reaches_pods_and_config_map_in_one_plan() -> None:
+    world = settled(routing=STATIC)
+    world.annotate("serving.sere.dev/override", "exact")
+    plan = world.step()
+    assert world.children["ConfigMap"]["data"]["override"] == "exact"
+    assert [patch.annotations["serving.sere.dev/override"] for patch in plan.pods] == ["exact", "exact"]
+    world.tick()
+    world.tick()
+    assert {pod.digest for pod in world.pods} == {"exact"}
+    world.settle()
+    assert world.stable == DIGEST, "the switch changes no decision"
+    assert world.status["routing"] == "Exact"
+    world.annotate("serving.sere.dev/override", None)
+    world.settle()
+    assert {pod.digest for pod in world.pods} == {DIGEST}
+
+
+def test_a_person_gives_a_policy_up() -> None:
+    world = settled(routing=STATIC)
+    world.annotate("serving.sere.dev/rollback", DIGEST)
+    world.settle()
+    assert {pod.digest for pod in world.pods} == {"exact"}
+    assert world.condition("PolicyApplied")["reason"] == "RolledBack"
+
+
+def test_a_missing_profile_keeps_what_is_stable() -> None:
+    world = settled(routing=STATIC)
+    world.edit(routing=PROFILE)
+    world.settle(20)
+    assert world.condition("PolicyApplied")["reason"] == "ProfileMissing"
+    assert {pod.digest for pod in world.pods} == {DIGEST}
+
+
+def test_a_pinned_profile_of_other_content_is_refused() -> None:
+    world = World(2, routing={"mode": "Profile", "profileRef": {"name": "p", "digest": "sha256:" + "0" * 64}})
+    world.profiles["p"] = profile_body(POLICY)
+    world.settle(20)
+    assert "asks for sha256:000" in world.condition("PolicyApplied")["message"]
+    assert world.stable == "exact"
+
+
+def test_a_stale_profile_means_exact_at_once() -> None:
+    world = World(2, routing=PROFILE)
+    world.profiles["p"] = profile_body(POLICY)
+    world.settle()
+    assert {pod.digest for pod in world.pods} == {DIGEST}
+    world.profiles["p"]["spec"]["key"] = {**world.profiles["p"]["spec"]["key"], "device": "NVIDIA H100"}
+    world.settle()
+    assert {pod.digest for pod in world.pods} == {"exact"}
+    assert world.condition("PolicyApplied")["reason"] == "PolicyStale"
+    assert "device NVIDIA H100, this pod runs cpu" in world.condition("PolicyApplied")["message"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "rollout"),
+    [
+        (profile_body(POLICY, certified=False), {}),
+        (profile_body(POLICY, golden=0), {}),
+        (profile_body(POLICY), {"approval": "Manual"}),
+    ],
+    ids=["advisory", "no golden prompts", "manual"],
+)
+def test_what_needs_a_person_waits_for_one(profile: dict[str, Any], rollout: dict[str, Any]) -> None:
+    world = World(2, routing=PROFILE, rollout={"canary": {"minRequests": 100}, **rollout})
+    world.profiles["p"] = profile
+    for _ in range(100):
+        world.step()
+        world.tick()
+    assert world.stable == "exact"
+    assert world.condition("PolicyApplied")["reason"] == "AwaitingApproval"
+    world.annotate("serving.sere.dev/approved", DIGEST)
+    world.settle()
+    assert world.stable == DIGEST
+
+
+def test_a_quiet_night_bans_nothing_and_is_tried_again() -> None:
+    world = World(2, routing=PROFILE)
+    world.profiles["p"] = profile_body(POLICY)
+    world.rate = 0.0
+    for _ in range(100):
+        world.step()
+        world.tick()
+    assert world.condition("PolicyApplied")["reason"] == "Inconclusive"
+    assert {pod.digest for pod in world.pods} == {"exact"}
+    assert "rejected" not in world.status
+    world.rate = 50.0
+    world.tick(310)
+    world.settle()
+    assert {pod.digest for pod in world.pods} == {DIGEST}
+
+
+def test_tuning_begins_once_a_pod_answers_and_never_holds_ready() -> None:
+    world = World(2, **TUNED)
+    for pod in world.pods:
+        pod.ready = False
+    world.step()
+    assert world.jobs == []
+    for pod in world.pods:
+        pod.ready = True
+    world.settle()
+    (job,) = world.jobs
+    assert job["spec"]["deployment"] == "m"
+    assert job["spec"]["tuning"]["similarity"] == {"calibrate": {"uri": "pvc://data/c.jsonl"}}
+    assert world.condition("Ready")["status"] == "True"
+    assert world.condition("Tuned")["reason"] == "Tuning"
+
+
+def test_a_changed_spec_asks_for_another_run_and_ends_the_one_that_is_not_wanted() -> None:
+    world = settled(**TUNED)
+    (first,) = world.jobs
+    world.edit(replicas=3)
+    world.settle()
+    assert world.jobs == [first], "replicas are not what is tuned"
+    world.edit(slo={"tpotMs": {"p95": 10}})
+    world.settle()
+    (second,) = world.jobs
+    assert second["metadata"]["name"] != first["metadata"]["name"]
+    assert world.deleted == ["SereTuningJob"]
+
+
+def test_a_lost_config_map_comes_back_with_the_same_stable_policy() -> None:
+    world = settled(routing=STATIC)
+    world.children.pop("ConfigMap")
+    world.step()
+    assert world.stable == DIGEST
+
+
+def test_a_pod_that_does_not_follow_gets_another_nonce_later() -> None:
+    """The kubelet may have looked into a cache that was a moment old."""
+    world = settled()
+    world.edit(routing=STATIC)
+    world.step()
+    world.step()
+    nonces = {pod.name: pod.annotations["serving.sere.dev/refresh"] for pod in world.pods}
+    world.now += 5
+    world.step()
+    assert {pod.name: pod.annotations["serving.sere.dev/refresh"] for pod in world.pods} == nonces
+    world.now += 15
+    world.step()
+    canary = next(pod for pod in world.pods if "serving.sere.dev/policy" in pod.annotations)
+    assert canary.annotations["serving.sere.dev/refresh"] != nonces[canary.name]

@@ -1,0 +1,31 @@
+"""Reading what engines say: metrics and answers."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from sere_operator.runtime.probe import parse_metrics, right
+
+
+def test_metrics_as_the_plug_in_writes_them() -> None:
+    registry = CollectorRegistry()
+    tpot = Histogram("sere_tpot_seconds", "x", ["policy", "bucket"], buckets=(0.01, 0.02, 0.05), registry=registry)
+    Histogram("vllm:time_to_first_token_seconds", "x", registry=registry).observe(1)
+    for value in (0.005, 0.015, 0.02, 0.03):
+        tpot.labels("sere-1", "8-64").observe(value)
+    tpot.labels("exact", "other").observe(0.1)
+    found = parse_metrics(generate_latest(registry).decode(), {"20"})
+    assert set(found.tpot) == {("sere-1", "8-64"), ("exact", "other")}
+    histogram = found.tpot["sere-1", "8-64"]
+    assert (histogram.count, histogram.over) == (4, {"20": 1})
+    assert histogram.total_s == pytest.approx(0.07)
+    assert found.tpot["exact", "other"].over == {"20": 1}
+    assert found.ttft == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [(" 42\n", "42", True), ("42\nQ: next", "42", True), ("421", "42", False), ("", "42", False)],
+)
+def test_right(text: str, answer: str, expected: bool) -> None:
+    assert right(text, answer) is expected

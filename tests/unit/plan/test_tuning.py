@@ -1,0 +1,202 @@
+"""What the tuner is given, what is made of its answer, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+from sere_ext.errors import SimilarityError
+from sere_ext.policy import Policy
+from sere_ext.similarity import SimilarityMeta, similarity_digest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "kit"))
+from plan_world import POLICY, profile_body
+from sere_operator.api.common import parse_spec
+from sere_operator.api.tuning import SereTuningJobSpec
+from sere_operator.plan import pods, tuning
+from sere_operator.plan.artefact import verified_digest
+from sere_operator.plan.children import Defaults
+from sere_operator.plan.snapshot import TuningSnapshot
+
+OWNER = {"apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereDeployment", "name": "m", "uid": "u", "controller": True}
+SPEC = {
+    "deployment": "m",
+    "model": {"uri": "pvc://models/qwen3"},
+    "slo": {"tpotMs": {"p95": 20}},
+    "accuracy": {"maxDropPoints": 1, "tasks": [{"configMap": {"name": "items", "key": "a.jsonl"}}]},
+    "tuning": {
+        "trials": 8, "rungs": 1, "policies": ["sere"],
+        "similarity": {"calibrate": {"uri": "pvc://data/calib.jsonl"}}, "workload": {"load": {"concurrency": [16]}},
+    },
+}  # fmt: skip
+
+
+def snapshot(
+    data: dict[str, Any] | None = None, binary: dict[str, str] | None = None, status: dict[str, Any] | None = None, **changes: Any
+) -> TuningSnapshot:
+    body = {
+        "apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereTuningJob", "spec": {**SPEC, **changes.pop("spec", {})},
+        "metadata": {"name": "m-tune-1", "namespace": "ns", "uid": "t", "generation": 1, "ownerReferences": [OWNER]},
+        "status": status or {},
+    }  # fmt: skip
+    texts = {key: json.dumps(value) for key, value in (data or {}).items()}
+    result = {"data": texts, "binaryData": binary or {}} if data is not None else None
+    return TuningSnapshot(now=1_800_000_000.0, object=body, result=result, **changes)
+
+
+def artefact() -> tuple[str, str]:
+    """(base64, digest) of a small similarity file, written here byte by byte."""
+    matrix = struct.pack("<4f", 1.0, 0.5, 0.5, 1.0)
+    meta = SimilarityMeta(
+        model_type="qwen3_moe",
+        model_name="m",
+        config_digest="sha256:0",
+        data_digest="sha256:1",
+        tokens=10,
+        layers=(0,),
+        num_experts=2,
+    )
+    digest = similarity_digest(meta, {0: matrix})
+    text = meta.model_copy(update={"digest": digest}).model_dump_json(by_alias=True)
+    header = {"__metadata__": {"sere": text}, "layer.0": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, len(matrix)]}}
+    head = json.dumps(header).encode()
+    return base64.b64encode(struct.pack("<Q", len(head)) + head + matrix).decode(), digest
+
+
+def test_children_are_valid_and_the_rights_end_at_the_result() -> None:
+    bodies = tuning.build(snapshot(), parse_spec(SereTuningJobSpec, SPEC), Defaults())
+    for body in bodies:
+        kubernetes_validate.validate(body, "1.34", strict=True)
+        assert body["metadata"]["ownerReferences"][0]["uid"] == "t"
+    by_kind = {body["kind"]: body for body in bodies if body["kind"] != "ConfigMap"}
+    assert by_kind["Role"]["rules"] == [
+        {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": ["m-tune-1-result"], "verbs": ["create", "patch"]}
+    ]
+    job = by_kind["Job"]["spec"]
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2, 3, 4, 5]
+    names = [body["metadata"]["name"] for body in bodies if body["kind"] == "ConfigMap"]
+    assert names == ["m-tune-1-input", "m-tune-1-result"]
+
+
+def test_uris_become_paths_that_are_mounted() -> None:
+    storage = pods.Storage()
+    given = tuning.tuning_file(parse_spec(SereTuningJobSpec, SPEC), storage)
+    assert given["model"] == "/mnt/pvc/models/qwen3"
+    assert given["calibrate"] == {"data": "/mnt/pvc/data/calib.jsonl"}
+    assert given["accuracy"]["tasks"][0]["file"] == "/etc/sere-data/items/a.jsonl"
+    assert given["search"] == {"trials": 8, "deviceHours": 4.0, "rungs": 1, "policies": ["sere"]}
+    assert {mount["mountPath"] for mount in storage.mounts} == {"/mnt/pvc/models", "/mnt/pvc/data", "/etc/sere-data/items"}
+    assert all(mount["readOnly"] for mount in storage.mounts)
+
+
+def chosen(**changes: Any) -> dict[str, Any]:
+    encoded, digest = artefact()
+    policy = {"buckets": [{"minTokens": 8, "kind": "sere", "S": 2, "rho": 0.3}], "similarityDigest": digest}
+    profile = profile_body(policy)
+    profile["spec"]["similarity"] = {"uri": "file:///var/lib/sere/run/similarity.safetensors", "digest": digest}
+    profile["metadata"] = {}
+    profile["spec"].update(changes)
+    return {"data": {"outcome.json": {"outcome": "Chosen"}, "profile.json": profile}, "binary": {tuning.SIMILARITY_KEY: encoded}}
+
+
+def test_a_chosen_result_becomes_a_profile_that_outlives_the_run() -> None:
+    plan = tuning.decide_tuning(snapshot(**chosen()), Defaults())
+    made = {body["kind"]: body for body in plan.apply if (body["metadata"]["name"].startswith(("m-similarity", "m-")) and
+            body["kind"] in ("SereProfile",)) or body.get("immutable")}  # fmt: skip
+    profile, config_map = made["SereProfile"], made["ConfigMap"]
+    for body in (profile, config_map):
+        (reference,) = body["metadata"]["ownerReferences"]
+        assert reference["uid"] == "u", "owned by the SereDeployment, not by the run"
+    assert profile["spec"]["similarity"]["uri"] == f"configmap://{config_map['metadata']['name']}/{tuning.SIMILARITY_KEY}"
+    assert plan.status is not None
+    assert (plan.status["outcome"], plan.status["profile"]) == ("Chosen", profile["metadata"]["name"])
+    conditions = {c["type"]: c["status"] for c in plan.status["conditions"]}
+    assert conditions == {"Complete": "True", "Feasible": "True"}
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        ({"data": {"outcome.json": {"outcome": "Chosen"}}}, "profile:"),
+        ({**chosen(), "binary": {}}, "holds no artefact"),
+        ({**chosen(), "binary": {tuning.SIMILARITY_KEY: "AAAA"}}, "no similarity artefact"),
+        (chosen(similarity={"uri": "file:///x", "digest": "sha256:" + "0" * 64}), "the profile was made with sha256:000"),
+    ],
+)
+def test_a_result_that_does_not_check_out_is_never_used(result: dict[str, Any], words: str) -> None:
+    plan = tuning.decide_tuning(snapshot(**result), Defaults())
+    assert not [body for body in plan.apply if body["kind"] == "SereProfile"]
+    assert plan.status is not None
+    assert plan.status["outcome"] == "Failed"
+    assert words in plan.status["conditions"][0]["message"]
+
+
+@pytest.mark.parametrize("outcome", ["Infeasible", "BudgetExhausted", "CannotCertify", "Failed"])
+def test_the_tuners_own_message_is_what_people_read(outcome: str) -> None:
+    plan = tuning.decide_tuning(snapshot({"outcome.json": {"outcome": outcome, "message": "nearest miss: x"}}), Defaults())
+    assert plan.status is not None
+    complete = plan.status["conditions"][0]
+    assert (complete["status"], complete["reason"], complete["message"]) == ("True", outcome, "nearest miss: x")
+    assert "profile" not in plan.status
+
+
+def test_a_job_that_died_without_a_word_is_failed_with_its_last_lines() -> None:
+    job = {"kind": "Job", "metadata": {}, "spec": {}, "status": {"conditions": [{"type": "Failed", "status": "True"}]}}
+    ended = {"state": {"terminated": {"exitCode": 1, "message": "boom"}}}
+    pod = {"metadata": {"name": "p"}, "status": {"containerStatuses": [ended]}}
+    plan = tuning.decide_tuning(snapshot({}, children={("Job", "m-tune-1"): job}, pods=(pod,)), Defaults())
+    assert plan.status is not None
+    assert plan.status["conditions"][0]["message"] == "the tuner ended with exit code 1: boom"
+
+
+def test_no_gpu_for_the_tuner_is_said_and_touches_nothing_else() -> None:
+    waiting = {"type": "PodScheduled", "status": "False", "message": "0/1 nodes: Insufficient nvidia.com/gpu"}
+    pod = {"metadata": {"name": "p"}, "status": {"conditions": [waiting]}}
+    plan = tuning.decide_tuning(snapshot({}, pods=(pod,)), Defaults())
+    assert plan.status is not None
+    complete = plan.status["conditions"][0]
+    assert (complete["status"], complete["reason"]) == ("False", "TuningBlocked")
+    assert complete["message"].startswith("InsufficientGPU: ")
+
+
+def test_progress_is_shown_and_an_ended_run_is_left_alone() -> None:
+    plan = tuning.decide_tuning(snapshot({"progress.json": {"stage": "search", "now": "trial 3", "trials": 3}}), Defaults())
+    assert plan.status is not None
+    assert (plan.status["progress"], plan.status["stage"]) == ("3/8", "search")
+    assert tuning.decide_tuning(snapshot(status={"outcome": "Infeasible"}), Defaults()).writes == 0
+
+
+def test_suspend_reaches_a_running_job_without_touching_its_template() -> None:
+    job = {"kind": "Job", "metadata": {"name": "m-tune-1"}, "spec": {"suspend": False, "template": {"x": 1}}, "status": {}}
+    plan = tuning.decide_tuning(snapshot({}, children={("Job", "m-tune-1"): job}, spec={"suspend": True}), Defaults())
+    (body,) = plan.replace
+    assert body["spec"] == {"suspend": True, "template": {"x": 1}}
+    assert "Job" not in [b["kind"] for b in plan.apply]
+
+
+def test_the_artefacts_digest_is_recomputed() -> None:
+    encoded, digest = artefact()
+    assert verified_digest(encoded) == digest
+    raw = bytearray(base64.b64decode(encoded))
+    raw[-1] ^= 1
+    with pytest.raises(SimilarityError, match="its content is sha256"):
+        verified_digest(base64.b64encode(bytes(raw)).decode())
+    with pytest.raises(SimilarityError, match="truncated"):
+        verified_digest(base64.b64encode(bytes(raw[:-4])).decode())
+    with pytest.raises(SimilarityError, match="no similarity artefact"):
+        verified_digest("!!!")
+
+
+def test_a_policy_without_similarity_needs_no_artefact() -> None:
+    profile = profile_body(POLICY)
+    profile["metadata"] = {}
+    plan = tuning.decide_tuning(snapshot({"outcome.json": {"outcome": "Chosen"}, "profile.json": profile}), Defaults())
+    (made,) = [body for body in plan.apply if body["kind"] == "SereProfile"]
+    assert Policy.parse(made["spec"]["policy"]).digest == Policy.parse(POLICY).digest
