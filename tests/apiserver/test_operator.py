@@ -170,3 +170,17 @@ def test_two_operators_and_a_lost_leader(world: World, kubeconfig: str, tmp_path
         assert '"leading"' in other.log()
     finally:
         second.kill()
+
+
+def test_namespaced_it_leaves_other_namespaces_alone(world: World, kubeconfig: str, tmp_path: Path) -> None:
+    world.operator.kill()
+    namespaces = world.api("Namespace")
+    other = f"{world.namespace}-other"
+    namespaces.create(body={"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": other}})
+    environment = {"SERE_LEASE_NAME": other, "SERE_WATCH_NAMESPACES": world.namespace}
+    world.operator = OperatorProcess(kubeconfig, tmp_path / "namespaced.log", **environment).start()
+    world.api("SereDeployment").create(body=manifest("elsewhere"), namespace=other)
+    world.apply(manifest())
+    world.ready()
+    assert world.api("Deployment").get(namespace=other).to_dict()["items"] == []
+    namespaces.delete(name=other)

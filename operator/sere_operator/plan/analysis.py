@@ -20,6 +20,7 @@ CONFIDENCE = 0.95
 DESIGN_EFFECT = 30.0
 SLOWER_RATIO = 1.25  # mean TPOT of the canary over stable's: beyond this it is harm, whatever the SLO allows
 GOLDEN_ALPHA = 0.01  # of the one-sided sign test on answers that only one side got right
+LEAST_GOLDEN_RIGHT = 0.5  # of stable's golden answers; they were chosen among those that exact routing answers right
 OTHER_BUCKET = "other"  # the plug-in's label for batch sizes outside every bucket (sere_ext/state.py)
 _ALLOWED = {"p50": 0.50, "p95": 0.05, "p99": 0.01}
 
@@ -65,7 +66,7 @@ def judge(stable: Arm, canary: Arm, slo: Slo | None, *, min_requests: int, golde
     1. canary breaks an SLO limit, and more than stable does   Rejected
     2. canary is slower than stable at equal buckets           Rejected
     3. golden prompts got worse                                Rejected
-    4. golden answers missing                                  Pending, after the deadline Inconclusive
+    4. golden answers missing, or stable's mostly wrong        Pending, after the deadline Inconclusive
     5. too few requests on a side                              Pending, after the deadline Inconclusive
     6. an SLO limit that the histograms have no bound for      Pending, after the deadline Inconclusive
     7. all judged                                              Passed
@@ -92,6 +93,10 @@ def judge(stable: Arm, canary: Arm, slo: Slo | None, *, min_requests: int, golde
             return Verdict(Outcome.REJECTED, worse)
         if not _complete(stable.golden, golden_prompts) or not _complete(canary.golden, golden_prompts):
             return Verdict(unanswered, f"not all of {golden_prompts} golden prompts were answered on both sides")
+        known = sum(map(bool, stable.golden or ()))
+        if known < LEAST_GOLDEN_RIGHT * golden_prompts:
+            words = f"the stable side answered only {known} of {golden_prompts} golden prompts right, so they can show no harm"
+            return Verdict(unanswered, words)
     for side, arm in (("canary", canary), ("stable", stable)):
         if arm.requests < min_requests:
             return Verdict(unanswered, f"{side} finished {arm.requests} of {min_requests} requests that are needed to judge")

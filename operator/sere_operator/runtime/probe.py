@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from sere_ext.profile import GoldenPrompt
 from sere_operator.plan.snapshot import GoldenResult, Histogram, PodMetrics
 
 PROOF_TTL_S = 600.0  # a token proves a pod for so long; while it holds nothing is sent
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _HISTOGRAMS = ("sere_tpot_seconds", "sere_ttft_seconds")
 
 
@@ -21,7 +23,7 @@ _HISTOGRAMS = ("sere_tpot_seconds", "sere_ttft_seconds")
 class Prober:
     """Keeps what was proven per container, so that a settled pod is asked `GET /sere` and nothing else."""
 
-    state_timeout_s: float = 4.0
+    state_timeout_s: float = 10.0  # every rank is asked, between two steps of a busy engine
     token_timeout_s: float = 60.0
     _proofs: dict[tuple[str, ...], tuple[str, float]] = field(default_factory=dict)
     _client: httpx2.AsyncClient | None = None
@@ -116,8 +118,16 @@ class Prober:
 
 
 def right(text: str, answer: str) -> bool:
-    """Exact match but for surrounding white space; a text that runs on after a line break is cut there."""
-    return text.strip() == answer.strip() or text.strip().split("\n", 1)[0].strip() == answer.strip()
+    """Whether a golden prompt was answered right: the answer alone, on the first line, or as the last number."""
+    given, wanted = text.strip(), answer.strip()
+    if given == wanted or given.split("\n", 1)[0].strip() == wanted:
+        return True
+    numbers = _NUMBER.findall(given)
+    return bool(_NUMBER.fullmatch(wanted) and numbers and _number(numbers[-1]) == _number(wanted))
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", ""))
 
 
 def parse_metrics(text: str, limits: set[str]) -> PodMetrics:

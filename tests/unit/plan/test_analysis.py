@@ -46,6 +46,7 @@ def verdict(stable: Arm, canary: Arm, **changes: Any) -> Outcome:
         (arm(1000, 18, 20), arm(1000, 14, 10, right=6), Outcome.REJECTED),
         (arm(1000, 18, 20), arm(1000, 14, 10, right=13), Outcome.PASSED),  # 3 of 16 lost: chance
         (arm(1000, 18, 20), arm(1000, 14, 10, right=None), Outcome.PENDING),
+        (arm(1000, 18, 20, right=2), arm(1000, 14, 10, right=2), Outcome.PENDING),  # prompts that nobody answers show nothing
         (arm(1000, 18, 20), arm(499, 14, 10), Outcome.PENDING),
         (arm(499, 18, 20), arm(1000, 14, 10), Outcome.PENDING),
         (Arm(), Arm(), Outcome.PENDING),

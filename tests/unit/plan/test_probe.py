@@ -25,7 +25,15 @@ def test_metrics_as_the_plug_in_writes_them() -> None:
 
 @pytest.mark.parametrize(
     ("text", "answer", "expected"),
-    [(" 42\n", "42", True), ("42\nQ: next", "42", True), ("421", "42", False), ("", "42", False)],
+    [
+        (" 42\n", "42", True),
+        ("42\nQ: next", "42", True),
+        ("421", "42", False),
+        ("", "42", False),
+        ("so it is 1,042", "1042", True),
+        ("41 or 42 or 43", "42", False),
+        ("forty", "forty", True),
+    ],
 )
 def test_right(text: str, answer: str, expected: bool) -> None:
     assert right(text, answer) is expected
