@@ -79,6 +79,14 @@ def test_accepted(sere: Any, case: dict[str, Any]) -> None:
     assert stored["spec"] == body["spec"], "the server neither drops nor adds anything"
 
 
+@pytest.mark.parametrize("name", ["qwen3.5", "3qwen", "q" * 64])
+def test_a_name_that_no_service_can_have_is_refused(sere: Any, name: str) -> None:
+    body = {**sample("minimal"), "metadata": {"name": name}}
+    with pytest.raises(ApiException) as refusal:
+        sere.create(body=body, namespace="default", dry_run="All")
+    assert "metadata.name is the Service's name as well" in refusal_message(refusal.value)
+
+
 def test_kubectl_refuses_an_unknown_field(kubectl: Kubectl) -> None:
     done = kubectl("apply", "-f", "-", stdin=deployment({"replicsa": 2}), check=False)
     assert done.returncode != 0

@@ -13,7 +13,7 @@ from sere_ext.policy import Record
 from sere_operator.api import meta
 from sere_operator.api.deployment import SereDeploymentSpec, SereDeploymentStatus
 from sere_operator.api.profile import SereProfileSpec, SereProfileStatus
-from sere_operator.api.rules import RULES
+from sere_operator.api.rules import RULES, SERVICE_NAME, Rule
 from sere_operator.api.schema import structural_schema
 from sere_operator.api.tuning import SereTuningJobSpec, SereTuningJobStatus
 
@@ -49,6 +49,7 @@ class Definition:
     status: type[Record]
     columns: tuple[Column, ...]
     scale: bool = False
+    rules: tuple[Rule, ...] = ()  # on the whole object, of whose metadata a rule sees the name alone
 
     @property
     def file_name(self) -> str:
@@ -63,7 +64,7 @@ class Definition:
                 "statusReplicasPath": ".status.replicas",
                 "labelSelectorPath": ".status.selector",
             }
-        schema = {
+        schema: dict[str, Any] = {
             "type": "object",
             "description": self.description,
             "required": ["spec"],
@@ -75,6 +76,8 @@ class Definition:
                 "status": structural_schema(self.status, RULES),
             },
         }
+        if self.rules:
+            schema["x-kubernetes-validations"] = [rule.to_dict() for rule in self.rules]
         return {
             "apiVersion": "apiextensions.k8s.io/v1",
             "kind": "CustomResourceDefinition",
@@ -123,6 +126,7 @@ DEFINITIONS = (
             Column("Message", '.status.conditions[?(@.type=="Ready")].message'),
         ),
         scale=True,
+        rules=(SERVICE_NAME,),
     ),
     Definition(
         meta.TUNING_JOB_KIND,

@@ -99,6 +99,12 @@ _STATIC_SERE = (
 )
 _DRAIN = "(has(self.strategy) && self.strategy == 'DrainFirst')"
 
+# A SereDeployment's Service has its name, and Services take less than other objects do.
+SERVICE_NAME: Final = Rule(
+    "self.metadata.name.size() <= 63 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+    "metadata.name is the Service's name as well: at most 63 of a-z, 0-9 and '-', beginning with a letter, without dots",
+)
+
 # By model name, or by `Model.outsideName` where the rule belongs to a field.
 RULES: Final[dict[str, tuple[Rule, ...]]] = {
     "SereDeploymentSpec": (
