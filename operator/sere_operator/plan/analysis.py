@@ -60,11 +60,20 @@ def total(histograms: dict[str, Histogram]) -> Histogram:
     return Histogram(sum(h.count for h in histograms.values()), sum(h.total_s for h in histograms.values()), over)
 
 
-def judge(stable: Arm, canary: Arm, slo: Slo | None, *, min_requests: int, golden_prompts: int, deadline_over: bool) -> Verdict:
+def judge(
+    stable: Arm,
+    canary: Arm,
+    slo: Slo | None,
+    *,
+    min_requests: int,
+    golden_prompts: int,
+    deadline_over: bool,
+    side_by_side: bool = True,
+) -> Verdict:
     """The checklist, in order; the first that applies decides.
 
-    1. canary breaks an SLO limit, and more than stable does   Rejected
-    2. canary is slower than stable at equal buckets           Rejected
+    1. canary breaks an SLO limit, and more than stable does   Rejected (not side by side: Inconclusive)
+    2. canary is slower than stable at equal buckets           Rejected (not side by side: Inconclusive)
     3. golden prompts got worse                                Rejected
     4. golden answers missing, or stable's mostly wrong        Pending, after the deadline Inconclusive
     5. too few requests on a side                              Pending, after the deadline Inconclusive
@@ -74,7 +83,10 @@ def judge(stable: Arm, canary: Arm, slo: Slo | None, *, min_requests: int, golde
     Args:
         min_requests: finished requests that each side needs; 0: judge on what there is (a Static policy).
         golden_prompts: how many prompts each side must have answered; 0: none are asked for.
+        side_by_side: both sides ran at the same time. If not (one pod alone, before and after), more load explains a
+            higher latency as well as the policy does: it goes back, but is not banned.
     """
+    slow = Outcome.REJECTED if side_by_side else Outcome.INCONCLUSIVE
     if slo is not None:
         for name, limits, here, there in (
             ("TPOT", slo.tpot_ms, canary.tpot, stable.tpot),
@@ -82,10 +94,10 @@ def judge(stable: Arm, canary: Arm, slo: Slo | None, *, min_requests: int, golde
         ):
             broken = _breaks_limit(name, limits, total(here), total(there))
             if broken:
-                return Verdict(Outcome.REJECTED, broken)
+                return Verdict(slow, broken)
     slower = _slower(canary, stable, min_requests)
     if slower:
-        return Verdict(Outcome.REJECTED, slower)
+        return Verdict(slow, slower)
     unanswered = Outcome.INCONCLUSIVE if deadline_over else Outcome.PENDING
     if golden_prompts:
         worse = golden_harm(stable.golden, canary.golden)

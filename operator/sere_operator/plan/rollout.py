@@ -312,7 +312,9 @@ def _analyse(
     if stable is None or canary is None:
         return replace(annotated, rollout=known, reason=Reason.CANARY, message="counting requests from now on")
     least = 0 if wanted.vouched else canary_spec.min_requests
-    verdict = analysis.judge(stable, canary, spec.slo, min_requests=least, golden_prompts=prompts, deadline_over=over)
+    verdict = analysis.judge(
+        stable, canary, spec.slo, min_requests=least, golden_prompts=prompts, deadline_over=over, side_by_side=not state["alone"]
+    )
     if verdict.outcome is Outcome.PENDING or (wanted.vouched and _in_stage_s(known, now) < SETTLE_S
                                               and verdict.outcome is Outcome.PASSED):  # fmt: skip
         return replace(annotated, rollout=known, reason=Reason.CANARY, message=verdict.message)

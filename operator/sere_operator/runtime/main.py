@@ -97,6 +97,7 @@ class Operator:
         suspects: dict[str, tuple[str, float]] = {}
         while True:
             await asyncio.sleep(self.settings.resync_s / 5 * random.uniform(0.8, 1.2))
+            self.prober.forget()
             try:
                 suspects = await self._check_watch(suspects)
             except Exception as error:

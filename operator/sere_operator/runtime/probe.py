@@ -76,9 +76,10 @@ class Prober:
             self._proofs[key] = (digest, time.monotonic())
         return digest
 
-    def forget(self, keep: set[str]) -> None:
-        """Drop proofs of containers whose first key part (a uid) is not in `keep`; called now and then by the resync."""
-        self._proofs = {key: proof for key, proof in self._proofs.items() if key[0] in keep}
+    def forget(self) -> None:
+        """Drop proofs that have run out, of pods that may be long gone; called now and then by the resync."""
+        now = time.monotonic()
+        self._proofs = {key: proof for key, proof in self._proofs.items() if now - proof[1] < PROOF_TTL_S}
 
     async def _token(self, client: httpx2.AsyncClient, base: str, model: str) -> bool:
         body = {"model": model, "prompt": "1", "max_tokens": 1, "temperature": 0}

@@ -61,6 +61,14 @@ def test_missing_data_never_passes(canary: Arm) -> None:
     assert verdict(arm(1000, 18, 20), canary, deadline_over=True) is Outcome.INCONCLUSIVE
 
 
+def test_before_and_after_on_one_pod_bans_nothing_for_latency() -> None:
+    """More load explains it as well; worse answers it does not explain."""
+    slow, stable = arm(3000, 40, 2900), arm(1000, 18, 20)
+    assert verdict(stable, slow) is Outcome.REJECTED
+    assert verdict(stable, slow, side_by_side=False) is Outcome.INCONCLUSIVE
+    assert verdict(stable, arm(1000, 14, 10, right=6), side_by_side=False) is Outcome.REJECTED
+
+
 def test_a_limit_without_a_bound_cannot_be_judged() -> None:
     histogram = {"8-64": Histogram(1000, 14.0, {})}
     unseen = Arm(histogram, histogram, (True,) * 16)
