@@ -205,7 +205,7 @@ def tuning_job(owner: Object, spec: SereDeploymentSpec, name: str) -> Object:
 # Reasons that are too common for an event, or that the rollout posts an event of its own for.
 _SILENT = frozenset({
     Reason.STARTING, Reason.NOT_REQUESTED, Reason.PODS_NOT_READY, Reason.POLICY_PENDING, Reason.CANARY, Reason.PROMOTING,
-    Reason.REJECTED, Reason.INCONCLUSIVE, Reason.AWAITING_APPROVAL,
+    Reason.REJECTED, Reason.INCONCLUSIVE, Reason.AWAITING_APPROVAL, Reason.PENDING, Reason.TUNING,
 })  # fmt: skip
 _WARNINGS = frozenset({
     Reason.ROLLOUT_BLOCKED, Reason.FAILED, Reason.INFEASIBLE, Reason.NOT_ROUTABLE, Reason.POLICY_STALE, Reason.TUNING_BLOCKED,

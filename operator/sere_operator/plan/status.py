@@ -9,9 +9,11 @@ from sere_operator.api import meta
 from sere_operator.api.conditions import ConditionType, Reason, set_condition
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
 from sere_operator.plan.children import selector
-from sere_operator.plan.rollout import Step
+from sere_operator.plan.rollout import Step, seconds
 from sere_operator.plan.routing import EXACT, Wanted, overridden, tuning_job_of
 from sere_operator.plan.snapshot import Object, PodView, Snapshot
+
+SCHEDULING_GRACE_S = 10.0
 
 Judgement = tuple[bool | None, Reason, str]
 
@@ -30,13 +32,18 @@ def serving_pods(snapshot: Snapshot, step: Step) -> list[PodView]:
 
 
 def rollout_problem(snapshot: Snapshot) -> str | None:
-    """Why a new pod cannot be scheduled, in the scheduler's words, with the way out."""
+    """Why a new pod cannot be scheduled, in the scheduler's words, with the way out. Said after a short grace."""
     for pod in snapshot.live_pods:
         for condition in pod.object.get("status", {}).get("conditions") or []:
-            if condition["type"] == "PodScheduled" and condition["status"] == "False":
-                text = str(condition.get("message", "no node fits"))
-                cause = "InsufficientGPU: " if "gpu" in text.lower() else ""
-                return f"{cause}{text}; set rollout.strategy: DrainFirst or add a node"
+            if condition["type"] != "PodScheduled" or condition["status"] != "False":
+                continue
+            if snapshot.now - seconds(condition.get("lastTransitionTime")) < SCHEDULING_GRACE_S:
+                continue  # claims are being bound, caches are filling
+            text = str(condition.get("message", "no node fits")).rstrip(". ")
+            if "Insufficient" not in text:
+                return f"a new pod cannot be scheduled: {text}"
+            cause = "InsufficientGPU: " if "gpu" in text.lower() else ""
+            return f"{cause}{text}; set rollout.strategy: DrainFirst or add a node"
     return None
 
 

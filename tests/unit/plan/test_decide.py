@@ -249,3 +249,26 @@ def test_a_pod_that_does_not_follow_gets_another_nonce_later() -> None:
     world.step()
     canary = next(pod for pod in world.pods if "serving.sere.dev/policy" in pod.annotations)
     assert canary.annotations["serving.sere.dev/refresh"] != nonces[canary.name]
+
+
+def test_no_free_gpu_is_said_in_the_schedulers_words_after_a_grace() -> None:
+    from dataclasses import replace
+
+    from sere_operator.plan import status
+    from sere_operator.plan.rollout import stamp
+    from sere_operator.plan.snapshot import PodView
+
+    world = settled()
+    since = {"type": "PodScheduled", "status": "False", "lastTransitionTime": stamp(world.now)}
+    pod = PodView(
+        {
+            "metadata": {"name": "m-9", "uid": "9"},
+            "status": {"conditions": [{**since, "message": "0/1: Insufficient nvidia.com/gpu."}]},
+        }
+    )
+    snapshot = replace(world.observe(), pods=(pod,))
+    assert status.rollout_problem(snapshot) is None
+    later = replace(snapshot, now=snapshot.now + 11)
+    assert status.rollout_problem(later) == (
+        "InsufficientGPU: 0/1: Insufficient nvidia.com/gpu; set rollout.strategy: DrainFirst or add a node"
+    )
