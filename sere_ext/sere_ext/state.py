@@ -67,7 +67,7 @@ class WorkerState:
         self.key = key  # ProfileKey of what runs here
         self.policy = EXACT_POLICY
         self.similarity_digest: str | None = None
-        self.generation = 0
+        self.generation = -1  # nothing was applied yet; what an engine starts with is generation 0
         self.switches = 0
         self.error: str | None = None  # why the configured policy is not in force
         self._folded: OrderedDict[str, Any] = OrderedDict()
@@ -112,7 +112,7 @@ class WorkerState:
             self.similarity_digest = similarity.meta.digest
         for layer in self.layers:
             layer.load_table(policy.table_for(layer.number))
-        self.switches += policy.digest != self.policy.digest
+        self.switches += self.generation >= 0 and policy.digest != self.policy.digest
         self.policy, self.generation, self.error = policy, generation, None
 
     def counters(self) -> dict[str, dict[str, int]]:

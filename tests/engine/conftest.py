@@ -65,8 +65,9 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DeepSeek-V2-like: a dense first layer, 2 MoE layers of 16 experts in 4 groups, top-4 of 2 groups, a shared expert, MLA."""
     return _save(
         tmp_path_factory.mktemp("deepseek"), "DeepseekV2Config", "DeepseekV2ForCausalLM", num_hidden_layers=3,
-        num_key_value_heads=4, n_shared_experts=1, n_routed_experts=16, kv_lora_rank=32, q_lora_rank=None,
-        qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32, n_group=4, topk_group=2, topk_method="group_limited_greedy",
+        num_key_value_heads=4, n_shared_experts=1, n_routed_experts=16, q_lora_rank=None, kv_lora_rank=512,
+        qk_rope_head_dim=64, qk_nope_head_dim=64, v_head_dim=64,  # 512 + 64 is the only size that the CPU's MLA kernel has
+        n_group=4, topk_group=2, topk_method="group_limited_greedy",
         first_k_dense_replace=1, norm_topk_prob=False, routed_scaling_factor=1.5,
     )  # fmt: skip
 

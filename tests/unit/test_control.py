@@ -27,6 +27,8 @@ class Engine:
 
         key = {"modelName": "m", "configDigest": "c", "engineVersion": "0.32.0", "pluginVersion": "0.1.0", "device": "cpu"}
         self.workers = [SimpleNamespace(rank=rank, sere=WorkerState([layer()], key)) for rank in (0, 1)]
+        for worker in self.workers:
+            worker.sere.apply(Policy(), 0, None)
         self.calls: list[str] = []
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
@@ -152,3 +154,12 @@ def test_generations_are_ordered_and_repeatable() -> None:
     other = {"policy": {"buckets": []}, "generation": 5}
     assert client.put("/sere/policy", json=other, headers=TOKEN).status_code == 409
     assert client.put("/sere/policy", json={"policy": {"buckets": []}}, headers=TOKEN).json()["generation"] == 6
+
+
+def test_a_policy_that_the_engine_starts_with_is_generation_0_and_no_switch() -> None:
+    layer = LayerState(number=0, experts=4, top_k=2, renormalise=True, scoring=0)
+    state = WorkerState([layer], {})
+    state.apply(Policy.parse(POLICY), 0, None)
+    assert (state.generation, state.switches, layer.bucket(8), layer.bucket(7)) == (0, 0, 0, 16)
+    state.apply(Policy(), None, None)
+    assert (state.generation, state.switches) == (1, 1)
