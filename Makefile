@@ -51,6 +51,8 @@ retrain-model: setup ## Train tests/assets/tiny_moe anew (about 15 minutes on 2 
 
 crds: setup ## Regenerate manifests/crd and the chart's copies from the pydantic models
 	$(PY) -m sere_operator.api.crdgen
+	$(PY) -m sere_operator.api.reference
+	$(PY) helm/generate.py
 	PATH="$$(tests/kit/assets):$$PATH" $(PY) helm/generate.py
 
 envtest: ## Download the official Kubernetes binaries to build/kube (where the network allows)
