@@ -112,7 +112,7 @@ def test_quiet_time_writes_nothing_but_the_lease(world: World) -> None:
         }
 
     before, lease = versions(), _lease(world)
-    time.sleep(60)  # longer than the idle poll, so that pods were asked again
+    time.sleep(50)  # longer than the idle poll, so that pods were asked again
     after = versions()
     assert {key for key in {*before, *after} if before.get(key) != after.get(key)} == set()
     assert _lease(world) != lease

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import replace
 
 from sere_ext.errors import SereError
 from sere_ext.policy import EXACT_POLICY, Policy, canonical_json
@@ -98,6 +99,8 @@ def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults)
         entry = known.get(digest) or recovered_entry(snapshot, digest)
         if entry is not None and digest != EXACT:
             entries[digest] = entry
+    if step.stable != EXACT and step.stable not in entries:
+        step = replace(step, stable=EXACT)  # `stable` must never name what is not there: pods would keep what they have
 
     owner, plan = snapshot.object, Plan()
     config_map = drift.stamped(children.policy_config_map(owner, step.stable, routing.overridden(snapshot), entries))

@@ -116,7 +116,8 @@ class Elector:
             await asyncio.sleep(self._settings.retry_s)
             try:
                 left = self._settings.renew_deadline_s - (time.monotonic() - self.renewed_at)
-                async with asyncio.timeout(max(0.1, left)):
+                # Two attempts fit in, so that one lost request does not lose the Lease.
+                async with asyncio.timeout(max(0.1, min(left, self._settings.renew_deadline_s / 2))):
                     if not await self._try():
                         raise LostLeaseError(f"the lease {self._settings.name} is held by another process")
             except LostLeaseError:

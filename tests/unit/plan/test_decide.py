@@ -133,6 +133,15 @@ def test_a_person_gives_a_policy_up() -> None:
     assert world.condition("PolicyApplied")["reason"] == "RolledBack"
 
 
+def test_giving_up_goes_to_exact_where_the_policy_before_is_lost() -> None:
+    world = settled(routing=STATIC)
+    world.object["status"]["policy"]["previous"] = "sere-00000000"
+    world.annotate("serving.sere.dev/rollback", DIGEST)
+    world.settle()
+    assert world.stable == "exact"
+    assert {pod.digest for pod in world.pods} == {"exact"}
+
+
 def test_a_missing_profile_keeps_what_is_stable() -> None:
     world = settled(routing=STATIC)
     world.edit(routing=PROFILE)
