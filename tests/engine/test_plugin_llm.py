@@ -228,6 +228,12 @@ def test_a_dense_model_is_refused_with_the_way_out(dense: Path) -> None:
         pass
 
 
+def test_calibrating_a_dense_model_is_refused(dense: Path, calibration: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="is a dense model: it has no experts to compare"):
+        calibrate(str(dense), calibration, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_profile_of_another_engine_means_exact_routing(qwen3: Path, stock: Any, tmp_path: Path, monkeypatch: Any) -> None:
     once = {"exact": 1.0, "chosen": 1.0}
     accuracy = {"exact": 1, "chosen": 1, "items": 1, "maxDropPoints": 1, "confidence": 0.95, "dropPoints": 0,
