@@ -25,6 +25,7 @@ ROOT = kube.ROOT
 BUILD = ROOT / "build" / "demo"
 DATA = BUILD / "data"  # what the pods see as the claim `data`
 MAKE = ROOT / "tests" / "assets" / "make"
+SIMILARITY = BUILD / "similarity.safetensors"
 SAMPLE = ROOT / "manifests" / "samples" / "demo.yaml"
 NAMESPACE = "default"
 ITEMS = 1500  # certify a limit of 2 points
@@ -48,10 +49,12 @@ def prepare() -> list[str]:
         subprocess.run([sys.executable, MAKE / "widen.py", ROOT / "tests/assets/tiny_moe", widened], check=True)
     shutil.copytree(widened, DATA / "model")
     for name, split, count, seed in (
-        ("items", "eval", ITEMS, 2), ("calib", "calibration", 256, 2), ("client", "calibration", 256, 3),
+        ("items", "eval", ITEMS, 2), ("calib", "calibration", 64, 2), ("client", "calibration", 256, 3),
     ):  # fmt: skip
         options = ["--split", split, "--count", str(count), "--seed", str(seed), "--out", str(DATA / f"{name}.jsonl")]
         subprocess.run([sys.executable, MAKE / "items.py", *options], check=True, stdout=subprocess.DEVNULL)
+    if SIMILARITY.exists():  # of the same model, made by the first stage
+        shutil.copy(SIMILARITY, DATA)
     kube.readable(DATA)
     return [json.loads(line)["prompt"] for line in (DATA / "client.jsonl").read_text().splitlines()]
 
@@ -60,6 +63,8 @@ def serve() -> None:
     """Apply the sample and wait until it is Ready: a real token came through its Service."""
     resource = yaml.safe_load(SAMPLE.read_text())
     resource["spec"] = kube.small_engine(resource["spec"])
+    if SIMILARITY.exists():
+        resource["spec"]["tuning"]["similarity"] = {"uri": f"pvc://data/{SIMILARITY.name}"}
     console.print(f"[dim]$ kubectl apply -f {SAMPLE.relative_to(ROOT)}[/dim]")
     kube.apply(resource, namespace=NAMESPACE)
     began = time.monotonic()

@@ -38,7 +38,7 @@ def data(node: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder behind the claim `data`: the small model, its items, calibration text."""
     folder = tmp_path_factory.mktemp("data")
     shutil.copytree(ROOT / "tests/assets/tiny_moe", folder / "model")
-    for name, split, count in (("items", "eval", ITEMS), ("calib", "calibration", 256)):
+    for name, split, count in (("items", "eval", ITEMS), ("calib", "calibration", 64)):
         options = ["--split", split, "--count", str(count), "--seed", "5", "--out", str(folder / f"{name}.jsonl")]
         subprocess.run([sys.executable, MAKE / "items.py", *options], check=True, stdout=subprocess.DEVNULL)
     folder.chmod(0o755)
