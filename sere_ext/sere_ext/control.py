@@ -36,8 +36,9 @@ class PolicyChange(Record):
 class LiveControl:
     """What one API-server process knows about its engine."""
 
-    def __init__(self, engine: Any, token: str | None, source: Source) -> None:
+    def __init__(self, engine: Any, token: str | None, source: Source, engines: int = 1) -> None:
         self.engine = engine
+        self.engines = engines  # data-parallel engines behind this server
         self.token = token
         self.source: Source = source
         self.ready = source != "file"  # a file source is ready once it was applied for the first time
@@ -58,6 +59,11 @@ class LiveControl:
         """
         if self.source == "file" and source != "file":
             raise ConflictError("a directory is the source of the policy (SERE_POLICY_DIR); change it there")
+        if self.engines > 1:  # collective_rpc reaches the first engine only (vllm/v1/engine/core_client.py)
+            raise UnsupportedError(
+                f"this server has {self.engines} data-parallel engines and a change would reach only one; "
+                "run one engine per server, or set the policy at start with --additional-config"
+            )
         async with self._changing:
             states = await switch(
                 self.engine, change.policy, generation=change.generation, similarity=change.similarity, clean=change.clean
@@ -176,9 +182,11 @@ class SereControl:
         if engine_client is None:
             return
         directory = os.environ.get("SERE_POLICY_DIR")
-        control = LiveControl(engine_client, os.environ.get("SERE_CONTROL_TOKEN"), "file" if directory else "static")
+        parallel = engine_client.vllm_config.parallel_config
+        source: Source = "file" if directory else "static"
+        control = LiveControl(engine_client, os.environ.get("SERE_CONTROL_TOKEN"), source, parallel.data_parallel_size)
         state.sere = control
-        first = getattr(engine_client.vllm_config.parallel_config, "_api_process_rank", 0) in (0, -1)
+        first = getattr(parallel, "_api_process_rank", 0) in (0, -1)
         state.sere_tasks = []
         if first:
             from sere_ext.metrics import Metrics

@@ -163,3 +163,13 @@ def test_a_policy_that_the_engine_starts_with_is_generation_0_and_no_switch() ->
     assert (state.generation, state.switches, layer.bucket(8), layer.bucket(7)) == (0, 0, 0, 16)
     state.apply(Policy(), None, None)
     assert (state.generation, state.switches) == (1, 1)
+
+
+def test_a_change_that_would_reach_one_of_two_engines_is_refused() -> None:
+    engine = Engine()
+    client = served(engine)
+    client.app.state.sere.engines = 2  # type: ignore[attr-defined]
+    answer = client.put("/sere/policy", json={"policy": POLICY}, headers=TOKEN)
+    assert answer.status_code == 503
+    assert "2 data-parallel engines" in answer.json()["error"]["message"]
+    assert engine.calls == []
