@@ -50,7 +50,7 @@ class LevelResult:
     active_after: float | None = None
     stopped: str | None = None
     # Exact routing right after, on a part of the same items: the machine's drift, and more of the noise floor.
-    reference_tpot_ms: float | None = None
+    reference_tpot_ms: float | None = None  # median
     reference_items: int = 0
     reference_differ: int = 0
     reference_discordant: int = 0
@@ -146,7 +146,7 @@ def summarise(level: int, block: Block, exact: Mapping[str, Answer], timed: str 
 
 
 def drift(level: LevelResult, exact_tpot_ms: float | None) -> float:
-    """How much slower than in the exact trial the machine was: exact routing's TPOT beside this trial over that of trial 0."""
+    """How much slower than in the exact trial the machine was: exact routing's median TPOT beside this trial over trial 0's."""
     if not exact_tpot_ms or not level.reference_tpot_ms:
         return 1.0
     return level.reference_tpot_ms / exact_tpot_ms
@@ -162,7 +162,7 @@ def constraints(
     """Each limit's violation, positive is broken; the same keys for every trial. Relative for latencies, points for the drop.
 
     Args:
-        exact_tpot_ms: per level mean TPOT of the exact trial, to take the machine's drift out of TPOT.
+        exact_tpot_ms: per level median TPOT of the exact trial, to take the machine's drift out of TPOT.
     """
     found = {}
     for metric, name, limit in limits:

@@ -80,7 +80,7 @@ class Progress:
         stopped = f"  ({row['stopped']})" if row["stopped"] else ""
         return (
             f"  trial {row['number']:>3}  {row['policy']:<42} TPOT {row['tpotMs']:7.2f} ms  accuracy {row['accuracy']:6.1%}  "
-            f"{-row['dropPoints']:+6.2f} points{broken}{stopped}"
+            f"{-row['dropPoints'] + 0.0:+6.2f} points{broken}{stopped}"
         )
 
     def _draw(self) -> Group:
@@ -95,7 +95,7 @@ class Progress:
             state = f"[red]breaks {', '.join(row['broken'])}[/red]" if row["broken"] else "[green]feasible[/green]"
             active = f"{row['active']:.1f}" if row.get("active") is not None else ""
             table.add_row(str(row["number"]), row["policy"], f"{row['tpotMs']:.2f}", f"{row['accuracy']:.1%}",
-                          f"{-row['dropPoints']:+.2f}", active, state)  # fmt: skip
+                          f"{-row['dropPoints'] + 0.0:+.2f}", active, state)  # fmt: skip
         gone = time.monotonic() - self.began
         left = f", {duration(self.left_s)} left" if self.left_s > 0 else ""
         return Group(table, Text(f"{self.name}   {self.now}   {gone:.0f} s gone{left}"))

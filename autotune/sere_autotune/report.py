@@ -16,10 +16,10 @@ _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:62rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:2rem 0 .5rem}p{margin:.4rem 0}.soft{color:var(--soft)}
 .verdict{border-left:4px solid var(--mark);background:var(--wash);padding:.7rem 1rem;margin:1rem 0}
-.verdict.bad{border-color:var(--bad)}.verdict.good{border-color:var(--good)}
+.verdict.bad{border-color:var(--bad);color:inherit}.verdict.good{border-color:var(--good);color:inherit}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}.scroll{overflow-x:auto}
 th,td{text-align:right;padding:.25rem .6rem;border-bottom:1px solid var(--line);white-space:nowrap}
-th:nth-child(1),td:nth-child(1),.left{text-align:left!important}th{font-weight:600;color:var(--soft)}
+th:nth-child(1),td:nth-child(1),.trials :is(th,td):nth-child(2){text-align:left}.trials :is(th,td):last-child{white-space:normal;text-align:left}th{font-weight:600;color:var(--soft)}
 .good{color:var(--good)}.bad{color:var(--bad)}tr.chosen td{font-weight:600}svg{width:100%;height:auto}
 svg text{font:12px system-ui,sans-serif;fill:var(--ink)}svg .soft{fill:var(--soft)}
 """
@@ -29,6 +29,11 @@ _W, _H, _LEFT, _RIGHT, _TOP, _BOTTOM = 860, 380, 64, 24, 24, 48
 
 def _e(value: Any) -> str:
     return html.escape(str(value))
+
+
+def _points(drop_points: float) -> str:
+    """A drop as people read it: `-0.45`, and never `-0.00`."""
+    return f"{-drop_points if abs(drop_points) >= 0.005 else 0.0:+.2f}"
 
 
 def _number(value: Any, form: str = ".2f", unit: str = "") -> str:
@@ -114,7 +119,7 @@ def _table(
         shown = "".join(f"<td>{cell if column in raw else _e(cell)}</td>" for column, cell in enumerate(row))
         cells.append(f"<tr{' class=chosen' if index == marked else ''}>{shown}</tr>")
     return (
-        f"<div class=scroll><table><thead><tr>{''.join(f'<th>{_e(h)}</th>' for h in head)}</tr></thead>"
+        f"<div class='scroll trials'><table><thead><tr>{''.join(f'<th>{_e(h)}</th>' for h in head)}</tr></thead>"
         f"<tbody>{''.join(cells)}</tbody></table></div>"
     )
 
@@ -127,8 +132,8 @@ def _ladder(summary: dict[str, Any]) -> str:
         result = rung["result"]
         good = rung["verdict"] == "passed"
         verdict = f"<span class={'good' if good else 'bad'}>{_e(rung['verdict'])}</span>"
-        measured = f"{(result['chosen_accuracy'] - result['exact_accuracy']) * 100:+.2f}" if result else "–"
-        rows.append([str(rung["rung"]), rung["describe"], f"{-rung['drop'] * 100:+.2f}", f"{rung['speedup']:.2f}x", f"{rung['power']:.0%}",
+        measured = _points((result["exact_accuracy"] - result["chosen_accuracy"]) * 100) if result else "–"
+        rows.append([str(rung["rung"]), rung["describe"], _points(rung["drop"] * 100), f"{rung['speedup']:.2f}x", f"{rung['power']:.0%}",
                      measured, verdict, result["reason"] if result else ""])  # fmt: skip
     head = ["rung", "policy", "predicted points", "predicted speed", "chance", "measured points", "verdict", "reason"]
     chosen = None if summary["chosenRung"] is None else summary["chosenRung"] - 1
@@ -146,7 +151,7 @@ def _trials(summary: dict[str, Any]) -> str:
             state += f" <span class=soft>({_e(trial['stopped'])})</span>"
         active = trial["levels"][0]["active_after"] if trial["levels"] else None
         rows.append([str(trial["number"]), trial["policy"], _number(trial["tpotMs"]), _number(trial["accuracy"], ".1%"),
-                     f"{-trial['dropPoints']:+.2f}", f"{trial['differShare']:.1%}", _number(active, ".1f"), str(trial["items"]), state])  # fmt: skip
+                     _points(trial["dropPoints"]), f"{trial['differShare']:.1%}", _number(active, ".1f"), str(trial["items"]), state])  # fmt: skip
     head = ["trial", "policy", "mean TPOT ms", "accuracy", "points", "answers differ", "experts", "items", ""]
     return "<h2>Trials</h2>" + _table(head, rows, raw=frozenset({8}))
 
@@ -220,7 +225,7 @@ def pareto_svg(summary: dict[str, Any]) -> str:
         x, y = px(trial["dropPoints"]), py(trial["tpotMs"])
         exact = trial["digest"] == "exact"
         colour = "var(--mark)" if exact else "var(--good)" if trial["feasible"] else "var(--bad)"
-        tip = f"trial {trial['number']}: {trial['policy']}, {trial['tpotMs']:.2f} ms, {-trial['dropPoints']:+.2f} points"
+        tip = f"trial {trial['number']}: {trial['policy']}, {trial['tpotMs']:.2f} ms, {_points(trial['dropPoints'])} points"
         fill = colour if trial["feasible"] or exact else "none"
         parts.append(
             f'<circle cx={x:.1f} cy={y:.1f} r=5 fill="{fill}" stroke="{colour}" stroke-width=1.5><title>{_e(tip)}</title></circle>'

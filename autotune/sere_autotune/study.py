@@ -156,9 +156,9 @@ class TuningStudy:
         self.put(f"exactAnswers.{level}", {item: [int(a.correct), a.text] for item, a in answers.items()})
 
     def exact_tpot_ms(self, space: Space) -> list[float]:
-        """Mean TPOT of the exact trial per level, or [] before it ended."""
+        """Median TPOT of the exact trial per level, or [] before it ended."""
         exact = next((t for t in self.complete() if space.table(t.params) == space.exact() and self.levels(t)), None)
-        return [level.latency_ms["tpot"]["mean"] for level in self.levels(exact)] if exact else []
+        return [level.latency_ms["tpot"]["p50"] for level in self.levels(exact)] if exact else []
 
     def observations(self, space: Space) -> list[Observation]:
         """What the model learns from: every complete, uncrashed trial at every level, against exact routing beside it."""
@@ -167,8 +167,8 @@ class TuningStudy:
         for trial in self.complete() if base else []:
             table = space.table(trial.params)
             for bucket, (level, choice) in enumerate(zip(self.levels(trial), table, strict=False)):
-                mean, reference = level.latency_ms["tpot"]["mean"], level.reference_tpot_ms
-                speed = math.log(reference / mean) if reference and mean > 0 else math.nan
+                median, reference = level.latency_ms["tpot"]["p50"], level.reference_tpot_ms
+                speed = math.log(reference / median) if reference and median > 0 else math.nan
                 found.append(Observation(bucket, choice, level.items, level.losses, level.gains, speed))
         return found
 

@@ -232,7 +232,7 @@ def _probe(run: Run, policy: Policy) -> list[Rung]:
     from sere_autotune.stats import power
 
     chance = power(len(run.cert), d, drop, run.max_drop, run.spec.accuracy.alpha)
-    speed = objective(exact) / objective(levels, [level.latency_ms["tpot"]["mean"] for level in exact])
+    speed = objective(exact) / objective(levels, [level.latency_ms["tpot"]["p50"] for level in exact])
     # One small probe says little of the drop: the certificate decides, so it is never refused from this.
     rung = Rung(policy.to_json_dict(), policy.describe(), 1.0, min(drop, run.max_drop / 2), d, speed, max(chance, 0.5))
     run.study.put("ladder", [rung.to_dict()])

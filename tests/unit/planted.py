@@ -67,7 +67,7 @@ class PlantedEngine:
         pass
 
     def right(self, prompt: str, lost: float, gained: float) -> bool:
-        u = int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16) / 2**32
+        u = int(hashlib.sha256(f"u {prompt}".encode()).hexdigest()[:8], 16) / 2**32
         v = int(hashlib.sha256((prompt + self.policy.digest).encode()).hexdigest()[:8], 16) / 2**32
         return v >= lost / 0.8 if u < 0.8 else v < gained / 0.2
 

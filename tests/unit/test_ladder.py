@@ -171,11 +171,17 @@ def test_a_repeated_item_is_no_new_evidence() -> None:
 
 
 def test_too_few_requests_leave_a_percentile_undecided_and_undecided_never_passes() -> None:
-    result = judge_rung(blocks(0, 0, 3000, pairs=5), [("tpot", "p99", 40.0)], 0.01, 0.05, 0.0)
-    assert result.slo[0]["verdict"] == "pass"
-    few = judge_rung(blocks(0, 0, 250, pairs=5), [("tpot", "p99", 40.0)], 0.05, 0.05, 0.0)
+    enough = judge_rung(blocks(0, 0, 3000, pairs=5), [("tpot", "p99", 40.0)], 0.01, 0.05, 0.0)
+    assert enough.slo[0]["verdict"] == "pass"
+    few = judge_rung(blocks(0, 0, 250, pairs=5), [("tpot", "p99", 19.3)], 0.05, 0.05, 0.0)
     assert few.slo[0]["verdict"] == "undecided"
     assert few.verdict == "slo"
+
+
+def test_a_limit_far_above_everything_seen_is_kept_even_on_few_requests() -> None:
+    few = judge_rung(blocks(0, 0, 250, pairs=5), [("tpot", "p99", 200.0)], 0.05, 0.05, 0.0)
+    assert few.slo[0]["high"] > 0.01  # the share alone could not tell
+    assert few.slo[0]["verdict"] == "pass"
 
 
 def test_failed_requests_count_against_a_rung() -> None:
