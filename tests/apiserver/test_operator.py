@@ -55,8 +55,12 @@ def test_children_conditions_and_static_policy(world: World) -> None:
     assert {pod.uid for pod in pods} == before, "a policy change replaced a pod"
     assert world.get("Deployment", "m")["metadata"]["generation"] == template, "a policy change touched the pod template"
     assert [pod.switches for pod in pods] == [[digest], [digest]], "a pod went back and forth"
-    events = [event["reason"] for event in world.items("Event") if event["involvedObject"]["kind"] == "SereDeployment"]
-    assert events.index("CanaryStarted") < events.index("CanaryPassed") < events.index("PolicyPromoted")
+
+    def story() -> list[str]:
+        posted = sorted(world.items("Event"), key=lambda event: int(event["metadata"]["resourceVersion"]))
+        return [event["reason"] for event in posted if event["reason"].startswith(("Canary", "Policy"))]
+
+    eventually(lambda: story() == ["CanaryStarted", "CanaryPassed", "PolicyPromoted"], 10, "the events in their order")
 
 
 def test_foreign_changes_are_healed(world: World) -> None:
