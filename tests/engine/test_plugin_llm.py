@@ -25,6 +25,7 @@ from sere_ext.switch import switch_llm
 
 from sere_ext import ops
 
+pytestmark = pytest.mark.timeout(900)
 PROMPTS = [f"item {i}: what is {i} plus {i * 7 % 13}?" for i in range(12)]
 
 
@@ -36,12 +37,14 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     options = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 16, "dtype": "float32"} | options
-    llm = LLM(model=str(model), distributed_executor_backend="uni", disable_log_stats=True, seed=0, **options)
+    llm = None
     try:
+        llm = LLM(model=str(model), distributed_executor_backend="uni", disable_log_stats=True, seed=0, **options)
         yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
+    finally:  # also after a refused start: a half-made engine leaves process groups behind
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
         gc.collect()
         torch._dynamo.reset()
         cleanup_dist_env_and_memory()

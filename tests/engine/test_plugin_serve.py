@@ -29,7 +29,8 @@ from sere_ext.profile import ProfileKey
 from sere_ext.watch import policy_files
 
 TOKEN = "correct horse"
-START_SECONDS = 300.0
+START_SECONDS = 540.0  # a slow start is no failure; beside other engines on the same two cores more than 300
+pytestmark = pytest.mark.timeout(900)
 TOPK = Policy.parse({"buckets": [{"minTokens": 2, "maxTokens": 64, "kind": "topk", "S": 2}]})
 
 
