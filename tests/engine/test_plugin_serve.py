@@ -71,8 +71,11 @@ def complete(url: str, model: Path, prompt: str, tokens: int = 16) -> str:
     body = {"model": str(model), "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as answer:
-        text: str = json.load(answer)["choices"][0]["text"]
-        return text
+        decoded = json.load(answer)
+    if decoded["usage"]["completion_tokens"] != tokens:  # not the text's length: special tokens leave no text
+        raise ValueError(f"{decoded['usage']['completion_tokens']} of {tokens} tokens")
+    text: str = decoded["choices"][0]["text"]
+    return text
 
 
 class Load:
@@ -89,8 +92,7 @@ class Load:
         while not self._stop.is_set():
             turn += 1
             try:
-                if len(complete(url, model, f"client {number} turn {turn}:")) != 16:
-                    self.failures.append("short answer")
+                complete(url, model, f"client {number} turn {turn}:")
                 self.done += 1
             except Exception as error:
                 self.failures.append(repr(error))
