@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -27,6 +28,8 @@ from sere_autotune.study import TuningStudy
 from sere_autotune.traffic import Traffic
 
 _CRASHES_IN_A_ROW = 3
+_REPEATS = 2  # trials that one table may have
+_DRAWS = 16  # of the posterior, before a table that was tried often is replaced by a neighbour
 _CRASH_FACTOR = 10.0  # a crashed trial's objective, times exact routing's: finite, so that samplers learn from it
 
 
@@ -274,14 +277,28 @@ def fitted_model(run: Run, space: Space, seed: int) -> MonotoneModel:
 
 
 def propose(run: Run, space: Space, seed: int) -> Table:
-    """The next table: Thompson sampling near the budget shares that the ladder will ask for."""
+    """The next table: Thompson sampling near the budget shares that the ladder will ask for.
+
+    A trial is cheap and blurred, so a table may come twice; a third time teaches less than a table not tried yet.
+    """
     rng = np.random.default_rng(seed)
     model = fitted_model(run, space, seed)
-    table = model.sample_table(run.max_drop * float(rng.choice(FRACTIONS[3])), rng)
-    if table == space.exact():  # nothing is safe enough in this draw: learn from what costs least
-        cheapest = [int(np.argmin(model.drop(b).mean(axis=0)[1:])) + 1 for b in range(model.buckets)]
-        table = tuple(model.choices[i] for i in cheapest)
-    return table
+    tried = Counter(space.table(trial.params) for trial in run.study.complete())
+    for _ in range(_DRAWS):
+        table = model.sample_table(run.max_drop * float(rng.choice(FRACTIONS[3])), rng)
+        if table == space.exact():  # nothing is safe enough in this draw: learn from what costs least
+            cheapest = [int(np.argmin(model.drop(b).mean(axis=0)[1:])) + 1 for b in range(model.buckets)]
+            table = tuple(model.choices[i] for i in cheapest)
+        if tried[table] < _REPEATS:
+            return table
+    near = [
+        (float(model.drop(b).mean(axis=0)[i]), (*table[:b], choice, *table[b + 1 :]))
+        for b in range(model.buckets)
+        for i, choice in enumerate(model.choices)
+        if i
+    ]
+    fresh = [(drop, other) for drop, other in near if tried[other] < _REPEATS]
+    return min(fresh, key=lambda pair: pair[0])[1] if fresh else table
 
 
 def freeze_ladder(run: Run) -> list[Rung]:

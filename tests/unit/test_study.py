@@ -131,8 +131,8 @@ def test_no_block_may_outlive_the_budget(tmp_path: Path, items: Path) -> None:
 
 
 def test_a_folder_of_another_tuning_is_refused_unless_fresh(tmp_path: Path, items: Path) -> None:
-    run(spec_for(tmp_path / "out", items), PlantedEngine())
-    other = spec_for(tmp_path / "out", items, slo__tpotMs__p95=39)
+    run(spec_for(tmp_path / "out", items, accuracy__maxDropPoints=2), PlantedEngine())
+    other = spec_for(tmp_path / "out", items, accuracy__maxDropPoints=2, slo__tpotMs__p95=39)
     with pytest.raises(UsageError, match="--fresh"):
         run(other, PlantedEngine())
     assert run(other, PlantedEngine(), fresh=True).outcome.ending is Ending.CHOSEN
@@ -146,8 +146,8 @@ def test_two_tuners_in_one_folder_are_refused(tmp_path: Path, items: Path) -> No
 
 
 def test_a_cert_set_opened_before_spends_half_of_alpha(tmp_path: Path, items: Path) -> None:
-    run(spec_for(tmp_path / "one", items), PlantedEngine())
-    second = run(spec_for(tmp_path / "two", items, search__seed=1), PlantedEngine())
+    run(spec_for(tmp_path / "one", items, accuracy__maxDropPoints=2), PlantedEngine())
+    second = run(spec_for(tmp_path / "two", items, accuracy__maxDropPoints=2, search__seed=1), PlantedEngine())
     assert second.summary["accuracy"]["alpha"] == pytest.approx(0.025)
     assert second.summary["accuracy"]["earlierOpenings"] == 1
 
