@@ -157,10 +157,17 @@ def build_profile(run: Run, outcome: Outcome, similarity: Path | None) -> Profil
         policy=policy,
         key=ProfileKey.model_validate(study.get("key")),
         similarity=reference,
-        evidence=evidence,
+        evidence=Evidence.model_validate(rounded(evidence.to_json_dict())),
         golden_prompts=golden(run),
     )
     return Profile(metadata={"name": policy.digest}, spec=body)
+
+
+def rounded(value: Any) -> Any:
+    """Floats to five significant digits, all the way down: people read a profile, and nothing was measured finer."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _workload(spec: TuningSpec) -> str:

@@ -249,7 +249,11 @@ def _counts(run: Run) -> dict[str, int]:
     complete = run.study.complete()
     crashed = sum(bool(t.user_attrs.get("crash")) for t in complete)
     feasible = sum(all(by <= 0 for by in t.constraints.values()) for t in complete)
-    return {"complete": len(complete), "feasible": feasible, "crashed": crashed, "planned": run.spec.search.trials}
+    # The names are the operator's (ARCHITECTURE.md): they become status.trials of the SereTuningJob.
+    return {
+        "scheduled": run.spec.search.trials, "completed": len(complete), "feasible": feasible,
+        "infeasible": len(complete) - feasible, "failed": crashed,
+    }  # fmt: skip
 
 
 def _nearest(run: Run) -> NearestMiss | None:

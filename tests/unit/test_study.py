@@ -36,6 +36,9 @@ def test_a_run_ends_with_a_certified_faster_policy_within_its_budget(tmp_path: P
     assert evidence.active_experts is not None
     assert evidence.active_experts.exact > evidence.active_experts.chosen
     assert len(report.rows) == 12
+    trials = finished.outcome.published()["trials"]
+    assert set(trials) == {"scheduled", "completed", "feasible", "infeasible", "failed"}  # what the operator reads
+    assert trials["completed"] == 12 == trials["feasible"] + trials["infeasible"]
     assert report.rows[0]["exact"]
     assert all((tmp_path / "out" / name).exists() for name in ("study.journal", "summary.json", "report.html"))
 
