@@ -96,8 +96,8 @@ def prepare(args: argparse.Namespace) -> Path:
             "confidence": 0.95,
             "tasks": [{"file": str(BUILD / "items.jsonl"), "metric": "exact"}],
         },
-        "search": {"policies": ["sere", "topk", "oea"], "trials": args.trials, "rungs": 1, "deviceHours": 0.25},
-        "certify": {"pairs": 10, "blockSeconds": 10},
+        "search": {"policies": ["sere", "topk", "oea"], "trials": args.trials, "rungs": 1, "deviceHours": 0.25, "itemsPerTrial": 300},
+        "certify": {"pairs": 6, "blockSeconds": 10},
         "out": str(BUILD / "run"),
     }
     path = BUILD / "tuning.yaml"

@@ -188,7 +188,14 @@ class Policy(Record):
                     )
 
     def describe(self) -> str:
-        return ", ".join(bucket.describe() for bucket in self.buckets) + ", exact elsewhere" if self.buckets else "exact"
+        """As people read it: `topk 3 for 8-64 tokens, exact elsewhere; in layers 1-3 topk 2 for 8-64 tokens`."""
+        base = ", ".join(bucket.describe() for bucket in self.buckets) + ", exact elsewhere" if self.buckets else "exact"
+        groups = (
+            f"; in layers {group.first_layer}-{group.last_layer} "
+            + (", ".join(bucket.describe() for bucket in group.buckets) or "exact")
+            for group in self.layer_groups
+        )
+        return base + "".join(groups)
 
 
 EXACT_POLICY = Policy()

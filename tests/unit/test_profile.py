@@ -76,3 +76,14 @@ def test_bad_profiles_name_the_field(tmp_path: Path) -> None:
         Profile.parse(broken)
     with pytest.raises(ProfileError, match="cannot read the profile"):
         Profile.read(tmp_path / "none.json")
+
+
+def test_a_policy_says_what_its_layer_groups_do() -> None:
+    bucket = {"minTokens": 8, "maxTokens": 64, "kind": "topk"}
+    policy = Policy.parse({
+        "buckets": [{**bucket, "S": 3}],
+        "layerGroups": [{"firstLayer": 1, "lastLayer": 3, "buckets": [{**bucket, "S": 2}]}, {"firstLayer": 5, "lastLayer": 5, "buckets": []}],
+    })  # fmt: skip
+    assert policy.describe() == (
+        "topk 3 for 8-64 tokens, exact elsewhere; in layers 1-3 topk 2 for 8-64 tokens; in layers 5-5 exact"
+    )
