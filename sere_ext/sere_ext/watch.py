@@ -145,9 +145,8 @@ class Watcher:
         now = asyncio.get_running_loop().time()
         if want == self._applied or (self._retry_at > now and self._refused == want):
             return
-        self._control.override = want.override
-        self._control.error = want.error
         if want.policy is None:
+            self._control.override, self._control.error = want.override, want.error
             self._applied = want
             logger.warning("sere: %s", want.error)
             return
@@ -166,6 +165,8 @@ class Watcher:
             self._refused, self._retry_at = want, now + RETRY_SECONDS
             logger.warning("sere: %s", error)
         else:
+            # Only now: whoever reads the state must not see an override beside the policy that it replaced.
+            self._control.override, self._control.error = want.override, want.error
             self._applied, self._refused = want, None
 
 
