@@ -96,7 +96,13 @@ def prepare(args: argparse.Namespace) -> Path:
             "confidence": 0.95,
             "tasks": [{"file": str(BUILD / "items.jsonl"), "metric": "exact"}],
         },
-        "search": {"policies": ["sere", "topk", "oea"], "trials": args.trials, "rungs": 1, "deviceHours": 0.25, "itemsPerTrial": 300},
+        "search": {
+            "policies": ["sere", "topk", "oea"],
+            "trials": args.trials,
+            "rungs": 1,
+            "deviceHours": 0.25,
+            "itemsPerTrial": 300,
+        },
         "certify": {"pairs": 6, "blockSeconds": 10},
         "out": str(BUILD / "run"),
     }
