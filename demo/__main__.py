@@ -123,9 +123,9 @@ def stage_engine(args: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(BUILD / "run", ignore_errors=True)
     status = run("sere", "tune", "-f", tuning, check=False)
     if status:
-        console.print(
-            f"\nNothing was chosen (exit code {status}); exact routing stays. The report is build/demo/run/report.html."
-        )
+        report = BUILD / "run" / "report.html"
+        where = f" The report is {report.relative_to(ROOT)}." if report.exists() else ""
+        console.print(f"\nNothing was chosen (exit code {status}); exact routing stays.{where}")
         raise SystemExit(status)
     spec: dict[str, Any] = json.loads((BUILD / "run" / "profile.json").read_text())["spec"]
     return spec
