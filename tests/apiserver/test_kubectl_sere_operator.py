@@ -32,7 +32,7 @@ def serving_static(world: World, **spec: Any) -> str:
 
 
 def pods(world: World) -> set[str]:
-    return {pod.uid for pod in world.node.pods.values() if pod.namespace == world.namespace}
+    return {pod.uid for pod in world.pods()}
 
 
 def test_the_kill_switch_with_the_operator_at_work(world: World) -> None:

@@ -26,10 +26,14 @@ def node(kubeconfig: str, crds: list[str]) -> Iterator[FakeNode]:
 
 @pytest.fixture
 def world(client: Any, namespace: str, node: FakeNode, kubeconfig: str, tmp_path: Path) -> Iterator[World]:
-    operator = OperatorProcess(kubeconfig, tmp_path / "operator.log", SERE_LEASE_NAME=namespace).start()
-    yield World(client, namespace, node, operator)
+    # Its own namespace only: what an earlier test left to the garbage collector is not this one's business.
+    own = {"SERE_LEASE_NAME": namespace, "SERE_WATCH_NAMESPACES": namespace}
+    operator = OperatorProcess(kubeconfig, tmp_path / "operator.log", **own).start()
+    made = World(client, namespace, node, operator)
+    yield made
     operator.kill()
-    print(operator.log()[-6000:])
+    made.operator.kill()  # a test may have put another in its place
+    print(made.operator.log()[-6000:])
 
 
 def test_children_conditions_and_static_policy(world: World) -> None:
@@ -44,14 +48,14 @@ def test_children_conditions_and_static_policy(world: World) -> None:
     assert "finalizers" not in world.get("SereDeployment", "m")["metadata"]
     assert not [key for key in world.get("SereDeployment", "m")["metadata"].get("annotations") or {} if "kopf" in key]
 
-    before = {pod.uid for pod in world.node.pods.values()}
+    before = {pod.uid for pod in world.pods()}
     template = world.get("Deployment", "m")["metadata"]["generation"]
     world.apply(manifest(replicas=2, routing={"mode": "Static", "policy": STATIC}))
     world.ready(timeout_s=60)
     (digest,) = set(world.digests())
     assert digest.startswith("sere-")
     assert world.condition("PolicyApplied")["reason"] == "Applied"
-    pods = list(world.node.pods.values())
+    pods = world.pods()
     assert {pod.uid for pod in pods} == before, "a policy change replaced a pod"
     assert world.get("Deployment", "m")["metadata"]["generation"] == template, "a policy change touched the pod template"
     assert [pod.switches for pod in pods] == [[digest], [digest]], "a pod went back and forth"
@@ -155,12 +159,13 @@ def test_killed_at_any_moment_it_ends_in_the_same_state(world: World) -> None:
         assert "serving.sere.dev/policy" not in pod["metadata"]["annotations"]
     rollout = world.get("SereDeployment", "m")["status"].get("rollout")
     assert rollout is None
-    for pod in world.node.pods.values():
+    for pod in world.pods():
         assert len(pod.switches) == 1, f"{pod.name} went back and forth: {pod.switches}"
 
 
 def test_two_operators_and_a_lost_leader(world: World, kubeconfig: str, tmp_path: Path) -> None:
-    second = OperatorProcess(kubeconfig, tmp_path / "second.log", SERE_LEASE_NAME=world.namespace).start()
+    own = {"SERE_LEASE_NAME": world.namespace, "SERE_WATCH_NAMESPACES": world.namespace}
+    second = OperatorProcess(kubeconfig, tmp_path / "second.log", **own).start()
     try:
         world.apply(manifest(replicas=2))
         world.ready()

@@ -59,10 +59,14 @@ def node(kubeconfig: str, crds: list[str]) -> Iterator[FakeNode]:
 
 @pytest.fixture
 def world(client: Any, namespace: str, node: FakeNode, kubeconfig: str, tmp_path: Path) -> Iterator[World]:
-    operator = OperatorProcess(kubeconfig, tmp_path / "operator.log", SERE_LEASE_NAME=namespace).start()
-    yield World(client, namespace, node, operator)
+    # Its own namespace only: what an earlier test left to the garbage collector is not this one's business.
+    own = {"SERE_LEASE_NAME": namespace, "SERE_WATCH_NAMESPACES": namespace}
+    operator = OperatorProcess(kubeconfig, tmp_path / "operator.log", **own).start()
+    made = World(client, namespace, node, operator)
+    yield made
     operator.kill()
-    print(operator.log()[-9000:])
+    made.operator.kill()  # a test may have put another in its place
+    print(made.operator.log()[-9000:])
 
 
 def tuning_job(world: World) -> str:
@@ -104,18 +108,18 @@ def test_tuned_end_to_end(world: World) -> None:
 
     world.node.behaviours.clear()
     world.node.default = Behaviour(tpot_ms=15)
-    pods = {pod.uid for pod in world.node.pods.values()}
+    pods = {pod.uid for pod in world.pods()}
     publish(world, job, "Chosen", **{"profile.json": profile()})
     eventually(lambda: world.condition("PolicyApplied")["reason"] == "Applied", 60, "promoted")
     world.ready()
     digest = policy_digest(world)
     assert world.digests() == [digest, digest]
-    assert {pod.uid for pod in world.node.pods.values()} == pods
+    assert {pod.uid for pod in world.pods()} == pods
     status = world.get("SereDeployment", "m")["status"]
     assert (status["tpotP95"], status["speedup"], status["accuracy"]) == ("17.9ms", "1.35x", "-0.2")
     assert world.condition("Tuned")["reason"] == "Certified"
     assert world.condition("Ready")["message"] == "serving the certified policy"
-    answered = [pod.tokens for pod in world.node.pods.values()]
+    answered = [pod.tokens for pod in world.pods()]
     assert min(answered) >= 16, f"golden prompts ran on both sides: {answered}"
 
     # Deleting the run never touches what serves.
@@ -147,7 +151,7 @@ def test_a_harmful_canary_goes_back_and_is_remembered(world: World, behaviour: B
     assert "will not be tried again" in condition["message"]
     (rejection,) = world.get("SereDeployment", "m")["status"]["rejected"]
     assert rejection["digest"] == policy_digest(world)
-    switched = [pod for pod in world.node.pods.values() if pod.switches]
+    switched = [pod for pod in world.pods() if pod.switches]
     assert len(switched) == 1, "only the canary ever ran it"
     world.ready()
 
@@ -171,7 +175,7 @@ def test_one_pod_alone_is_both_sides(world: World) -> None:
     world.ready()
     publish(world, tuning_job(world), "Chosen", **{"profile.json": profile()})
     eventually(lambda: world.condition("PolicyApplied")["reason"] == "Applied", 60, "promoted")
-    (pod,) = world.node.pods.values()
+    (pod,) = world.pods()
     assert pod.switches == [policy_digest(world)]
     assert pod.tokens >= 32, "golden prompts before and after"
 

@@ -31,6 +31,7 @@ class OperatorProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> OperatorProcess:
+        assert not self.running, "kill it first: a second process would outlive the test"
         with self.path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "sere_operator.runtime.main"], env=self._environment, stderr=log, stdout=log
@@ -132,5 +133,9 @@ class World:
 
         eventually(check, timeout_s, f"{name} Ready")
 
+    def pods(self) -> list[Any]:
+        """Fake pods of this world's namespace."""
+        return [pod for pod in self.node.pods.values() if pod.namespace == self.namespace]
+
     def digests(self) -> list[str]:
-        return sorted(pod.digest for pod in self.node.pods.values() if pod.namespace == self.namespace)
+        return sorted(pod.digest for pod in self.pods())
