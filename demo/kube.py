@@ -188,7 +188,7 @@ def install(*values: str) -> None:
     restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
     apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM, "labels": restricted}}, namespace="default")
     # Two engines starting on two cores can starve the operator for longer than a Lease of 15 s.
-    settings = ["replicas=1", "image.tag=dev", "engine.image.tag=dev", "leaderElection.leaseSeconds=60", *values]
+    settings = ["replicas=1", "image.tag=dev", "engine.image.tag=dev", "leaderElection.leaseSeconds=30", *values]
     command = [binary, "install", "sere", str(CHART), "--namespace", SYSTEM]
     subprocess.run([*command, *(w for value in settings for w in ("--set", value))], check=True, stdout=subprocess.DEVNULL)
     kubectl("--namespace", SYSTEM, "rollout", "status", "deployment/sere-operator", "--timeout=120s", timeout_s=150)

@@ -142,10 +142,10 @@ def test_kill_switch_works_with_the_operator_down(story: dict[str, Any], prompts
         print(f"exact on both pods after {time.monotonic() - began:.1f} s")
         kube.kubectl("scale", "-n", kube.SYSTEM, "deploy/sere-operator", "--replicas=1")
         kube.kubectl("rollout", "status", "-n", kube.SYSTEM, "deploy/sere-operator", "--timeout=90s")
-        kube.wait_for("the operator's word", lambda: condition("PolicyApplied").get("reason") == "Overridden", 60)
+        kube.wait_for("the operator's word", lambda: condition("PolicyApplied").get("reason") == "Overridden", 150)
         assert set(digests().values()) == {"exact"}, "the operator undid the kill switch"
         kube.kubectl("sere", "exact", NAME, "--off", "-n", NAMESPACE)
-        kube.wait_for("the policy again", lambda: set(digests().values()) == {policy}, 60)
+        kube.wait_for("the policy again", lambda: set(digests().values()) == {policy}, 150)
     assert client.errors == 0, client.causes
     assert identities() == before
 
