@@ -63,7 +63,7 @@ class OperatorProcess:
         return self.path.read_text()
 
 
-def eventually(check: Any, timeout_s: float = 30.0, what: str = "") -> Any:
+def eventually(check: Any, timeout_s: float = 60.0, what: str = "") -> Any:
     """The first true value that `check` returns; AssertionErrors and lookups that fail count as not yet."""
     until, last = time.monotonic() + timeout_s, None
     while time.monotonic() < until:
@@ -125,7 +125,7 @@ class World:
         current = condition["observedGeneration"] == found["metadata"]["generation"]
         return {**condition, "current": current}
 
-    def ready(self, name: str = "m", timeout_s: float = 40.0) -> None:
+    def ready(self, name: str = "m", timeout_s: float = 120.0) -> None:
         def check() -> bool:
             ready = self.condition("Ready", name)
             assert ready["status"] == "True", (ready["reason"], ready["message"])
