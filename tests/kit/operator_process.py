@@ -25,7 +25,7 @@ class OperatorProcess:
             "POD_NAMESPACE": "default",
             "SERE_HEALTH_HOST": "127.0.0.1",
             "SERE_HEALTH_PORT": "0",
-            "SERE_LEASE_S": "6",
+            "SERE_LEASE_S": "12",
             **environment,
         }
         self._process: subprocess.Popen[bytes] | None = None
