@@ -33,7 +33,7 @@ def world(client: Any, namespace: str, node: FakeNode, kubeconfig: str, tmp_path
     yield made
     operator.kill()
     made.operator.kill()  # a test may have put another in its place
-    print(made.operator.log()[-6000:])
+    print(made.operator.log()[-9000:])
 
 
 def test_children_conditions_and_static_policy(world: World) -> None:

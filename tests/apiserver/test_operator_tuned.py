@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kit"))
-from fake_node import KEY, Behaviour, FakeNode
-from operator_process import OperatorProcess, World, eventually, manifest
+from fake_node import KEY, Behaviour
+from operator_process import World, eventually, manifest
+
+from .test_operator import node, world
+
+__all__ = ["node", "world"]  # fixtures
 
 POLICY = {"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 2}]}
 TUNED: dict[str, Any] = {
@@ -49,24 +52,6 @@ def profile(certified: bool = True, key: dict[str, Any] | None = None) -> dict[s
             "goldenPrompts": [{"prompt": f"say {i}", "answer": f"SAY {i}", "maxTokens": 8} for i in range(16)],
         },
     }  # fmt: skip
-
-
-@pytest.fixture
-def node(kubeconfig: str, crds: list[str]) -> Iterator[FakeNode]:
-    with FakeNode(kubeconfig) as fake:
-        yield fake
-
-
-@pytest.fixture
-def world(client: Any, namespace: str, node: FakeNode, kubeconfig: str, tmp_path: Path) -> Iterator[World]:
-    # Its own namespace only: what an earlier test left to the garbage collector is not this one's business.
-    own = {"SERE_LEASE_NAME": namespace, "SERE_WATCH_NAMESPACES": namespace}
-    operator = OperatorProcess(kubeconfig, tmp_path / "operator.log", **own).start()
-    made = World(client, namespace, node, operator)
-    yield made
-    operator.kill()
-    made.operator.kill()  # a test may have put another in its place
-    print(made.operator.log()[-9000:])
 
 
 def tuning_job(world: World) -> str:
