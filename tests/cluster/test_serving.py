@@ -141,7 +141,7 @@ def test_kill_switch_works_with_the_operator_down(story: dict[str, Any], prompts
         kube.wait_for("exact routing on every pod", lambda: set(digests().values()) == {"exact"}, 60, every_s=0.2)
         print(f"exact on both pods after {time.monotonic() - began:.1f} s")
         kube.kubectl("scale", "-n", kube.SYSTEM, "deploy/sere-operator", "--replicas=1")
-        kube.kubectl("rollout", "status", "-n", kube.SYSTEM, "deploy/sere-operator", "--timeout=240s")
+        kube.kubectl("rollout", "status", "-n", kube.SYSTEM, "deploy/sere-operator", "--timeout=240s", timeout_s=250)
         kube.wait_for("the operator's word", lambda: condition("PolicyApplied").get("reason") == "Overridden", 150)
         assert set(digests().values()) == {"exact"}, "the operator undid the kill switch"
         kube.kubectl("sere", "exact", NAME, "--off", "-n", NAMESPACE)
