@@ -51,19 +51,37 @@ class Candidate:
 
 
 def pick_ladder(
-    model: MonotoneModel, max_drop: float, rungs: int, noise: float, allowed: NDArray[np.bool_]
+    model: MonotoneModel,
+    max_drop: float,
+    rungs: int,
+    noise: float,
+    allowed: NDArray[np.bool_],
+    *,
+    items: int,
+    alpha: float = 0.05,
 ) -> list[tuple[float, Candidate]]:
-    """The fastest table for each share of the budget, safe to fast; a rung not faster than the one before is left out.
+    """The table of most worth for each share of the budget, safe to fast; a rung not faster than the one before is left out.
+
+    Worth is the log speed-up times the chance to certify it, both over the posterior: after few trials a fast choice that
+    nobody has measured well has a low mean drop and still a poor chance, and a failed certificate gains nothing.
 
     Args:
         allowed: [buckets, choices], False where a latency limit is predicted or was seen to break.
+        items: held-out items that the certificate will have.
+        alpha: its level.
     """
     speeds = np.stack([model.log_speed(b).mean(axis=0) for b in range(model.buckets)])
     drops = np.stack([model.drop(b).mean(axis=0) for b in range(model.buckets)])
     excess = np.stack([model.excess(b).mean(axis=0) for b in range(model.buckets)])
+    worth = speeds * np.stack(
+        [
+            stats.rough_power(items, noise + model.excess(b), model.drop(b), max_drop, alpha).mean(axis=0)
+            for b in range(model.buckets)
+        ]
+    )
     found: list[tuple[float, Candidate]] = []
     for fraction in FRACTIONS[rungs]:
-        picks = best_table(speeds, drops, fraction * max_drop, allowed)
+        picks = best_table(worth, drops, fraction * max_drop, allowed)
         candidate = Candidate(
             tuple(model.choices[i] for i in picks),
             drop=float(np.mean([drops[b, i] for b, i in enumerate(picks)])),

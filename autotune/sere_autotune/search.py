@@ -309,7 +309,9 @@ def freeze_ladder(run: Run) -> list[Rung]:
     space = run.space()
     model = fitted_model(run, space, run.spec.search.seed)
     noise = noise_discordance(run)
-    picks = pick_ladder(model, run.max_drop, run.spec.search.rungs, noise, _allowed(run, space, model))
+    allowed = _allowed(run, space, model)
+    items, alpha = len(run.cert), run.spec.accuracy.alpha
+    picks = pick_ladder(model, run.max_drop, run.spec.search.rungs, noise, allowed, items=items, alpha=alpha)
     ladder = [_rung(run, space, model, fraction, candidate) for fraction, candidate in picks]
     if ladder or not run.study.get("searchEnded"):  # a search cut short may go on with a raised budget
         run.study.put("ladder", [rung.to_dict() for rung in ladder])

@@ -83,6 +83,21 @@ def power(n: int, d: float, true_drop: float, limit: float, alpha: float) -> flo
     return float(np.sum(sps.binom.pmf(discordant, n, d) * sps.binom.cdf(passes, discordant, share)))
 
 
+def rough_power(n: int, d: Floats, true_drop: Floats, limit: float, alpha: float) -> Floats:
+    """`power` by the normal approximation, for arrays of worlds: good enough to rank, not to promise.
+
+    Args:
+        d: shares of discordant items, of any shape.
+        true_drop: shares, of the same shape.
+    """
+    if limit <= 0 or n <= 0:
+        return np.zeros_like(true_drop)
+    d = np.maximum(d, np.abs(true_drop))
+    under_null = np.sqrt(np.maximum(np.maximum(d, limit) - limit**2, 0.0) / n)
+    spread = np.sqrt(np.maximum(d - true_drop**2, 1.0 / n) / n)
+    return np.asarray(sps.norm.cdf((limit - true_drop - sps.norm.ppf(1 - alpha) * under_null) / spread))
+
+
 def items_needed(d: float, true_drop: float, limit: float, alpha: float = 0.05, wanted_power: float = 0.8) -> int | None:
     """Distinct items that certify `limit` with the wanted power; None where no number does (true drop at the limit)."""
     if limit <= true_drop or limit <= 0:

@@ -21,6 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 MAKE = ROOT / "tests" / "assets" / "make"
 NAMESPACE = "default"
 ITEMS = 1500  # certify a limit of 2 points
+BROKEN: dict[str, str] = {}  # by file: the test that ended its story
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The tests of a file are one story: what comes after a failure would only wait for what cannot happen any more."""
+    if culprit := BROKEN.get(item.path.name):
+        pytest.skip(f"{culprit} failed, and this test goes on from it")
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +76,8 @@ def operator(data: Path) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Say what the cluster looked like when a test failed."""
     report = yield
+    if report.failed:
+        BROKEN.setdefault(item.path.name, item.name)
     if report.when == "call" and report.failed and os.environ.get("KUBE_DIR"):
         for title, command in {
             "objects": ("get", "sere,seretune,sereprof,job,pod", "-n", NAMESPACE, "-o", "wide"),

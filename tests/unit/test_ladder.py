@@ -7,6 +7,7 @@ from sere_autotune.measures import Answer
 from sere_autotune.model import MonotoneModel, Observation, best_table
 from sere_autotune.space import EXACT, Choice, Space, auto_buckets
 from sere_autotune.spec import BucketEdges
+from sere_autotune.stats import power, rough_power
 from sere_ext.policy import Kind
 
 TOP_K = 4
@@ -47,7 +48,7 @@ def test_the_model_ranks_after_a_dozen_trials_and_the_ladder_keeps_the_budget() 
     broken, regrets = 0, []
     for seed in range(3):
         model = fitted(12, seed)
-        ladder = pick_ladder(model, 0.01, 3, 0.001, np.ones((1, len(model.choices)), bool))
+        ladder = pick_ladder(model, 0.01, 3, 0.001, np.ones((1, len(model.choices)), bool), items=3000)
         assert [c.speedup for _, c in ladder] == sorted(c.speedup for _, c in ladder)
         choice = dict(ladder)[0.25].table[0]
         _, drop, gain = world(choice)
@@ -56,6 +57,25 @@ def test_the_model_ranks_after_a_dozen_trials_and_the_ladder_keeps_the_budget() 
         regrets.append(best - gain)
     assert broken == 0
     assert np.median(regrets) < 0.15  # of a log speed-up near 0.3
+
+
+def test_one_rung_after_few_small_trials_certifies_more_often_than_not() -> None:
+    """The demo's case: 8 trials of 160 items, a limit of 2 points, 1,100 items to certify. A fast guess gains nothing."""
+    chances = []
+    for seed in range(6):
+        model = fitted(8, seed, items=160)
+        found = pick_ladder(model, 0.02, 1, 0.001, np.ones((1, len(model.choices)), bool), items=1100)
+        if found:
+            excess, drop, _ = world(found[0][1].table[0])
+            chances.append(power(1100, 0.001 + excess, drop, 0.02, 0.05))
+    assert len(chances) >= 4
+    assert np.mean(chances) > 0.8, chances
+
+
+@pytest.mark.parametrize(("d", "drop"), [(0.01, 0.0), (0.05, 0.005), (0.05, 0.02), (0.1, 0.03)])
+def test_rough_power_is_near_the_exact_one(d: float, drop: float) -> None:
+    rough = rough_power(1100, np.array([d]), np.array([drop]), 0.02, 0.05)[0]
+    assert rough == pytest.approx(power(1100, d, drop, 0.02, 0.05), abs=0.06)
 
 
 def test_drop_falls_in_both_thresholds_whatever_was_seen() -> None:
