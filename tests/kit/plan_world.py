@@ -17,7 +17,8 @@ from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan import evidence, routing
 from sere_operator.plan.children import Defaults
 from sere_operator.plan.decide import decide, stable_digest
-from sere_operator.plan.snapshot import GoldenResult, Histogram, Plan, PodMetrics, PodView, Snapshot
+from sere_operator.plan.histogram import Histogram
+from sere_operator.plan.snapshot import GoldenResult, Plan, PodMetrics, PodView, Snapshot
 
 KEY = {
     "modelName": "m", "modelRevision": "", "configDigest": "sha256:" + "0" * 64, "engineVersion": "0.32.0",
@@ -123,7 +124,10 @@ class World:
             "error": None,
             "ranks": [{"rank": 0, "policyDigest": pod.digest}],
         }
-        series = {(d, "8-64"): Histogram(int(n), s, {"20": int(over)}) for d, (n, s, over) in pod.counts.items()}
+        series = {  # as if every latency of one policy were the same
+            (d, "8-64"): Histogram(int(n), s, {"20": int(over)}, (s, s * s / n if n else 0.0))
+            for d, (n, s, over) in pod.counts.items()
+        }
         metrics = PodMetrics(series, series) if evidence.metrics_needed(self.status) else None
         return PodView(body, state if pod.ready else None, pod.digest if pod.ready else None, metrics)
 

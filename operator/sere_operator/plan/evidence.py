@@ -10,7 +10,7 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
-from sere_operator.plan import analysis
+from sere_operator.plan import histogram
 from sere_operator.plan.analysis import Arm
 from sere_operator.plan.routing import Wanted
 from sere_operator.plan.snapshot import Object, PodView, Snapshot
@@ -81,7 +81,7 @@ def _counters(pod: PodView, digest: str) -> Object | None:
     if pod.metrics is None:
         return None
     return {
-        name: analysis.packed({bucket: h for (policy, bucket), h in series.items() if policy == digest})
+        name: histogram.packed({bucket: h for (policy, bucket), h in series.items() if policy == digest})
         for name, series in (("tpot", pod.metrics.tpot), ("ttft", pod.metrics.ttft))
     }
 
@@ -99,13 +99,13 @@ def measured(known: Object, pods: list[PodView], digest: str, key: str = "start"
         if pod.uid not in start or pod.metrics is None:
             continue
         series = [
-            analysis.window(start[pod.uid].get(name), {b: h for (policy, b), h in seen.items() if policy == digest})
+            histogram.window(start[pod.uid].get(name), {b: h for (policy, b), h in seen.items() if policy == digest})
             for name, seen in (("tpot", pod.metrics.tpot), ("ttft", pod.metrics.ttft))
         ]
         if series[0] is not None and series[1] is not None:
             tpot.append(series[0])
             ttft.append(series[1])
-    return known, Arm(analysis.merged(tpot), analysis.merged(ttft))
+    return known, Arm(histogram.merged(tpot), histogram.merged(ttft))
 
 
 def arms(
@@ -115,8 +115,8 @@ def arms(
     if known["state"]["alone"]:
         baseline = known["state"].get("baseline") or {}
         arm: Arm | None = Arm(
-            {bucket: analysis.unpacked(data) for bucket, data in baseline.get("tpot", {}).items()},
-            {bucket: analysis.unpacked(data) for bucket, data in baseline.get("ttft", {}).items()},
+            {bucket: histogram.unpacked(data) for bucket, data in baseline.get("tpot", {}).items()},
+            {bucket: histogram.unpacked(data) for bucket, data in baseline.get("ttft", {}).items()},
         )
     else:
         others = [pod for pod in snapshot.live_pods if pod.name not in known["canaryPods"] and pod.digest == stable]

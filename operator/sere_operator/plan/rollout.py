@@ -18,7 +18,7 @@ from typing import Any
 from sere_operator.api import meta
 from sere_operator.api.conditions import Reason, timestamp
 from sere_operator.api.deployment import MAX_REJECTED, Approval, SereDeploymentSpec
-from sere_operator.plan import analysis
+from sere_operator.plan import analysis, histogram
 from sere_operator.plan.analysis import Outcome
 from sere_operator.plan.evidence import Stage, arms, collect_golden, golden_answers, golden_count, measured, with_state
 from sere_operator.plan.routing import EXACT, Wanted, overridden, revision
@@ -27,6 +27,7 @@ from sere_operator.plan.snapshot import Event, Object, PodView, Snapshot
 POLL_S = 2.0  # while something is under way
 APPLY_GRACE_S = 60.0  # a canary that does not show the policy by then will not
 SETTLE_S = 10.0  # a Static policy is looked at for this long
+WATCH_S = 30.0  # a canary that looks slower is watched for so long before it is rejected: it may be a passing disturbance
 BACKOFF_S = 300.0  # before an inconclusive policy is tried again; doubles
 MAX_BACKOFF_S = 6 * 3600.0
 
@@ -257,7 +258,7 @@ def _baseline(
     if arm is not None and arm.requests >= spec.rollout.canary.min_requests:
         moved = _to_stage(
             known, Stage.CANARY, now, f"baseline taken over {arm.requests} requests",
-            baseline={"tpot": analysis.packed(arm.tpot), "ttft": analysis.packed(arm.ttft)},
+            baseline={"tpot": histogram.packed(arm.tpot), "ttft": histogram.packed(arm.ttft)},
         )  # fmt: skip
         return replace(step, rollout=moved, requeue_after=0.1)
     if _in_stage_s(known, now) > spec.rollout.canary.deadline_seconds:
@@ -310,11 +311,13 @@ def _analyse(
         return _ask(annotated, known, now, wanted, message)
     known, stable, canary = arms(snapshot, base.stable, wanted.digest, known, canaries)
     if stable is None or canary is None:
+        known = with_state(known, countedSince=stamp(now))
         return replace(annotated, rollout=known, reason=Reason.CANARY, message="counting requests from now on")
     least = 0 if wanted.vouched else canary_spec.min_requests
     verdict = analysis.judge(
-        stable, canary, spec.slo, min_requests=least, golden_prompts=prompts, deadline_over=over, side_by_side=not state["alone"]
-    )
+        stable, canary, spec.slo, min_requests=least, golden_prompts=prompts, deadline_over=over,
+        side_by_side=not state["alone"], watched=now - seconds(known["state"].get("countedSince")) >= WATCH_S,
+    )  # fmt: skip
     if verdict.outcome is Outcome.PENDING or (wanted.vouched and _in_stage_s(known, now) < SETTLE_S
                                               and verdict.outcome is Outcome.PASSED):  # fmt: skip
         return replace(annotated, rollout=known, reason=Reason.CANARY, message=verdict.message)

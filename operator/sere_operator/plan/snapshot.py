@@ -5,19 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from sere_operator.plan.histogram import Histogram
+
 Object = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """One latency histogram of one policy and one batch bucket, cumulative since the process started.
-
-    `over` maps a limit in milliseconds to the number of requests above it; `total_s` is the sum in seconds.
-    """
-
-    count: int
-    total_s: float
-    over: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

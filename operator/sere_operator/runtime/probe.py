@@ -12,7 +12,8 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 from sere_ext.profile import GoldenPrompt
 
-from sere_operator.plan.snapshot import GoldenResult, Histogram, PodMetrics
+from sere_operator.plan.histogram import from_bounds
+from sere_operator.plan.snapshot import GoldenResult, PodMetrics
 
 PROOF_TTL_S = 600.0  # a token proves a pod for so long; while it holds nothing is sent
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -141,18 +142,12 @@ def parse_metrics(text: str, limits: set[str]) -> PodMetrics:
             continue
         for sample in family.samples:
             key = (sample.labels.get("policy", ""), sample.labels.get("bucket", ""))
-            entry = found[family.name].setdefault(key, {"count": 0.0, "sum": 0.0, "le": {}})
-            if sample.name.endswith("_count"):
-                entry["count"] += sample.value
-            elif sample.name.endswith("_sum"):
+            entry = found[family.name].setdefault(key, {"sum": 0.0, "le": {}})
+            if sample.name.endswith("_sum"):
                 entry["sum"] += sample.value
-            elif sample.name.endswith("_bucket") and sample.labels.get("le") != "+Inf":
-                bound = f"{float(sample.labels['le']) * 1e3:g}"
-                if bound in limits:
-                    entry["le"][bound] = entry["le"].get(bound, 0.0) + sample.value
-    return PodMetrics(*({key: _histogram(entry) for key, entry in found[name].items()} for name in _HISTOGRAMS))
-
-
-def _histogram(entry: dict[str, Any]) -> Histogram:
-    count = int(entry["count"])
-    return Histogram(count, float(entry["sum"]), {bound: count - int(below) for bound, below in entry["le"].items()})
+            elif sample.name.endswith("_bucket"):
+                bound = float(sample.labels["le"])
+                entry["le"][bound] = entry["le"].get(bound, 0.0) + sample.value
+    return PodMetrics(
+        *({key: from_bounds(one["le"], one["sum"], limits) for key, one in found[name].items()} for name in _HISTOGRAMS)
+    )

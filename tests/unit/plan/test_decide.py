@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "kit"))
 from plan_world import DIGEST, POLICY, World, profile_body
 from sere_operator.plan.children import Defaults
 from sere_operator.plan.decide import decide
+from sere_operator.plan.rollout import SETTLE_S, WATCH_S
 
 STATIC = {"mode": "Static", "policy": POLICY}
 PROFILE = {"mode": "Profile", "profileRef": {"name": "p"}}
@@ -97,6 +98,19 @@ def test_a_static_policy_goes_by_one_canary_first() -> None:
     order = [reason for reason in world.events if reason.startswith(("Canary", "Policy"))]
     assert order == ["CanaryStarted", "CanaryPassed", "PolicyPromoted"]
     assert world.status["policy"]["previous"] == "exact"
+
+
+@pytest.mark.parametrize(("tpot_ms", "reason"), [(19.0, "Applied"), (60.0, "Rejected")])
+def test_a_static_policy_is_taken_back_only_for_flagrant_harm(tpot_ms: float, reason: str) -> None:
+    world = settled()
+    world.tpot_ms[DIGEST] = tpot_ms  # others: 15 ms
+    world.edit(routing=STATIC)
+    began = world.now
+    while world.condition("PolicyApplied")["reason"] not in ("Rejected", "Applied"):
+        world.step()
+        world.tick()
+    assert world.condition("PolicyApplied")["reason"] == reason
+    assert world.now - began > (WATCH_S if reason == "Rejected" else SETTLE_S)
 
 
 def test_ready_is_false_until_the_current_spec_answers() -> None:

@@ -19,6 +19,9 @@ def test_metrics_as_the_plug_in_writes_them() -> None:
     histogram = found.tpot["sere-1", "8-64"]
     assert (histogram.count, histogram.over) == (4, {"20": 1})
     assert histogram.total_s == pytest.approx(0.07)
+    # Two in (10, 20] ms, one in (0, 10], one in (20, 50]: middles of 5, 15, 15 and 35 ms.
+    assert histogram.moments is not None
+    assert histogram.moments[0] == pytest.approx(0.070)
     assert found.tpot["exact", "other"].over == {"20": 1}
     assert found.ttft == {}
 
