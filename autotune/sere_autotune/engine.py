@@ -57,6 +57,7 @@ class EngineFacts:
     key: dict[str, Any]
     top_k: int
     ranks: int
+    layers: tuple[int, ...] = ()  # model layer numbers of the MoE layers
 
 
 class EngineHost:
@@ -235,7 +236,10 @@ class WarmEngine:
         state = self._call(self.actor.start.remote(engine_arguments(self.spec), self.similarity), timeout_s, "starting")
         self.start_seconds = time.monotonic() - began
         ranks = state["ranks"]
-        self.facts = EngineFacts(key=ranks[0]["key"], top_k=int(ranks[0]["model"]["topK"]), ranks=len(ranks))
+        model = ranks[0]["model"]
+        self.facts = EngineFacts(
+            key=ranks[0]["key"], top_k=int(model["topK"]), ranks=len(ranks), layers=tuple(sorted(model["moeLayers"]))
+        )
         return self.facts
 
     def apply(self, policy: Policy) -> None:

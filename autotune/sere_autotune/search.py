@@ -104,7 +104,8 @@ class Run:
             edges = auto_buckets(levels, levels)
         else:
             edges = tuple(BucketEdges(min_tokens=1) for _ in levels)  # until exact routing has shown the batch sizes
-        return Space(edges, self.spec.search.policies, self.facts.top_k, self.similarity_digest)
+        layers = self.facts.layers if self.spec.search.layer_groups else ()
+        return Space(edges, self.spec.search.policies, self.facts.top_k, self.similarity_digest, layers)
 
 
 def window(items: Sequence[Item], number: int, size: int) -> list[Item]:

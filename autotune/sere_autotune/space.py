@@ -2,21 +2,28 @@
 
 Optuna sees one flat space of fixed shape (`b0.kind`, `b0.S`, `b0.rho`, `b1.kind`, ...), so that every sampler can
 work on it; rho is ignored where the kind has none.
+
+S moves in quarters: 2.25 is S = 3 in the first quarter of the MoE layers and S = 2 in the rest. What is lost in an early
+layer is carried through all later ones, and between S and S + 1 lies most of what a budget of a point can buy. That
+the early layers are the ones to spare is a guess; whether a table keeps the budget is measured and certified like any.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import optuna
-from sere_ext.policy import MAX_TOKENS, Bucket, Kind, Policy
+from sere_ext.policy import MAX_TOKENS, Bucket, Kind, LayerGroup, Policy
 
 from sere_autotune.spec import BucketEdges
 
 RHO_STEP = 0.05
 RHO_MAX = 0.95
+S_STEPS = 4  # between S and S + 1
 
 # arXiv 2602.07616's evaluation configurations and the settings of its README.
 PAPER_SETTINGS = ((2, 0.1), (2, 0.0), (1, 0.1))
@@ -27,11 +34,8 @@ class Choice:
     """What one bucket does."""
 
     kind: Kind
-    S: int = 1
+    S: float = 1  # whole, or between two whole numbers by layers
     rho: float = 0.0
-
-    def describe(self) -> str:
-        return Bucket(min_tokens=1, kind=self.kind, S=self.S, rho=self.rho).describe().split(" from ")[0].split(" for ")[0]
 
 
 EXACT = Choice(Kind.EXACT)
@@ -64,13 +68,22 @@ class Space:
     kinds: tuple[Kind, ...]
     top_k: int
     similarity_digest: str | None = None
+    layers: tuple[int, ...] = ()  # the model's numbers of its MoE layers; () searches whole S alone
+
+    def __post_init__(self) -> None:
+        assert list(self.layers) == sorted(self.layers)
+
+    @property
+    def step(self) -> float:
+        """Of S: a quarter, or 1 where there are too few layers for quarters."""
+        return 1 / S_STEPS if len(self.layers) >= S_STEPS else 1.0
 
     def choices(self) -> list[Choice]:
         """Every choice of one bucket, exact first."""
         found = [EXACT]
         rhos = [round(i * RHO_STEP, 2) for i in range(round(RHO_MAX / RHO_STEP) + 1)]
         for kind in self.kinds:
-            for S in range(1, self.top_k):
+            for S in np.arange(1.0, self.top_k, self.step).tolist():
                 found += [Choice(kind, S, rho) for rho in (rhos if kind is Kind.SERE else [0.0])]
         return found
 
@@ -79,7 +92,7 @@ class Space:
         found: dict[str, optuna.distributions.BaseDistribution] = {}
         for index in range(len(self.edges)):
             found[f"b{index}.kind"] = optuna.distributions.CategoricalDistribution(names)
-            found[f"b{index}.S"] = optuna.distributions.IntDistribution(1, max(1, self.top_k - 1))
+            found[f"b{index}.S"] = optuna.distributions.FloatDistribution(1.0, max(1.0, self.top_k - self.step), step=self.step)
             found[f"b{index}.rho"] = optuna.distributions.FloatDistribution(0.0, RHO_MAX, step=RHO_STEP)
         return found
 
@@ -94,17 +107,40 @@ class Space:
         for index in range(len(self.edges)):
             kind = Kind(params[f"b{index}.kind"])
             rho = round(float(params[f"b{index}.rho"]), 2) if kind is Kind.SERE else 0.0
-            found.append(EXACT if kind is Kind.EXACT else Choice(kind, int(params[f"b{index}.S"]), rho))
+            found.append(EXACT if kind is Kind.EXACT else Choice(kind, float(params[f"b{index}.S"]), rho))
         return tuple(found)
 
     def policy(self, table: Table) -> Policy:
-        buckets = tuple(
-            Bucket(min_tokens=edge.min_tokens, max_tokens=edge.max_tokens, kind=c.kind, S=c.S, rho=c.rho)
+        needs = any(c.kind is Kind.SERE for c in table)
+        # Layers are cut where some bucket's S steps down; what follows the last cut is the policy's own table.
+        cuts = sorted({self._spared(choice) for choice in table} - {0})
+        groups = []
+        for first, last in itertools.pairwise([0, *cuts]):
+            buckets = self._buckets(table, first)
+            groups.append(LayerGroup(first_layer=self.layers[first], last_layer=self.layers[last - 1], buckets=buckets))
+        return Policy(
+            buckets=self._buckets(table, cuts[-1] if cuts else 0),
+            layer_groups=tuple(groups),
+            similarity_digest=self.similarity_digest if needs else None,
+        )
+
+    def _spared(self, choice: Choice) -> int:
+        """How many of the first MoE layers keep one expert more than the rest."""
+        return 0 if choice.kind is Kind.EXACT else round((choice.S - int(choice.S)) * len(self.layers))
+
+    def _buckets(self, table: Table, index: int) -> tuple[Bucket, ...]:
+        """The buckets that hold for the MoE layer at `index`."""
+        return tuple(
+            Bucket(
+                min_tokens=edge.min_tokens,
+                max_tokens=edge.max_tokens,
+                kind=c.kind,
+                S=int(c.S) + (index < self._spared(c)),
+                rho=c.rho,
+            )
             for edge, c in zip(self.edges, table, strict=True)
             if c.kind is not Kind.EXACT
         )
-        needs = any(c.kind is Kind.SERE for c in table)
-        return Policy(buckets=buckets, similarity_digest=self.similarity_digest if needs else None)
 
     def exact(self) -> Table:
         return (EXACT,) * len(self.edges)

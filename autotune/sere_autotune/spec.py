@@ -205,6 +205,9 @@ class SearchSpec(Record):
     items_per_trial: Annotated[int, Field(ge=16, description="labelled items per trial and load level")] = 500
     trial_seconds: Annotated[float, Field(gt=0, description="a trial's load is cut off here, per load level")] = 60.0
     buckets: Annotated[tuple[BucketEdges, ...] | None, Field(max_length=8, description="else one per load level")] = None
+    layer_groups: Annotated[
+        bool, Field(description="S between two whole numbers too, the larger in the first layers; false: one S for all layers")
+    ] = True
     rungs: Annotated[int, Field(ge=1, le=3, description="candidates that may be certified")] = 3
     seed: Annotated[int, Field(ge=0)] = 0
 

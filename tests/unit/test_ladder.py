@@ -133,6 +133,31 @@ def test_params_and_tables_are_the_same_thing() -> None:
     assert [b.min_tokens for b in some.policy(table).buckets] == [2, 9]
 
 
+def test_a_quarter_step_is_a_quarter_of_the_layers() -> None:
+    """Each layer routes as its own table says: S + 1 in the first layers, as many as the fraction asks for."""
+    layers = tuple(range(1, 9))  # layer 0 is dense
+    some = Space(auto_buckets([4, 16], [0, 0]), (Kind.TOPK, Kind.SERE), TOP_K, layers=layers)
+    low, high = Choice(Kind.TOPK, 2.25), Choice(Kind.SERE, 1.75, 0.3)
+    assert {low, high} <= set(some.choices())
+    assert some.table(some.params((low, high))) == (low, high)
+    policy = some.policy((low, high))
+    kept = [[bucket.S for bucket in policy.table_for(layer)] for layer in layers]
+    assert kept == [[3, 2], [3, 2], [2, 2], [2, 2], [2, 2], [2, 2], [2, 1], [2, 1]]
+    assert {bucket.rho for layer in layers for bucket in policy.table_for(layer) if bucket.kind is Kind.SERE} == {0.3}
+
+
+def test_exact_buckets_stay_exact_in_every_layer_group() -> None:
+    some = Space(auto_buckets([4, 16], [0, 0]), (Kind.TOPK,), TOP_K, layers=(0, 1, 2, 3))
+    policy = some.policy((EXACT, Choice(Kind.TOPK, 2.5)))
+    assert [[b.min_tokens for b in policy.table_for(layer)] for layer in range(4)] == [[9]] * 4
+    assert some.policy(some.exact()).digest == "exact"
+
+
+def test_with_too_few_layers_the_step_is_whole() -> None:
+    for layers in ((), (0, 1, 2)):
+        assert {c.S for c in Space(auto_buckets([16], [0]), (Kind.TOPK,), TOP_K, layers=layers).choices()} == {1, 2, 3}
+
+
 @pytest.mark.parametrize(
     ("verdicts", "chosen", "ended"),
     [
