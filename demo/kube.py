@@ -159,7 +159,7 @@ def small_engine(spec: Object) -> Object:
     engine["env"] = [*engine.get("env", []), *added]
     volume = {"name": ENVIRONMENT_CLAIM, "claimName": ENVIRONMENT_CLAIM, "mountPath": sys.prefix}
     # Without a request the kernel gives a pod 1/500 of another's share: an engine beside anything busy would never start.
-    resources = spec.get("resources") or {"requests": {"cpu": "600m", "memory": "1Gi"}}
+    resources = spec.get("resources") or {"requests": {"cpu": "500m", "memory": "1Gi"}}
     return {**spec, "engine": engine, "resources": resources, "volumes": [*spec.get("volumes", []), volume]}
 
 

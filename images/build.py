@@ -80,11 +80,8 @@ def stage(root: Path, kind: str) -> None:
     copy_interpreter(root)
     for package in PACKAGES:
         shutil.copytree(ROOT / package, root / APP.lstrip("/") / Path(package).name, ignore=shutil.ignore_patterns("__pycache__"))
-    # Precompiled, since the root is read-only; by content, so that no time stamp can make it stale.
-    subprocess.run(
-        [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", "-s", str(root), str(root / APP[1:])],
-        check=True,
-    )
+    if not compile_missing(root / APP[1:], root):
+        raise SystemExit("build: a module of the sere packages does not compile")
 
     # Its metadata holds the entry points of `sere` and of vLLM's plug-ins.
     copy_metadata(distribution("sere"), root)
@@ -99,6 +96,7 @@ def stage(root: Path, kind: str) -> None:
     if kind == "operator":
         for dist in closure("sere", "operator"):
             copy_distribution(dist, root)
+        compile_missing(root / APP[1:], root)
         binaries |= set(elf_files(root))
     else:
         for name in ENGINE_PROGRAMS:
@@ -109,6 +107,17 @@ def stage(root: Path, kind: str) -> None:
     for library in libraries(binaries):
         copy(library, root, merged(library))
     subprocess.run(["/sbin/ldconfig", "-r", str(root)], check=False, stderr=subprocess.DEVNULL)
+
+
+def compile_missing(folder: Path, root: Path) -> bool:
+    """Byte code for every module below `folder` that has none. False if one does not compile (test data, templates).
+
+    An image's root is read-only: what is missing would be compiled anew at every start, and the operator's start would
+    take three times as long. By content, so that no time stamp can make it stale.
+    """
+    command = [sys.executable, "-m", "compileall", "-qq", "--invalidation-mode", "unchecked-hash"]
+    paths = ["-s", str(root), "-p", "/", str(folder)]  # as they will be in the image, for tracebacks
+    return subprocess.run([*command, *paths], check=False).returncode == 0
 
 
 def copy_interpreter(root: Path) -> None:
@@ -126,6 +135,7 @@ def copy_interpreter(root: Path) -> None:
             source, root / str(source).lstrip("/"), symlinks=True, dirs_exist_ok=True,
             ignore=shutil.ignore_patterns(*STDLIB_LEFT_OUT, *STDLIB_LEFT_OUT_GLOBS),
         )  # fmt: skip
+        compile_missing(root / str(source).lstrip("/"), root)
 
 
 def closure(name: str, extra: str) -> list[Distribution]:

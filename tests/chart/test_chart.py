@@ -171,6 +171,16 @@ def test_operator_pod_passes_the_restricted_profile(render: Render) -> None:
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
+def test_a_starved_operator_is_neither_ended_while_it_starts_nor_left_without_a_share(render: Render) -> None:
+    """Beside engines that take every core, the imports alone took longer than a liveness probe waits."""
+    (deployment,) = (o for o in render() if o["kind"] == "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    startup = container["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 300
+    assert container["resources"]["requests"]["cpu"] == "200m"
+    assert "cpu" not in container["resources"]["limits"], "a limit would throttle it on an idle node"
+
+
 def test_disruption_budget_only_where_it_cannot_block_a_drain(render: Render) -> None:
     assert only(render(), "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
     assert not of_kind(render("replicas=1"), "PodDisruptionBudget")

@@ -90,6 +90,8 @@ class World:
         self.events: list[str] = []
         self.deleted: list[str] = []
         self.golden_runs: list[tuple[str, str]] = []
+        self.watching_since = self.now  # by the operator's process, without a gap
+        self.errors: dict[str, str] = {}  # by pod: what keeps it from applying a policy
 
     # ---- what the operator reads ----
 
@@ -121,7 +123,7 @@ class World:
             "ready": True,
             "policyDigest": pod.digest,
             "key": KEY,
-            "error": None,
+            "error": self.errors.get(pod.name),
             "ranks": [{"rank": 0, "policyDigest": pod.digest}],
         }
         series = {  # as if every latency of one policy were the same
@@ -135,7 +137,7 @@ class World:
         snapshot = Snapshot(
             now=self.now, object=copy.deepcopy(self.object), children=copy.deepcopy(self.children),
             pods=tuple(self.view(pod) for pod in self.pods), service_digest=self.pods[0].digest if self.pods else None,
-            profiles=dict(self.profiles), tuning_jobs=tuple(self.jobs),
+            profiles=dict(self.profiles), tuning_jobs=tuple(self.jobs), watched_s=self.now - self.watching_since,
         )  # fmt: skip
         wanted = routing.wanted(snapshot, self.spec)
         results = []
@@ -156,6 +158,7 @@ class World:
         ]  # fmt: skip
         for done, (write, argument) in enumerate(writes):
             if done == crash_after:
+                self.watching_since = self.now
                 raise CrashError
             write(argument)
         self.events += [event.reason for event in plan.events]
@@ -219,9 +222,11 @@ class World:
 
     def tick(self, seconds: float = 1.0) -> None:
         self.now += seconds
+        if seconds > 60:
+            self.watching_since = self.now
         for pod in self.pods:
             wanted = self._projected(pod)
-            if wanted is None or wanted == pod.digest:
+            if wanted is None or wanted == pod.digest or pod.name in self.errors:
                 pod.due = None
             elif pod.due is None or pod.due[0] != wanted:
                 pod.due = (wanted, self.now + LAG_S)

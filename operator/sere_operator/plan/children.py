@@ -141,7 +141,8 @@ def pod_template(name: str, spec: SereDeploymentSpec, defaults: Defaults) -> Obj
         "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
         # Loading may take an hour; a fixed liveness delay kills big loads (kserve#5062), a startup probe does not.
         "startupProbe": probe("/health", periodSeconds=5, timeoutSeconds=5, failureThreshold=1440),
-        "readinessProbe": probe("/sere/ready", periodSeconds=5, timeoutSeconds=5, failureThreshold=3),
+        # Patient: an engine on a busy node answers late, and taking it out of the Service would only load the others more.
+        "readinessProbe": probe("/sere/ready", periodSeconds=5, timeoutSeconds=10, failureThreshold=3),
         "livenessProbe": probe("/health", periodSeconds=20, timeoutSeconds=10, failureThreshold=6),
         # Endpoints are taken out before the server stops to listen, so that no request meets a closed port.
         "lifecycle": {"preStop": {"sleep": {"seconds": 5}}},

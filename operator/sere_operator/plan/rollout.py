@@ -25,7 +25,8 @@ from sere_operator.plan.routing import EXACT, Wanted, overridden, revision
 from sere_operator.plan.snapshot import Event, Object, PodView, Snapshot
 
 POLL_S = 2.0  # while something is under way
-APPLY_GRACE_S = 60.0  # a canary that does not show the policy by then will not
+APPLY_GRACE_S = 60.0  # a canary that names an error for so long will not apply the policy
+FRESH_LOOK_S = 60.0  # no deadline is called over before the operator has looked for so long without a gap
 SETTLE_S = 10.0  # a Static policy is looked at for this long
 WATCH_S = 30.0  # a canary that looks slower is watched for so long before it is rejected: it may be a passing disturbance
 BACKOFF_S = 300.0  # before an inconclusive policy is tried again; doubles
@@ -179,7 +180,7 @@ def _try(snapshot: Snapshot, spec: SereDeploymentSpec, base: Step, wanted: Wante
         return _baseline(snapshot, spec, base, wanted, known, canaries)
     annotated = replace(base, pod_policy={pod.name: wanted.digest for pod in canaries}, requeue_after=POLL_S)
     if stage is Stage.CANARY:
-        return _await_canary(snapshot, annotated, base, wanted, known, canaries)
+        return _await_canary(snapshot, spec, annotated, base, wanted, known, canaries)
     if stage is Stage.AWAITING_APPROVAL:
         return _await_approval(snapshot, annotated, wanted, known)
     return _analyse(snapshot, spec, annotated, base, wanted, known, canaries)
@@ -243,6 +244,11 @@ def _in_stage_s(known: Object, now: float) -> float:
     return now - seconds((known.get("state") or {}).get("since") or known.get("startedAt"))
 
 
+def _overdue(snapshot: Snapshot, known: Object, limit_s: float) -> bool:
+    """Whether a stage has taken too long, and not only because the operator did not look."""
+    return _in_stage_s(known, snapshot.now) > limit_s and snapshot.watched_s >= min(limit_s, FRESH_LOOK_S)
+
+
 def _baseline(
     snapshot: Snapshot, spec: SereDeploymentSpec, base: Step, wanted: Wanted, known: Object, canaries: list[PodView]
 ) -> Step:
@@ -251,7 +257,7 @@ def _baseline(
     step = replace(base, reason=Reason.CANARY, message=str(known.get("message", "")), requeue_after=POLL_S)
     known = collect_golden(snapshot, known, "stable", base.stable)
     if golden_count(wanted) and not golden_answers(known, "stable"):
-        if _in_stage_s(known, now) > spec.rollout.canary.deadline_seconds:
+        if _overdue(snapshot, known, spec.rollout.canary.deadline_seconds):
             return _inconclusive(base, known, now, "the golden prompts were not answered before the switch")
         return replace(step, rollout=known)
     known, arm = measured(known, canaries, base.stable)
@@ -261,7 +267,7 @@ def _baseline(
             baseline={"tpot": histogram.packed(arm.tpot), "ttft": histogram.packed(arm.ttft)},
         )  # fmt: skip
         return replace(step, rollout=moved, requeue_after=0.1)
-    if _in_stage_s(known, now) > spec.rollout.canary.deadline_seconds:
+    if _overdue(snapshot, known, spec.rollout.canary.deadline_seconds):
         seen = arm.requests if arm else 0
         return _inconclusive(
             base, known, now, f"{seen} of {spec.rollout.canary.min_requests} requests that are needed were seen before the switch"
@@ -270,17 +276,30 @@ def _baseline(
 
 
 def _await_canary(
-    snapshot: Snapshot, annotated: Step, base: Step, wanted: Wanted, known: Object, canaries: list[PodView]
+    snapshot: Snapshot,
+    spec: SereDeploymentSpec,
+    annotated: Step,
+    base: Step,
+    wanted: Wanted,
+    known: Object,
+    canaries: list[PodView],
 ) -> Step:
-    """Every canary must show the policy on all ranks and give a real token under it."""
+    """Every canary must show the policy on all ranks and give a real token under it.
+
+    A pod that names an error is believed after a short grace; one that is merely slow has until the canary's deadline.
+    """
     now = snapshot.now
     if all(pod.ready and pod.digest == wanted.digest and pod.proven == wanted.digest for pod in canaries):
         moved = _to_stage(known, Stage.ANALYSING, now, "canary pods run the policy; it is being compared")
         return replace(annotated, rollout=moved, reason=Reason.CANARY, message=moved["message"], requeue_after=0.5)
     refused = next((str(pod.state["error"]) for pod in canaries if pod.state and pod.state.get("error")), None)
-    if _in_stage_s(known, now) > APPLY_GRACE_S:
-        why = f"the canary did not apply the policy: {refused}" if refused else "the canary did not show the policy in time"
-        return _inconclusive(base, known, now, why)
+    since = known["state"].get("refusedSince")
+    if bool(refused) != bool(since):
+        known = with_state(known, refusedSince=stamp(now) if refused else None)
+    elif refused and now - seconds(since) > APPLY_GRACE_S and snapshot.watched_s >= APPLY_GRACE_S:
+        return _inconclusive(base, known, now, f"the canary did not apply the policy: {refused}")
+    if _overdue(snapshot, known, spec.rollout.canary.deadline_seconds):
+        return _inconclusive(base, known, now, "the canary did not show the policy in time")
     message = f"waiting for the canary to show {wanted.digest}" + (f": {refused}" if refused else "")
     return replace(annotated, rollout=known, reason=Reason.CANARY, message=message, requeue_after=1.0)
 
@@ -295,13 +314,13 @@ def _analyse(
     canaries: list[PodView],
 ) -> Step:
     now, canary_spec, state = snapshot.now, spec.rollout.canary, known["state"]
-    if any(pod.state is not None and pod.digest != wanted.digest for pod in canaries):
+    if any(pod.digest not in (None, wanted.digest) for pod in canaries):  # None: it does not answer, or not with one voice
         return _inconclusive(base, known, now, "the canary stopped running the policy while it was being compared")
     known = collect_golden(snapshot, known, "canary", wanted.digest)
     if not state["alone"]:
         known = collect_golden(snapshot, known, "stable", base.stable)
     prompts = golden_count(wanted)
-    over = _in_stage_s(known, now) > canary_spec.deadline_seconds
+    over = _overdue(snapshot, known, canary_spec.deadline_seconds)
     if prompts and not over and not (golden_answers(known, "canary") and golden_answers(known, "stable")):
         # Latency is counted from after the golden prompts on: they are not the traffic that is served.
         message = f"golden prompts are being answered by the canary and the stable side ({prompts} each)"

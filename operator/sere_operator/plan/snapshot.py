@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +100,8 @@ class Snapshot:
     tuning_jobs    the SereTuningJobs that this SereDeployment owns
     profiles       SereProfiles that may be wanted, by name
     similarities   by the URI that a policy or a profile names
+    watched_s      for how long this process has looked at this resource without a gap; what fell into a gap (the
+                   operator was down, or starved) is no fault of the pods
     """
 
     now: float
@@ -110,6 +113,7 @@ class Snapshot:
     profiles: dict[str, Object] = field(default_factory=dict)
     similarities: dict[str, Similarity] = field(default_factory=dict)
     golden: tuple[GoldenResult, ...] = ()
+    watched_s: float = math.inf
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import kopf
 import structlog
@@ -20,6 +21,7 @@ from sere_operator.api import meta
 from sere_operator.plan.decide import decide
 from sere_operator.plan.tuning import decide_tuning
 from sere_operator.runtime import handlers
+from sere_operator.runtime.attention import Attention
 from sere_operator.runtime.client import Client, connect
 from sere_operator.runtime.enact import NotLeadingError, enact
 from sere_operator.runtime.health import Health
@@ -60,6 +62,7 @@ class Operator:
         self.client = Client(connect())
         self.prober = Prober()
         self.reconciler = Reconciler(self.work, workers=settings.workers)
+        self.attention = Attention()
         self.wakes = handlers.Wakes(self.reconciler)
         self.health = Health(self.reconciler, self.client)
         lease = LeaseSettings(
@@ -70,6 +73,12 @@ class Operator:
 
     async def work(self, key: Key) -> float | None:
         """One look at one resource. Returns the seconds until the next, None if it is gone."""
+        watched_s = self.attention.begin(key)
+        next_s = await self._look(key, watched_s)
+        self.attention.end(key, next_s)
+        return next_s
+
+    async def _look(self, key: Key, watched_s: float) -> float | None:
         kind, namespace, name = key
         defaults = self.settings.defaults
         if kind == meta.TUNING_JOB_KIND:
@@ -81,7 +90,7 @@ class Operator:
             snapshot = await observe(self.client, self.prober, namespace, name)
             if snapshot is None:
                 return None
-            owner, plan = snapshot.object, decide(snapshot, defaults)
+            owner, plan = snapshot.object, decide(replace(snapshot, watched_s=watched_s), defaults)
         if plan.writes:
             log.info(
                 "writing", kind=kind, namespace=namespace, name=name, generation=owner["metadata"].get("generation"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kit"))
-from plan_world import DIGEST, POLICY, World, profile_body
+from plan_world import DIGEST, POLICY, Pod, World, profile_body
 from sere_operator.plan.children import Defaults
 from sere_operator.plan.decide import decide
 from sere_operator.plan.rollout import SETTLE_S, WATCH_S
@@ -111,6 +112,79 @@ def test_a_static_policy_is_taken_back_only_for_flagrant_harm(tpot_ms: float, re
         world.tick()
     assert world.condition("PolicyApplied")["reason"] == reason
     assert world.now - began > (WATCH_S if reason == "Rejected" else SETTLE_S)
+
+
+def canary_of(world: World) -> Pod:
+    """Look until the canary is annotated; it has not applied the policy yet."""
+    for _ in range(5):
+        world.step()
+    (canary,) = (pod for pod in world.pods if "serving.sere.dev/policy" in pod.annotations)
+    return canary
+
+
+def look_for(world: World, seconds: int) -> None:
+    for _ in range(seconds):
+        world.step()
+        world.tick()
+
+
+PATIENT = {"canary": {"minRequests": 100, "deadline": "10m"}}
+
+
+def test_a_canary_that_names_an_error_goes_back_after_a_grace_of_looking() -> None:
+    world = settled(rollout=PATIENT)
+    world.edit(routing=STATIC)
+    world.errors[canary_of(world).name] = "policy needs a similarity artefact"
+    look_for(world, 50)
+    assert world.condition("PolicyApplied")["reason"] == "Canary"
+    world.watching_since = world.now  # another operator: it has seen the error only now
+    look_for(world, 50)
+    assert world.condition("PolicyApplied")["reason"] == "Canary"
+    look_for(world, 20)
+    assert world.condition("PolicyApplied")["reason"] == "Inconclusive"
+    assert "did not apply the policy: policy needs a similarity artefact" in world.condition("PolicyApplied")["message"]
+
+
+def test_a_pod_that_is_slow_to_answer_is_waited_for() -> None:
+    world = settled(rollout=PATIENT)
+    world.edit(routing=STATIC)
+    canary = canary_of(world)
+    canary.ready = False
+    look_for(world, 200)
+    assert world.condition("PolicyApplied")["reason"] == "Canary"
+    canary.ready = True
+    world.settle()
+    assert {pod.digest for pod in world.pods} == {DIGEST}
+    assert "PolicyInconclusive" not in world.events
+
+
+def test_a_deadline_that_passed_while_nobody_looked_is_not_over_at_once() -> None:
+    world = settled()
+    world.profiles["p"] = profile_body(POLICY)
+    world.rate = 0.0
+    world.edit(routing=PROFILE)
+    look_for(world, 10)
+    assert world.status["rollout"]["stage"] == "Analysing"
+    world.tick(3600)  # the operator was down; deadline: 60 s
+    world.rate = 50.0
+    world.settle()
+    assert {pod.digest for pod in world.pods} == {DIGEST}
+    assert "PolicyInconclusive" not in world.events
+
+
+def test_a_canary_whose_ranks_disagree_for_a_moment_is_not_given_up() -> None:
+    world = settled()
+    world.profiles["p"] = profile_body(POLICY)
+    world.edit(routing=PROFILE)
+    look_for(world, 5)
+    assert world.status["rollout"]["stage"] == "Analysing"
+    snapshot = world.observe()
+    split = tuple(
+        replace(pod, state={**(pod.state or {}), "ranks": [{"policyDigest": DIGEST}, {"policyDigest": "exact"}]})
+        for pod in snapshot.pods
+    )
+    plan = decide(replace(snapshot, pods=split), Defaults())
+    assert [event.reason for event in plan.events] == []
 
 
 def test_ready_is_false_until_the_current_spec_answers() -> None:
@@ -275,8 +349,6 @@ def test_a_pod_that_does_not_follow_gets_another_nonce_later() -> None:
 
 
 def test_no_free_gpu_is_said_in_the_schedulers_words_after_a_grace() -> None:
-    from dataclasses import replace
-
     from sere_operator.plan import status
     from sere_operator.plan.rollout import stamp
     from sere_operator.plan.snapshot import PodView
