@@ -18,6 +18,7 @@ from sere_operator.plan import children, drift, rollout, routing, status
 from sere_operator.plan.children import Defaults, PolicyEntry
 from sere_operator.plan.routing import EXACT, Wanted
 from sere_operator.plan.snapshot import Event, Object, Plan, PodPatch, PodView, Snapshot
+from sere_operator.plan.step import Step
 
 IDLE_POLL_S = 45.0  # how often pods are asked when nothing is going on
 STARTING_POLL_S = 2.0
@@ -140,7 +141,7 @@ def _same_config(body: Object, live: Object) -> bool:
 # ---- pods --------------------------------------------------------------------------------------------------------
 
 
-def pod_patch(snapshot: Snapshot, step: rollout.Step, config_map: Object, pod: PodView) -> PodPatch | None:
+def pod_patch(snapshot: Snapshot, step: Step, config_map: Object, pod: PodView) -> PodPatch | None:
     """The annotations that steer this pod's policy, None if they are as they should be."""
     override = meta.OVERRIDE_EXACT if routing.overridden(snapshot) else None
     wanted: dict[str, str | None] = {
@@ -152,7 +153,7 @@ def pod_patch(snapshot: Snapshot, step: rollout.Step, config_map: Object, pod: P
     return PodPatch(pod.name, pod.uid, changed) if changed else None
 
 
-def refresh_nonce(snapshot: Snapshot, step: rollout.Step, config_map: Object, pod: PodView) -> str:
+def refresh_nonce(snapshot: Snapshot, step: Step, config_map: Object, pod: PodView) -> str:
     """`<hash of the ConfigMap's content>.<unix seconds>`: changes with the content, so that the kubelet looks at once.
 
     The kubelet may have looked into a cache that was a moment old; a pod that answers, names no error and still shows
@@ -227,7 +228,7 @@ def _transitions(snapshot: Snapshot, new: Object) -> list[Event]:
     return events
 
 
-def _requeue(snapshot: Snapshot, new: Object, step: rollout.Step) -> float:
+def _requeue(snapshot: Snapshot, new: Object, step: Step) -> float:
     ready = next(c for c in new["conditions"] if c["type"] == "Ready")
     waits = [IDLE_POLL_S]
     if step.requeue_after is not None:

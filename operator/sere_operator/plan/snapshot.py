@@ -91,29 +91,11 @@ class Similarity:
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """Everything about one SereDeployment.
-
-    now            seconds since the epoch
-    children       "Deployment", "Service", "ConfigMap", "PodDisruptionBudget" -> object as read (absent: none)
-    service_digest policy digest under which a real token last came through the Service, None if none did
-    tuning_jobs    the SereTuningJobs that this SereDeployment owns
-    profiles       SereProfiles that may be wanted, by name
-    similarities   by the URI that a policy or a profile names
-    watched_s      for how long this process has looked at this resource without a gap; what fell into a gap (the
-                   operator was down, or starved) is no fault of the pods
-    """
+class Resource:
+    """One of our custom resources as it was read. `now`: seconds since the epoch."""
 
     now: float
     object: Object
-    children: dict[str, Object] = field(default_factory=dict)
-    pods: tuple[PodView, ...] = ()
-    service_digest: str | None = None
-    tuning_jobs: tuple[Object, ...] = ()
-    profiles: dict[str, Object] = field(default_factory=dict)
-    similarities: dict[str, Similarity] = field(default_factory=dict)
-    golden: tuple[GoldenResult, ...] = ()
-    watched_s: float = math.inf
 
     @property
     def name(self) -> str:
@@ -139,6 +121,29 @@ class Snapshot:
     def generation(self) -> int:
         return int(self.object["metadata"].get("generation", 0))
 
+
+@dataclass(frozen=True)
+class Snapshot(Resource):
+    """Everything about one SereDeployment.
+
+    children       "Deployment", "Service", "ConfigMap", "PodDisruptionBudget" -> object as read (absent: none)
+    service_digest policy digest under which a real token last came through the Service, None if none did
+    tuning_jobs    the SereTuningJobs that this SereDeployment owns
+    profiles       SereProfiles that may be wanted, by name
+    similarities   by the URI that a policy or a profile names
+    watched_s      for how long this process has looked at this resource without a gap; what fell into a gap (the
+                   operator was down, or starved) is no fault of the pods
+    """
+
+    children: dict[str, Object] = field(default_factory=dict)
+    pods: tuple[PodView, ...] = ()
+    service_digest: str | None = None
+    tuning_jobs: tuple[Object, ...] = ()
+    profiles: dict[str, Object] = field(default_factory=dict)
+    similarities: dict[str, Similarity] = field(default_factory=dict)
+    golden: tuple[GoldenResult, ...] = ()
+    watched_s: float = math.inf
+
     @property
     def live_pods(self) -> tuple[PodView, ...]:
         """Pods that are not on their way out."""
@@ -146,37 +151,15 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class TuningSnapshot:
+class TuningSnapshot(Resource):
     """Everything about one SereTuningJob. `result` is the ConfigMap that the tuner writes."""
 
-    now: float
-    object: Object
     children: dict[tuple[str, str], Object] = field(default_factory=dict)  # by kind and name
     result: Object | None = None
     pods: tuple[Object, ...] = ()  # the Job's pods
 
     def child(self, kind: str, name: str) -> Object | None:
         return self.children.get((kind, name))
-
-    @property
-    def name(self) -> str:
-        return str(self.object["metadata"]["name"])
-
-    @property
-    def namespace(self) -> str:
-        return str(self.object["metadata"]["namespace"])
-
-    @property
-    def spec(self) -> Object:
-        return self.object.get("spec") or {}
-
-    @property
-    def status(self) -> Object:
-        return self.object.get("status") or {}
-
-    @property
-    def generation(self) -> int:
-        return int(self.object["metadata"].get("generation", 0))
 
 
 @dataclass(frozen=True)

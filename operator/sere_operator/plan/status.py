@@ -9,9 +9,9 @@ from sere_operator.api import meta
 from sere_operator.api.conditions import ConditionType, Reason, set_condition
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
 from sere_operator.plan.children import selector
-from sere_operator.plan.rollout import Step, seconds
 from sere_operator.plan.routing import EXACT, Wanted, overridden, tuning_job_of
-from sere_operator.plan.snapshot import Object, PodView, Snapshot
+from sere_operator.plan.snapshot import Object, PodView, Resource, Snapshot
+from sere_operator.plan.step import Step, seconds
 
 SCHEDULING_GRACE_S = 10.0
 
@@ -202,7 +202,7 @@ def problem(snapshot: Snapshot, reason: Reason, message: str) -> Object:
     return {**snapshot.status, "observedGeneration": snapshot.generation, "conditions": conditions}
 
 
-def with_condition(snapshot: Any, conditions: list[Object], kind: ConditionType, judgement: Judgement) -> list[Object]:
+def with_condition(snapshot: Resource, conditions: list[Object], kind: ConditionType, judgement: Judgement) -> list[Object]:
     status, reason, message = judgement
     now = datetime.fromtimestamp(snapshot.now, UTC)
     return set_condition(conditions, kind, status, reason, message[:1024], generation=snapshot.generation, now=now)

@@ -13,7 +13,7 @@ from sere_operator.api import meta
 from sere_operator.api.common import SpecError, parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.api.tuning import SereTuningJobSpec
-from sere_operator.plan import children, evidence, routing, tuning
+from sere_operator.plan import children, evidence, routing, tuning_children, tuning_result
 from sere_operator.plan.artefact import verified_digest
 from sere_operator.plan.children import Defaults
 from sere_operator.plan.decide import stable_digest
@@ -26,12 +26,17 @@ def _selector(labels: dict[str, str]) -> str:
     return ",".join(f"{key}={value}" for key, value in labels.items())
 
 
+async def _ours(client: Client, kind: str, namespace: str, name: str) -> Object | None:
+    """One of our own resources with its type, which a read by kind leaves out; None if there is none."""
+    found = await client.get(kind, namespace, name)
+    return None if found is None else {**found, "apiVersion": meta.API_VERSION, "kind": kind}
+
+
 async def observe(client: Client, prober: Prober, namespace: str, name: str) -> Snapshot | None:
     """Everything about one SereDeployment, None if there is none."""
-    found = await client.get(meta.DEPLOYMENT_KIND, namespace, name)
+    found = await _ours(client, meta.DEPLOYMENT_KIND, namespace, name)
     if found is None:
         return None
-    found = {**found, "apiVersion": meta.API_VERSION, "kind": meta.DEPLOYMENT_KIND}
     snapshot = Snapshot(now=time.time(), object=found)
     try:
         spec = parse_spec(SereDeploymentSpec, snapshot.spec)
@@ -62,10 +67,8 @@ async def observe(client: Client, prober: Prober, namespace: str, name: str) -> 
 
 async def _profiles(client: Client, snapshot: Snapshot, spec: SereDeploymentSpec) -> dict[str, Object]:
     name = routing.profile_name(snapshot, spec)
-    profile = await client.get(meta.PROFILE_KIND, snapshot.namespace, name) if name else None
-    if name is None or profile is None:
-        return {}
-    return {name: {**profile, "apiVersion": meta.API_VERSION, "kind": meta.PROFILE_KIND}}
+    profile = await _ours(client, meta.PROFILE_KIND, snapshot.namespace, name) if name else None
+    return {name: profile} if name and profile else {}
 
 
 def pod_base(pod: Object) -> str | None:
@@ -154,10 +157,9 @@ async def read_similarity(client: Client, namespace: str, uri: str) -> Similarit
 
 async def observe_tuning(client: Client, namespace: str, name: str, defaults: Defaults) -> TuningSnapshot | None:
     """Everything about one SereTuningJob, None if there is none."""
-    found = await client.get(meta.TUNING_JOB_KIND, namespace, name)
+    found = await _ours(client, meta.TUNING_JOB_KIND, namespace, name)
     if found is None:
         return None
-    found = {**found, "apiVersion": meta.API_VERSION, "kind": meta.TUNING_JOB_KIND}
     snapshot = TuningSnapshot(now=time.time(), object=found)
     try:
         spec = parse_spec(SereTuningJobSpec, snapshot.spec)
@@ -165,10 +167,10 @@ async def observe_tuning(client: Client, namespace: str, name: str, defaults: De
         return snapshot
     if snapshot.status.get("outcome"):
         return snapshot
-    result = await client.get("ConfigMap", namespace, tuning.result_name(name))
+    result = await client.get("ConfigMap", namespace, tuning_children.result_name(name))
     snapshot = replace(snapshot, result=result)
-    wanted = [(body["kind"], body["metadata"]["name"]) for body in tuning.build(snapshot, spec, defaults)]
-    wanted += [(body["kind"], body["metadata"]["name"]) for body in tuning.read_result(snapshot, spec).objects]
+    wanted = [(body["kind"], body["metadata"]["name"]) for body in tuning_children.build(snapshot, spec, defaults)]
+    wanted += [(body["kind"], body["metadata"]["name"]) for body in tuning_result.read_result(snapshot, spec).objects]
     label = _selector({meta.INSTANCE_LABEL: meta.label_value(name), meta.COMPONENT_LABEL: meta.TUNER_COMPONENT})
     objects, pods = await asyncio.gather(
         asyncio.gather(*(client.get(kind, namespace, child) for kind, child in wanted)), client.list("Pod", namespace, label)

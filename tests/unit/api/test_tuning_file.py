@@ -12,7 +12,7 @@ from sere_autotune.spec import TUNED_FLAGS, TuningSpec
 from sere_operator.api.common import MANAGED_FLAGS, parse_spec
 from sere_operator.api.tuning import Metric, SearchKind, SereTuningJobSpec
 from sere_operator.plan.pods import Storage
-from sere_operator.plan.tuning import tuning_file
+from sere_operator.plan.tuning_children import tuning_file
 
 SAMPLE = Path(__file__).parents[3] / "manifests" / "samples" / "tuned.yaml"
 

@@ -11,9 +11,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kit"))
 from plan_world import DIGEST, POLICY, Pod, World, profile_body
+from sere_operator.plan.candidate import SETTLE_S, WATCH_S
 from sere_operator.plan.children import Defaults
 from sere_operator.plan.decide import decide
-from sere_operator.plan.rollout import SETTLE_S, WATCH_S
 
 STATIC = {"mode": "Static", "policy": POLICY}
 PROFILE = {"mode": "Profile", "profileRef": {"name": "p"}}
@@ -350,8 +350,8 @@ def test_a_pod_that_does_not_follow_gets_another_nonce_later() -> None:
 
 def test_no_free_gpu_is_said_in_the_schedulers_words_after_a_grace() -> None:
     from sere_operator.plan import status
-    from sere_operator.plan.rollout import stamp
     from sere_operator.plan.snapshot import PodView
+    from sere_operator.plan.step import stamp
 
     world = settled()
     since = {"type": "PodScheduled", "status": "False", "lastTransitionTime": stamp(world.now)}

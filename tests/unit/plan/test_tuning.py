@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "kit"))
 from plan_world import POLICY, profile_body
 from sere_operator.api.common import parse_spec
 from sere_operator.api.tuning import SereTuningJobSpec
-from sere_operator.plan import pods, tuning
+from sere_operator.plan import pods, tuning, tuning_children, tuning_result
 from sere_operator.plan.artefact import verified_digest
 from sere_operator.plan.children import Defaults
 from sere_operator.plan.snapshot import TuningSnapshot
@@ -70,7 +70,7 @@ def artefact() -> tuple[str, str]:
 
 
 def test_children_are_valid_and_the_rights_end_at_the_result() -> None:
-    bodies = tuning.build(snapshot(), parse_spec(SereTuningJobSpec, SPEC), Defaults())
+    bodies = tuning_children.build(snapshot(), parse_spec(SereTuningJobSpec, SPEC), Defaults())
     for body in bodies:
         kubernetes_validate.validate(body, "1.34", strict=True)
         assert body["metadata"]["ownerReferences"][0]["uid"] == "t"
@@ -87,7 +87,7 @@ def test_children_are_valid_and_the_rights_end_at_the_result() -> None:
 
 def test_uris_become_paths_that_are_mounted() -> None:
     storage = pods.Storage()
-    given = tuning.tuning_file(parse_spec(SereTuningJobSpec, SPEC), storage)
+    given = tuning_children.tuning_file(parse_spec(SereTuningJobSpec, SPEC), storage)
     assert given["model"] == "/mnt/pvc/models/qwen3"
     assert given["calibrate"] == {"data": "/mnt/pvc/data/calib.jsonl"}
     assert given["accuracy"]["tasks"][0]["file"] == "/etc/sere-data/items/a.jsonl"
@@ -103,7 +103,10 @@ def chosen(**changes: Any) -> dict[str, Any]:
     profile["spec"]["similarity"] = {"uri": "file:///var/lib/sere/run/similarity.safetensors", "digest": digest}
     profile["metadata"] = {}
     profile["spec"].update(changes)
-    return {"data": {"outcome.json": {"outcome": "Chosen"}, "profile.json": profile}, "binary": {tuning.SIMILARITY_KEY: encoded}}
+    return {
+        "data": {"outcome.json": {"outcome": "Chosen"}, "profile.json": profile},
+        "binary": {tuning_result.SIMILARITY_KEY: encoded},
+    }
 
 
 def test_a_chosen_result_becomes_a_profile_that_outlives_the_run() -> None:
@@ -114,7 +117,7 @@ def test_a_chosen_result_becomes_a_profile_that_outlives_the_run() -> None:
     for body in (profile, config_map):
         (reference,) = body["metadata"]["ownerReferences"]
         assert reference["uid"] == "u", "owned by the SereDeployment, not by the run"
-    assert profile["spec"]["similarity"]["uri"] == f"configmap://{config_map['metadata']['name']}/{tuning.SIMILARITY_KEY}"
+    assert profile["spec"]["similarity"]["uri"] == f"configmap://{config_map['metadata']['name']}/{tuning_result.SIMILARITY_KEY}"
     assert plan.status is not None
     assert (plan.status["outcome"], plan.status["profile"]) == ("Chosen", profile["metadata"]["name"])
     conditions = {c["type"]: c["status"] for c in plan.status["conditions"]}
@@ -126,7 +129,7 @@ def test_a_chosen_result_becomes_a_profile_that_outlives_the_run() -> None:
     [
         ({"data": {"outcome.json": {"outcome": "Chosen"}}}, "profile:"),
         ({**chosen(), "binary": {}}, "holds no artefact"),
-        ({**chosen(), "binary": {tuning.SIMILARITY_KEY: "AAAA"}}, "no similarity artefact"),
+        ({**chosen(), "binary": {tuning_result.SIMILARITY_KEY: "AAAA"}}, "no similarity artefact"),
         (chosen(similarity={"uri": "file:///x", "digest": "sha256:" + "0" * 64}), "the profile was made with sha256:000"),
     ],
 )

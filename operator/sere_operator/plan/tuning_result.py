@@ -1,0 +1,153 @@
+"""What a tuning run answered, checked before anything is made of it. Pure.
+
+The profile and its artefact belong to the SereDeployment, not to the run, so deleting a run never touches what serves.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from sere_ext.errors import SereError
+from sere_ext.profile import Profile, SimilarityRef
+
+from sere_operator.api import meta
+from sere_operator.api.common import SpecError
+from sere_operator.api.conditions import Reason
+from sere_operator.api.profile import profile_name
+from sere_operator.api.tuning import SereTuningJobSpec
+from sere_operator.plan.artefact import verified_digest
+from sere_operator.plan.snapshot import Object, TuningSnapshot
+from sere_operator.plan.tuning_children import labels
+
+SIMILARITY_KEY = "similarity.safetensors"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How the run stands. `outcome` None: not over. Objects are made only of a checked, chosen result."""
+
+    outcome: str | None
+    reason: Reason
+    message: str
+    trials: Object
+    stage: str | None = None
+    objects: tuple[Object, ...] = ()
+    profile: str | None = None
+
+
+def read_result(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> Result:
+    """The checklist, in order.
+
+    1. outcome.json says Chosen     its profile and artefact are checked; a bad one is Failed, never used
+    2. outcome.json says otherwise  that, with the tuner's own message
+    3. the Job failed               Failed, with the container's last words
+    4. the pod cannot be scheduled  TuningBlocked
+    5. otherwise                    suspended, pending or running
+    """
+    data = (snapshot.result or {}).get("data") or {}
+    progress = _json(data.get("progress.json"))
+    outcome = _json(data.get("outcome.json"))
+    trials = _counts(outcome.get("trials") or progress.get("trials"))
+    said = str(outcome.get("outcome") or "")
+    message = str(outcome.get("message") or "")[:1000]
+    if said == "Chosen":
+        try:
+            objects, name = chosen_objects(snapshot, spec)
+        except SereError as error:
+            return Result("Failed", Reason.FAILED, f"the tuner's result was refused: {error}", trials)
+        return Result("Chosen", Reason.CHOSEN, message or "a policy was chosen", trials, None, tuple(objects), name)
+    if said:
+        reason = next((r for r in Reason if r.value == said), Reason.FAILED)
+        return Result(reason.value, reason, message or said, trials)
+    job = snapshot.child("Job", snapshot.name) or {}
+    conditions = {c["type"]: c for c in (job.get("status") or {}).get("conditions") or [] if c.get("status") == "True"}
+    if "Failed" in conditions or "Complete" in conditions:
+        words = _last_words(snapshot) or str(conditions.get("Failed", {}).get("message") or "the tuner ended without a result")
+        return Result("Failed", Reason.FAILED, words[:1000], trials)
+    if spec.suspend:
+        return Result(None, Reason.SUSPENDED, "spec.suspend is true", trials, progress.get("stage"))
+    blocked = _unschedulable(snapshot)
+    if blocked is not None:
+        return Result(None, Reason.TUNING_BLOCKED, blocked, trials)
+    if progress:
+        return Result(None, Reason.RUNNING, str(progress.get("now") or "running"), trials, str(progress.get("stage") or ""))
+    running = any((pod.get("status") or {}).get("phase") == "Running" for pod in snapshot.pods)
+    if running:
+        return Result(None, Reason.RUNNING, "the tuner is starting its engine", trials, "starting")
+    return Result(None, Reason.PENDING, "the tuning pod has not begun", trials)
+
+
+def chosen_objects(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> tuple[list[Object], str]:
+    """The SereProfile, and the ConfigMap with its artefact, of a chosen result.
+
+    Raises:
+        SereError: the profile cannot be read, its policy is exact, or the artefact is missing or not the one it names.
+    """
+    result = snapshot.result or {}
+    profile = Profile.parse((result.get("data") or {}).get("profile.json") or "{}").spec
+    owner_name = spec.deployment or snapshot.name
+    metadata: Object = {"namespace": snapshot.namespace, "labels": labels(snapshot, spec)}
+    # Not owned by the run: deleting the run must not take what serves.
+    references = [r for r in snapshot.object["metadata"].get("ownerReferences") or [] if r.get("controller")]
+    if references:
+        metadata["ownerReferences"] = [{key: value for key, value in references[0].items() if key != "controller"}]
+    objects: list[Object] = []
+    if profile.policy.needs_similarity():
+        encoded = (result.get("binaryData") or {}).get(SIMILARITY_KEY)
+        if not encoded or profile.similarity is None:
+            raise SpecError("the chosen policy re-routes by similarity, but the result holds no artefact")
+        digest = verified_digest(encoded)
+        if digest != profile.similarity.digest or digest != profile.policy.similarity_digest:
+            raise SpecError(f"the artefact is {digest}, the profile was made with {profile.similarity.digest}")
+        name = meta.child_name(owner_name, f"similarity-{digest.removeprefix('sha256:')[:12]}")
+        uri = f"configmap://{name}/{SIMILARITY_KEY}"
+        profile = profile.model_copy(update={"similarity": SimilarityRef(uri=uri, digest=digest)})
+        objects.append({
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, **metadata}, "immutable": True,
+            "binaryData": {SIMILARITY_KEY: encoded},
+        })  # fmt: skip
+    name = profile_name(owner_name, profile)
+    objects.append({
+        "apiVersion": meta.API_VERSION, "kind": meta.PROFILE_KIND, "metadata": {"name": name, **metadata},
+        "spec": profile.to_json_dict(),
+    })  # fmt: skip
+    return objects, name
+
+
+def _json(text: Any) -> Object:
+    try:
+        decoded = json.loads(text) if text else {}
+    except ValueError:
+        return {}
+    return decoded if isinstance(decoded, dict) else {}
+
+
+def _counts(given: Any) -> Object:
+    """Trial counters from outcome.json (an object) or progress.json (a number)."""
+    if isinstance(given, dict):
+        known = ("scheduled", "completed", "feasible", "infeasible", "failed")
+        return {key: int(given[key]) for key in known if isinstance(given.get(key), int)}
+    return {"completed": given} if isinstance(given, int) else {}
+
+
+def _last_words(snapshot: TuningSnapshot) -> str | None:
+    """The newest pod's exit: the container's last log lines and exit code."""
+    for pod in sorted(snapshot.pods, key=lambda p: str(p["metadata"].get("creationTimestamp", "")), reverse=True):
+        for container in (pod.get("status") or {}).get("containerStatuses") or []:
+            ended = (container.get("state") or {}).get("terminated")
+            if ended:
+                text = " ".join(str(ended.get("message") or ended.get("reason") or "").split())[-700:]
+                return f"the tuner ended with exit code {ended.get('exitCode')}: {text}"
+    return None
+
+
+def _unschedulable(snapshot: TuningSnapshot) -> str | None:
+    for pod in snapshot.pods:
+        for condition in (pod.get("status") or {}).get("conditions") or []:
+            if condition["type"] == "PodScheduled" and condition["status"] == "False":
+                text = str(condition.get("message", "no node fits"))
+                cause = "InsufficientGPU: " if "gpu" in text.lower() else ""
+                return f"{cause}the tuning pod cannot be scheduled: {text}; serving goes on"
+    return None
