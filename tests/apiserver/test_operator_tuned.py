@@ -159,10 +159,12 @@ def test_one_pod_alone_is_both_sides(world: World) -> None:
     world.apply(manifest(**TUNED))
     world.ready()
     publish(world, tuning_job(world), "Chosen", **{"profile.json": profile()})
-    eventually(lambda: world.condition("PolicyApplied")["reason"] == "Applied", 60, "promoted")
+    eventually(lambda: world.condition("PolicyApplied")["reason"] == "Applied", 90, "promoted")
     (pod,) = world.pods()
-    assert pod.switches == [policy_digest(world)]
-    assert pod.tokens >= 32, "golden prompts before and after"
+    digest = policy_digest(world)
+    assert pod.switches[:2] == [digest, "exact"], "the two take turns"
+    assert pod.switches[-1] == digest
+    assert pod.tokens >= 32, "golden prompts under both"
 
 
 def test_outcomes_without_a_policy_keep_exact_and_say_why(world: World) -> None:

@@ -54,7 +54,7 @@ def test_tuning_ends_in_a_certified_profile(tuned: dict[str, Any]) -> None:
 
 
 def test_profile_reaches_the_pod_hot(tuned: dict[str, Any], prompts: list[str]) -> None:
-    """One pod alone: it is its own stable side first, then the canary. It never restarts, and no request fails."""
+    """One pod alone: the stable policy and the candidate take turns on it. It never restarts, and no request fails."""
     (pod,) = kube.pods(NAME, NAMESPACE)
     before = kube.identity(pod)
     with Traffic(kube.service_address(NAME, NAMESPACE), NAME, prompts, concurrency=8, tokens=16) as client:

@@ -90,8 +90,8 @@ def judge(
         min_requests: finished requests that each side needs; 0: judge on what there is (a Static policy), and take
             only flagrant slowness for harm.
         golden_prompts: how many prompts each side must have answered; 0: none are asked for.
-        side_by_side: both sides ran at the same time. If not (one pod alone, before and after), more load explains a
-            higher latency as well as the policy does: it goes back, but is not banned.
+        side_by_side: both sides ran at the same time. If not (one pod alone, in turns), more load in a few turns explains
+            a higher latency as well as the policy does: it goes back, but is not banned.
         watched: for long enough that slowness is no passing disturbance; until then 1 and 2 are Pending.
     """
     slow = Outcome.REJECTED if side_by_side else Outcome.INCONCLUSIVE

@@ -3,8 +3,9 @@
     (none) -> Baseline -> Canary -> Analysing -> [AwaitingApproval] -> Promoting -> (none)
                              \\__________\\____________\\-> RollingBack -> (none)
 
-Baseline is passed through at once unless there is one pod alone, which then is stable's side first and the canary's
-after. A verdict is written to the status one step before it is acted on; acting on it again changes nothing.
+One pod alone is both sides: in Baseline it answers the golden prompts under the stable policy (skipped elsewhere), and
+while it is analysed the two policies take turns on it, so that a load that drifts meets both. A verdict is written to
+the status one step before it is acted on; acting on it again changes nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 from sere_operator.api import meta
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import Approval, SereDeploymentSpec
-from sere_operator.plan import analysis, histogram
+from sere_operator.plan import analysis
 from sere_operator.plan.analysis import Outcome
-from sere_operator.plan.evidence import Stage, arms, collect_golden, golden_answers, golden_count, measured, with_state
+from sere_operator.plan.evidence import Stage, arms, collect_golden, golden_answers, golden_count, with_state
 from sere_operator.plan.routing import Wanted
 from sere_operator.plan.snapshot import Event, Object, PodView, Snapshot
 from sere_operator.plan.step import POLL_S, Step, seconds, stamp
@@ -27,6 +28,7 @@ APPLY_GRACE_S = 60.0  # a canary that names an error for so long will not apply 
 FRESH_LOOK_S = 60.0  # no deadline is called over before the operator has looked for so long without a gap
 SETTLE_S = 10.0  # a Static policy is looked at for this long
 WATCH_S = 30.0  # a canary that looks slower is watched for so long before it is rejected: it may be a passing disturbance
+TURN_S = 20.0  # of the first two turns of one pod alone
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def _begin(snapshot: Snapshot, spec: SereDeploymentSpec, base: Step, wanted: Wan
     message = f"policy {wanted.digest} ({wanted.entry.policy.describe()}) is tried on {', '.join(pod.name for pod in chosen)}"
     rollout = {
         "candidate": wanted.digest, "attempt": known.get("attempt", 1), "canaryPods": [pod.name for pod in chosen],
-        "startedAt": stamp(snapshot.now), "stage": (Stage.BASELINE if alone and not wanted.vouched else Stage.CANARY).value,
+        "startedAt": stamp(snapshot.now), "stage": (Stage.BASELINE if alone and golden_count(wanted) else Stage.CANARY).value,
         "state": {"restarts": {pod.uid: pod.restarts for pod in chosen}, "alone": alone, "since": stamp(snapshot.now)},
         "message": message,
     }  # fmt: skip
@@ -135,22 +137,14 @@ def _is_old(snapshot: Snapshot, pod: PodView) -> bool:
 
 
 def _baseline(attempt: Attempt) -> Step:
-    """One pod alone: stable's side of the comparison is taken on it before the switch."""
-    stable, message = attempt.base.stable, str(attempt.known.get("message", ""))
-    attempt = replace(attempt, known=collect_golden(attempt.snapshot, attempt.known, "stable", stable))
-    if golden_count(attempt.wanted) and not golden_answers(attempt.known, "stable"):
-        if attempt.overdue:
-            return attempt.back("the golden prompts were not answered before the switch")
-        return attempt.step(message, annotated=False)
-    known, arm = measured(attempt.known, attempt.canaries, stable)
-    attempt, needed = replace(attempt, known=known), attempt.spec.rollout.canary.min_requests
-    if arm is not None and arm.requests >= needed:
-        baseline = {"tpot": histogram.packed(arm.tpot), "ttft": histogram.packed(arm.ttft)}
-        attempt = attempt.to(Stage.CANARY, f"baseline taken over {arm.requests} requests", baseline=baseline)
+    """One pod alone: the stable side of the golden prompts is answered before the switch."""
+    attempt = replace(attempt, known=collect_golden(attempt.snapshot, attempt.known, "stable", attempt.base.stable))
+    message = str(attempt.known.get("message", ""))
+    if golden_answers(attempt.known, "stable"):
+        attempt = attempt.to(Stage.CANARY, "the stable side has answered the golden prompts")
         return attempt.step(message, annotated=False, requeue_after=0.1)
     if attempt.overdue:
-        seen = arm.requests if arm else 0
-        return attempt.back(f"{seen} of {needed} requests that are needed were seen before the switch")
+        return attempt.back("the golden prompts were not answered before the switch")
     return attempt.step(message, annotated=False)
 
 
@@ -176,8 +170,9 @@ def _await_canary(attempt: Attempt) -> Step:
 
 def _analyse(attempt: Attempt) -> Step:
     wanted, now, alone = attempt.wanted, attempt.now, bool(attempt.state["alone"])
-    if any(pod.digest not in (None, wanted.digest) for pod in attempt.canaries):
-        # None: it does not answer, or not with one voice
+    turns = alone and not wanted.vouched
+    # None: a pod does not answer, or not with one voice
+    if any(pod.digest not in (None, wanted.digest, attempt.base.stable if turns else None) for pod in attempt.canaries):
         return attempt.back("the canary stopped running the policy while it was being compared")
     known = collect_golden(attempt.snapshot, attempt.known, "canary", wanted.digest)
     if not alone:
@@ -192,14 +187,18 @@ def _analyse(attempt: Attempt) -> Step:
     attempt = replace(attempt, known=known)
     if stable is None or canary is None:
         return attempt.noting(countedSince=stamp(now)).step("counting requests from now on")
+    needed = 0 if wanted.vouched else attempt.spec.rollout.canary.min_requests
     verdict = analysis.judge(
-        stable, canary, attempt.spec.slo, min_requests=0 if wanted.vouched else attempt.spec.rollout.canary.min_requests,
+        stable, canary, attempt.spec.slo, min_requests=needed,
         golden_prompts=prompts, deadline_over=attempt.overdue, side_by_side=not alone,
         watched=now - seconds(attempt.state.get("countedSince")) >= WATCH_S,
     )  # fmt: skip
     unsettled = wanted.vouched and attempt.in_stage_s < SETTLE_S and verdict.outcome is Outcome.PASSED
     if verdict.outcome is Outcome.PENDING or unsettled:
-        return attempt.step(verdict.message)
+        lacking = (canary.requests < needed, stable.requests < needed)
+        mine = not turns or candidates_turn(now - seconds(attempt.state.get("countedSince")), *lacking)
+        step = attempt.step(verdict.message, annotated=mine)
+        return replace(step, in_turns=frozenset(pod.name for pod in attempt.canaries)) if turns else step
     if verdict.outcome is Outcome.REJECTED:
         return reject(attempt.base, attempt.spec, attempt.known, now, verdict.message)
     if verdict.outcome is Outcome.INCONCLUSIVE:
@@ -209,6 +208,20 @@ def _analyse(attempt: Attempt) -> Step:
         return _ask(attempt, verdict.message if certified else f"{verdict.message}; the profile is advisory, not certified")
     event = Event("Normal", "CanaryPassed", verdict.message)
     return _promote(attempt, verdict.message, events=(event,))
+
+
+def candidates_turn(elapsed_s: float, candidate_lacks: bool, stable_lacks: bool) -> bool:
+    """Whose turn it is on one pod alone: the side's that lacks requests, else by the clock, the candidate first.
+
+    Each pair of turns is twice as long as the one before: a request that sees a switch counts for neither side, and
+    requests that last for minutes must begin and end within one turn, too.
+    """
+    if candidate_lacks != stable_lacks:
+        return candidate_lacks
+    turn_s = TURN_S
+    while elapsed_s >= 2 * turn_s:
+        elapsed_s, turn_s = elapsed_s - 2 * turn_s, 2 * turn_s
+    return elapsed_s < turn_s
 
 
 def _promote(attempt: Attempt, message: str, **changes: Any) -> Step:

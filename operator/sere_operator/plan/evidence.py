@@ -73,7 +73,7 @@ def golden_needed(snapshot: Snapshot, wanted: Wanted, stable: str) -> list[tuple
 
 def metrics_needed(status: Object) -> bool:
     """Whether `observe` must read the pods' histograms."""
-    return (status.get("rollout") or {}).get("stage") in (Stage.BASELINE, Stage.ANALYSING)
+    return (status.get("rollout") or {}).get("stage") == Stage.ANALYSING
 
 
 def _counters(pod: PodView, digest: str) -> Object | None:
@@ -111,16 +111,10 @@ def measured(known: Object, pods: list[PodView], digest: str, key: str = "start"
 def arms(
     snapshot: Snapshot, stable: str, candidate: str, known: Object, canaries: list[PodView]
 ) -> tuple[Object, Arm | None, Arm | None]:
+    """Both sides. Where there are no other pods, the canary pods are both, in turns: histograms tell policies apart."""
     known, canary = measured(known, canaries, candidate)
-    if known["state"]["alone"]:
-        baseline = known["state"].get("baseline") or {}
-        arm: Arm | None = Arm(
-            {bucket: histogram.unpacked(data) for bucket, data in baseline.get("tpot", {}).items()},
-            {bucket: histogram.unpacked(data) for bucket, data in baseline.get("ttft", {}).items()},
-        )
-    else:
-        others = [pod for pod in snapshot.live_pods if pod.name not in known["canaryPods"] and pod.digest == stable]
-        known, arm = measured(known, others, stable, "stableStart")
+    others = [pod for pod in snapshot.live_pods if pod.name not in known["canaryPods"] and pod.digest == stable]
+    known, arm = measured(known, canaries if known["state"]["alone"] else others, stable, "stableStart")
     canary_golden, stable_golden = golden_answers(known, "canary"), golden_answers(known, "stable")
     return (
         known,

@@ -23,11 +23,17 @@ def expected_digest(snapshot: Snapshot, step: Step, pod: PodView) -> str:
     return EXACT if overridden(snapshot) else step.pod_policy.get(pod.name, step.stable)
 
 
+def right_digests(snapshot: Snapshot, step: Step, pod: PodView) -> set[str]:
+    """The policies that this pod may run at this moment. A switch from turn to turn is no reason not to be Ready."""
+    right = {expected_digest(snapshot, step, pod)}
+    return right | {step.stable, str((step.rollout or {}).get("candidate"))} if pod.name in step.in_turns else right
+
+
 def serving_pods(snapshot: Snapshot, step: Step) -> list[PodView]:
     """Pods that pass their probe, show the policy meant for them on every rank, and gave a real token under it."""
     return [
         pod for pod in snapshot.live_pods
-        if pod.ready and pod.digest == expected_digest(snapshot, step, pod) and pod.proven == pod.digest
+        if pod.ready and pod.digest in right_digests(snapshot, step, pod) and pod.proven == pod.digest
     ]  # fmt: skip
 
 
@@ -91,7 +97,7 @@ def ready(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, step: St
         return False, step.reason if not step.applied else Reason.POLICY_PENDING, step.message
     serving = serving_pods(snapshot, step)
     if len(serving) < total:
-        pending = [pod for pod in snapshot.live_pods if pod.digest != expected_digest(snapshot, step, pod)]
+        pending = [pod for pod in snapshot.live_pods if pod.digest not in right_digests(snapshot, step, pod)]
         if pending:
             return False, Reason.POLICY_PENDING, f"{len(pending)} of {total} pods do not show the policy meant for them yet"
         return False, Reason.PODS_NOT_READY, f"{total - len(serving)} of {total} pods gave no token yet"

@@ -18,12 +18,14 @@ class Step:
     stable      digest for the policy ConfigMap
     pod_policy  digest for the annotation of the pods named; the others have none
     rollout     `status.rollout` to be, None: nothing under way
+    in_turns    pods on which the candidate and the stable policy take turns: either is right at any moment
     applied     condition PolicyApplied: True, False, and why
     """
 
     stable: str
     pod_policy: dict[str, str] = field(default_factory=dict)
     rollout: Object | None = None
+    in_turns: frozenset[str] = frozenset()
     rejected: tuple[Object, ...] = ()
     previous: str | None = None
     applied: bool = False

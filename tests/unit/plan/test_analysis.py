@@ -82,7 +82,7 @@ def test_missing_data_never_passes(canary: Arm) -> None:
     assert verdict(arm(1000, 18, 20), canary, deadline_over=True) is Outcome.INCONCLUSIVE
 
 
-def test_before_and_after_on_one_pod_bans_nothing_for_latency() -> None:
+def test_turns_on_one_pod_ban_nothing_for_latency() -> None:
     """More load explains it as well; worse answers it does not explain."""
     slow, stable = arm(3000, 40, 2900), arm(1000, 18, 20)
     assert verdict(stable, slow, watched=False) is Outcome.PENDING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kit"))
 from plan_world import DIGEST, POLICY, Pod, World, profile_body
-from sere_operator.plan.candidate import SETTLE_S, WATCH_S
+from sere_operator.plan.candidate import SETTLE_S, WATCH_S, candidates_turn
 from sere_operator.plan.children import Defaults
 from sere_operator.plan.decide import decide
 
@@ -185,6 +186,39 @@ def test_a_canary_whose_ranks_disagree_for_a_moment_is_not_given_up() -> None:
     )
     plan = decide(replace(snapshot, pods=split), Defaults())
     assert [event.reason for event in plan.events] == []
+
+
+@pytest.mark.parametrize(("rate", "drift_ms"), [(3.0, 0.0), (50.0, 0.0), (50.0, 0.1)], ids=["quiet", "busy", "load rises"])
+def test_on_one_pod_alone_the_policies_take_turns(rate: float, drift_ms: float) -> None:
+    """A load that drifts meets both, where before and after would have blamed the policy. It stays Ready throughout."""
+    world = World(1, routing={"mode": "Tuned"}, rollout=PATIENT, **{k: v for k, v in TUNED.items() if k != "routing"})
+    world.settle(20)
+    world.object["status"]["policy"]["profile"] = "p"
+    world.profiles["p"] = profile_body(POLICY)
+    world.rate = rate
+    turns: list[str] = []
+    ready: list[str] = []
+    while world.condition("PolicyApplied")["reason"] != "Applied":
+        for digest in ("exact", DIGEST):
+            world.tpot_ms[digest] = 10 + drift_ms * len(turns)
+        world.step()
+        if "countedSince" in ((world.status.get("rollout") or {}).get("state") or {}):
+            ready.append(world.condition("Ready")["status"])
+        turns.append(world.pods[0].digest)
+        world.tick()
+        assert len(turns) < 300
+    assert "PolicyInconclusive" not in world.events
+    in_order = [digest for digest, _ in itertools.groupby(turns)]
+    assert in_order[:3] == ["exact", DIGEST, "exact"]
+    assert set(ready[:-2]) == {"True"}, "a turn is no reason not to be Ready; the promotion's switch is waited for"
+    assert world.pods[0].digest == DIGEST
+
+
+def test_turns_grow_so_that_long_requests_fit_into_one() -> None:
+    mine = [candidates_turn(float(second), True, True) for second in range(0, 300)]
+    assert [len(list(run)) for _, run in itertools.groupby(mine)] == [20, 20, 40, 40, 80, 80, 20]
+    assert candidates_turn(25.0, True, False)
+    assert not candidates_turn(5.0, False, True)
 
 
 def test_ready_is_false_until_the_current_spec_answers() -> None:

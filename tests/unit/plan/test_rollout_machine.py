@@ -106,7 +106,7 @@ class RolloutMachine(RuleBasedStateMachine):
         world.rate = 500.0
         plan = world.settle()
         if self.harm == "slow" and len(world.pods) == 1:
-            assert world.stable == "exact"  # before and after on one pod: never promoted, never banned
+            assert world.stable == "exact"  # turns on one pod: never promoted, never banned
             assert "rejected" not in world.status
             return
         assert plan.writes == 0
