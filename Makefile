@@ -11,7 +11,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: help setup demo test lint test-unit test-engine test-apiserver test-cluster test-chart test-gpu \
-        bench-tune bench-speedup retrain-model crds lock envtest clean
+        bench-tune bench-speedup bench-policies retrain-model crds lock envtest clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -48,6 +48,10 @@ bench-tune: setup ## Trials per 10 minutes and the time of a certificate, as JSO
 
 bench-speedup: setup ## A certified speed-up on the real engine at concurrency 16, as JSON
 	$(PY) benchmarks/speedup.py
+
+bench-policies: setup ## Accuracy against active experts of every kind of policy; renews docs/policies.md
+	$(PY) benchmarks/policies.py
+	$(PY) benchmarks/render.py
 
 retrain-model: setup ## Train tests/assets/tiny_moe anew (about 15 minutes on 2 cores)
 	$(PY) tests/assets/make/train.py

@@ -1,0 +1,131 @@
+"""The small model in plain torch under continuous batching, with the routing of decode steps replaceable.
+
+Many batches run side by side in one forward pass ("lanes"), each with its own union of experts, which is what makes
+thousands of items under dozens of policies take minutes on two cores. Prompts are computed once, with exact routing. A lane
+takes the next item as soon as it has finished one, and items that are not counted follow the counted ones, so that every
+counted token was decoded in a full batch.
+
+Shapes: L lanes, B sequences per batch, E experts, k experts per token.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "assets" / "make"))
+
+import tokenizer  # noqa: E402
+from reference import Cache, Reference  # noqa: E402
+from tasks import Item  # noqa: E402
+
+LONGEST_ANSWER = 16  # tokens after which an answer is cut off
+CAPACITY = 32  # tokens of the longest prompt and answer
+LANES = 512
+
+# (layer, router logits [L, E]) -> weight of every expert [L, E], 0 where a token does not use it
+Mix = Callable[[int, Tensor], Tensor]
+
+
+class Lanes(Reference):
+    """A `Reference` whose router is a `Mix`."""
+
+    def exact(self, _layer: int, logits: Tensor) -> Tensor:
+        """The routing the model was trained with."""
+        weights, ids = self.top(logits)
+        return torch.zeros_like(logits).scatter_(1, ids, weights)
+
+    def top(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and ids [L, k] as the model's router returns them."""
+        weights, ids = logits.softmax(-1).topk(self.top_k, -1)
+        return (weights / weights.sum(-1, keepdim=True) if self.config["norm_topk_prob"] else weights), ids
+
+    def moe(self, layer: int, x: Tensor, route: Mix) -> Tensor:  # type: ignore[override]
+        mix = route(layer, functional.linear(x, self.weights[f"model.layers.{layer}.mlp.gate.weight"]))
+        out = torch.zeros_like(x)
+        for expert in range(self.experts):
+            rows = mix[:, expert].nonzero().flatten()
+            if len(rows):
+                out.index_add_(0, rows, mix[rows, expert, None] * self.expert(layer, expert, x[rows]))
+        return out
+
+
+@dataclass
+class Prompted:
+    """Items whose prompts were computed under exact routing."""
+
+    items: list[Item]
+    cache: Cache  # one row per item
+    first: Tensor  # int64 [items]: first token of the answer
+    position: Tensor  # int64 [items]: its place
+
+
+def prompted(model: Lanes, items: list[Item]) -> Prompted:
+    """Compute all prompts; equal lengths together, so that nothing is padding."""
+    cache = model.cache(len(items), CAPACITY)
+    first, position = torch.zeros(len(items), dtype=torch.int64), torch.tensor([len(item.prompt) for item in items])
+    for length in sorted(set(position.tolist())):
+        for rows in (position == length).nonzero().flatten().split(LANES):
+            ids = torch.tensor([[tokenizer.IDS[c] for c in items[row].prompt] for row in rows.tolist()])
+            logits = model.forward(ids, torch.arange(length).expand(len(rows), -1), cache, rows, model.exact)  # type: ignore[arg-type]
+            first[rows] = logits[:, -1].argmax(-1)
+    return Prompted(items, cache, first, position)
+
+
+def answers(model: Lanes, asked: Prompted, route: Mix, *, refill: bool = True, batch: int = LANES) -> list[str]:
+    """Greedy answers of all items, decoded under `route` in full batches.
+
+    Args:
+        route: called with all lanes; batch number b owns the lanes b * B to b * B + B - 1.
+        refill: False lets a batch of `batch` finish before it takes new items, as waves of requests do; idle lanes then
+            give NaN logits to `route`.
+    """
+    lanes = min(LANES, -(-len(asked.items) // batch) * batch)
+    cache = model.cache(lanes, CAPACITY)
+    tokens = torch.full((len(asked.items), LONGEST_ANSWER), tokenizer.EOS_ID)
+    tokens[:, 0] = asked.first
+    length = torch.ones(len(asked.items), dtype=torch.int64)
+    owner = torch.full((lanes,), -1)  # item of each lane
+    counted = torch.zeros(lanes, dtype=torch.bool)
+    last, position = torch.zeros(lanes, dtype=torch.int64), torch.zeros(lanes, dtype=torch.int64)
+    taken, open_items = 0, len(asked.items)
+    everywhere = torch.arange(lanes)
+
+    def masked(layer: int, logits: Tensor) -> Tensor:
+        idle = owner < 0
+        mix = route(layer, logits.masked_fill(idle[:, None], torch.nan) if idle.any() else logits)
+        return mix.masked_fill(idle[:, None], 0.0)
+
+    while open_items:
+        free = (owner < 0).nonzero().flatten()
+        if not refill:
+            free = free[(owner.view(-1, batch) < 0).all(1).repeat_interleave(batch)[free]]
+            free = free[: len(asked.items) - taken]
+        if len(free):
+            number = taken + torch.arange(len(free))
+            item = number % len(asked.items)
+            owner[free], counted[free] = item, number < len(asked.items)
+            taken += len(free)
+            cache.keys[:, free], cache.values[:, free] = asked.cache.keys[:, item], asked.cache.values[:, item]
+            last[free], position[free] = asked.first[item], asked.position[item]
+            # Items that are not counted have an answer of their own length: it is kept apart.
+        logits = model.forward(last[:, None], position[:, None], cache, everywhere, masked)  # type: ignore[arg-type]
+        last = logits[:, 0].argmax(-1)
+        position = position + 1
+        live = owner >= 0
+        mine = (live & counted).nonzero().flatten()
+        tokens[owner[mine], length[owner[mine]]] = last[mine]
+        length[owner[mine]] += 1
+        over = live & ((last == tokenizer.EOS_ID) | (position - asked.position[owner.clamp(min=0)] >= LONGEST_ANSWER - 1))
+        open_items -= int((over & counted).sum())
+        owner[over] = -1
+        position[over] = 0
+    characters = {index: character for character, index in tokenizer.IDS.items()}
+    return ["".join(characters.get(token, "?") for token in row if token != tokenizer.EOS_ID) for row in tokens.tolist()]

@@ -1,0 +1,261 @@
+"""`make bench-policies`: accuracy against active experts of every kind of policy, on the small trained model. Writes JSON.
+
+    python benchmarks/policies.py [--items N] [--seed N] [--batch N ...] [--out FILE]
+
+Every cell decodes the same items in full batches of 1, 4, 16 or 64 sequences (`lanes.py`) under one policy (`dense.py`); prompts
+are routed exactly. Drops are paired with exact routing at the same batch size: the two-sided 95 %
+score interval for a difference of paired proportions (T. Tango, Statistics in Medicine 17 (1998) 891), items taken as independent.
+One cell is decoded by vLLM as well, waves of requests at a time, and both must give the same answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import dense
+import torch
+from lanes import ROOT, Lanes, Prompted, answers, prompted
+from sere_ext.artifact import read_similarity
+from tasks import Item, items
+from torch import Tensor
+from tune import MAKE, machine, run
+
+MODEL = ROOT / "tests" / "assets" / "tiny_moe"
+FOLDER = ROOT / "build" / "bench-policies"
+RESULT = ROOT / "benchmarks" / "results" / "policies.json"
+BATCHES = (1, 4, 16, 64)
+CONFIDENCE = 0.95
+Z = 1.959964  # of CONFIDENCE, two-sided
+EQUAL_ACTIVE = 1.02  # policies within 2 % of active experts count as equally fast
+# Where the engine must agree: one wave of requests at a time, so that both know which tokens share a step.
+ENGINE_BATCH, ENGINE_ITEMS = 16, 512
+ENGINE_BUCKET: dict[str, Any] = {"kind": "sere", "S": 1}
+
+
+def grid(most: int = 64) -> list[dict[str, Any]]:
+    """Every policy of the table, as buckets without edges; exact first. Budgets from `most` experts on limit nothing."""
+    rhos = (0.3, 0.4, 0.5)
+    found: list[dict[str, Any]] = [{"kind": "exact"}]
+    found += [{"kind": "sere", "S": S, "rho": rho} for S in (1, 2, 3) for rho in (0.0, *rhos)]
+    found += [{"kind": kind, "S": S} for kind in ("topk", "oea") for S in (1, 2, 3)]
+    found += [{"kind": "budget", "maxExperts": N} for N in (2, 3, 4, 5, 6, 8, 10, 12)]
+    found += [{"kind": "hybrid", "S": S, "rho": rho} for S in (1, 2) for rho in rhos]
+    found += [{"kind": "hybrid", "S": 1, "rho": rho, "maxExperts": N} for N in (4, 6, 8, 10) for rho in (0.3, 0.5, 1.0)]
+    return [bucket for bucket in found if bucket.get("maxExperts", 0) < most]
+
+
+class Policied:
+    """One bucket of a policy as a `lanes.Mix` for batches of `batch` sequences; counts active experts and slots."""
+
+    def __init__(self, model: Lanes, similarity: Tensor, bucket: dict[str, Any], batch: int) -> None:
+        self.model, self.similarity, self.bucket, self.batch = model, similarity, bucket, batch
+        self.before, self.after, self.slots, self.calls = 0.0, 0.0, 0.0, 0
+
+    def __call__(self, layer: int, logits: Tensor) -> Tensor:
+        grouped = (-1, self.batch, logits.shape[1])
+        mix = self.model.exact(layer, logits).nan_to_num(0.0).view(grouped)  # idle lanes use no expert
+        new = dense.reroute(self.bucket, mix, logits.softmax(-1).view(grouped), self.similarity[layer], self.model.top_k)
+        self.before += _active(mix)
+        self.after += _active(new)
+        self.slots += float((new != 0).sum() / len(logits))
+        self.calls += 1
+        return new.reshape(logits.shape)
+
+
+def _active(mix: Tensor) -> float:
+    """Mean distinct experts of a batch."""
+    return float((mix != 0).any(1).sum(1).double().mean())
+
+
+def describe(bucket: dict[str, Any]) -> str:
+    """As people read it."""
+    named = {"S": "S={}", "rho": "rho={:.2f}", "maxExperts": "N={}"}
+    return " ".join([bucket["kind"], *(named[key].format(value) for key, value in bucket.items() if key in named)])
+
+
+@dataclass
+class Cell:
+    """One policy at one batch size."""
+
+    batch: int
+    bucket: dict[str, Any]
+    policy: str
+    right: list[bool]
+    row: dict[str, Any] = field(default_factory=dict)
+
+
+def drop_interval(losses: int, gains: int, n: int) -> tuple[float, float]:
+    """Two-sided 95 % limits of the drop, a fraction: all values that Tango's score test does not reject.
+
+    Args:
+        losses: items right under the first policy alone.
+        gains: items right under the second alone.
+        n: items.
+    """
+
+    def z(drop: float) -> float:
+        a, b = 2.0 * n, -losses - gains + (2.0 * n - losses + gains) * drop
+        share_of_gains = (math.sqrt(max(b * b + 4.0 * a * gains * drop * (1.0 - drop), 0.0)) - b) / (2.0 * a)
+        variance = n * (2.0 * share_of_gains + drop * (1.0 - drop))
+        return (losses - gains - n * drop) / math.sqrt(variance) if variance > 0 else 0.0
+
+    def edge(inside: float, outside: float) -> float:
+        for _ in range(50):
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if abs(z(middle)) <= Z else (inside, middle)
+        return inside
+
+    drop = (losses - gains) / n
+    return edge(drop, -1.0 + 1e-9), edge(drop, 1.0 - 1e-9)
+
+
+def compare(first: list[bool], second: list[bool]) -> tuple[float, float, float]:
+    """Points that `second` loses against `first`, with the limits."""
+    losses = sum(a and not b for a, b in zip(first, second, strict=True))
+    gains = sum(b and not a for a, b in zip(first, second, strict=True))
+    low, high = drop_interval(losses, gains, len(first))
+    return 100 * (losses - gains) / len(first), 100 * low, 100 * high
+
+
+def measure(model: Lanes, asked: Prompted, similarity: Tensor, batch: int, buckets: list[dict[str, Any]]) -> list[Cell]:
+    """All policies at one batch size; the first one is what the others are paired with."""
+    cells: list[Cell] = []
+    exact: list[str] = []
+    for bucket in buckets:
+        policy, began = describe(bucket), time.monotonic()
+        route = Policied(model, similarity, bucket, batch)
+        texts = answers(model, asked, route)
+        exact = exact or texts
+        right = [text == item.answer for text, item in zip(texts, asked.items, strict=True)]
+        cell = Cell(batch, bucket, policy, right)
+        drop, low, high = compare((cells or [cell])[0].right, right)
+        cell.row = {
+            "batch": batch, "policy": policy, **bucket, "correctPercent": 100 * sum(right) / len(right),
+            "dropPoints": drop, "dropLow": low, "dropHigh": high,
+            "differPercent": 100 * sum(a != b for a, b in zip(texts, exact, strict=True)) / len(texts),
+            "activeBefore": route.before / route.calls, "active": route.after / route.calls,
+            "slots": route.slots / route.calls, "seconds": time.monotonic() - began,
+        }  # fmt: skip
+        cells.append(cell)
+        print(f"batch {batch:2d}  {policy:26s} {drop:7.3f} [{low:.3f}, {high:.3f}]  {cell.row['active']:.2f}", file=sys.stderr)
+    return cells
+
+
+def mark_front(cells: list[Cell]) -> None:
+    """Set `front` on every cell of one batch size: no other needs as few experts (within 2 %) and loses less, beyond noise."""
+    for cell in cells:
+        cell.row["front"] = not any(
+            other.row["active"] <= cell.row["active"] * EQUAL_ACTIVE and compare(other.right, cell.right)[1] > 0
+            for other in cells
+            if other is not cell
+        )
+
+
+def duels(cells: list[Cell], kind: str) -> list[dict[str, Any]]:
+    """Each policy of `kind` against the best other kind that needs no more experts (within 2 %): points gained, with limits."""
+    found = []
+    for cell in (c for c in cells if c.bucket["kind"] == kind):
+        rivals = [c for c in cells if c.bucket["kind"] != kind and c.row["active"] <= cell.row["active"] * EQUAL_ACTIVE]
+        if not rivals:
+            continue
+        best = min(rivals, key=lambda c: c.row["dropPoints"])
+        gain, low, high = compare(cell.right, best.right)
+        verdict = "wins" if low > 0 else "loses" if high < 0 else "level"
+        found.append(
+            {
+                "batch": cell.batch, "policy": cell.policy, "active": cell.row["active"], "rival": best.policy,
+                "rivalActive": best.row["active"], "gainPoints": gain, "gainLow": low, "gainHigh": high, "verdict": verdict,
+            }
+        )  # fmt: skip
+    return found
+
+
+def in_engine(similarity: Path, asked: list[Item]) -> list[str]:
+    """Answers of vLLM in waves of ENGINE_BATCH under ENGINE_BUCKET; a wave's prompts are outside the bucket, so exact."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all requests of a wave are there before its first step
+    from vllm import LLM, SamplingParams
+
+    ours = {"similarity": str(similarity), "policy": {"buckets": [{"minTokens": 1, "maxTokens": ENGINE_BATCH, **ENGINE_BUCKET}]}}
+    engine = LLM(
+        model=str(MODEL), dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=ENGINE_BATCH,
+        enable_prefix_caching=False, additional_config={"sere": ours},
+    )  # fmt: skip
+    greedy = SamplingParams(temperature=0, max_tokens=16)
+    texts: list[str] = []
+    for start in range(0, len(asked), ENGINE_BATCH):
+        wave = [item.prompt for item in asked[start : start + ENGINE_BATCH]]
+        texts += [output.outputs[0].text for output in engine.generate(wave, greedy, use_tqdm=False)]
+    return texts
+
+
+def engine_check(model: Lanes, similarity: Path, matrices: Tensor, seed: int) -> dict[str, Any]:
+    """The same waves in both; how many answers are equal."""
+    asked = items("eval", ENGINE_ITEMS, seed)
+    route = Policied(model, matrices, ENGINE_BUCKET, ENGINE_BATCH)
+    mine = answers(model, prompted(model, asked), route, refill=False, batch=ENGINE_BATCH)
+    theirs = in_engine(similarity, asked)
+    right = [sum(t == item.answer for t, item in zip(texts, asked, strict=True)) for texts in (mine, theirs)]
+    equal = sum(a == b for a, b in zip(mine, theirs, strict=True))
+    return {
+        "policy": describe(ENGINE_BUCKET), "batch": ENGINE_BATCH, "items": len(asked), "equal": equal,
+        "right": right[0], "engineRight": right[1],
+    }  # fmt: skip
+
+
+def load(similarity: Path) -> Tensor:
+    """Matrices of all layers, [layers, E, E]."""
+    return torch.stack([torch.from_numpy(matrix) for _, matrix in sorted(read_similarity(similarity).matrices.items())])
+
+
+def table(similarity: Path, count: int, seed: int, batch: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and duels of one batch size, in a process of its own."""
+    torch.set_num_threads(1)
+    model = Lanes(MODEL)
+    asked = prompted(model, items("eval", count, seed))
+    cells = measure(model, asked, load(similarity), batch, grid(batch * model.top_k))
+    mark_front(cells)
+    return [cell.row for cell in cells], duels(cells, "hybrid")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--items", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--skip-engine", action="store_true")
+    args = parser.parse_args()
+    began = time.monotonic()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    calibration, similarity = FOLDER / "calib.jsonl", FOLDER / "similarity.safetensors"
+    run(sys.executable, MAKE / "items.py", "--split", "calibration", "--count", "600", "--seed", "0", "--out", calibration)
+    run(sys.executable, "-m", "sere_ext.cli", "calibrate", MODEL, "--data", calibration, "--out", similarity)
+    # Two processes of one thread each: torch's own threads gain little on tensors this small.
+    jobs = [(similarity, args.items, args.seed, batch) for batch in sorted(args.batch, reverse=True)]
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        tables = dict(zip(sorted(args.batch, reverse=True), pool.map(table, *zip(*jobs, strict=True)), strict=True))
+    rows = [row for batch in args.batch for row in tables[batch][0]]
+    fights = [fight for batch in args.batch for fight in tables[batch][1]]
+    model, matrices = Lanes(MODEL), load(similarity)
+    check = None if args.skip_engine else engine_check(model, similarity, matrices, args.seed)
+    result = {
+        "machine": machine(), "items": args.items, "seed": args.seed, "experts": model.experts, "topK": model.top_k,
+        "engineCheck": check, "rows": rows, "hybridDuels": fights, "seconds": time.monotonic() - began,
+    }  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
