@@ -90,8 +90,8 @@ class Publisher:
                 content = finished.similarity.read_bytes()
                 if len(content) > _MAX_BYTES - 100_000:
                     raise PublishError(
-                        f"the similarity artefact has {len(content):,} bytes, too many for a ConfigMap; put it on a volume and "
-                        "name it in `similarity`"
+                        f"the similarity artefact has {len(content):,} bytes, too many for a ConfigMap; tune with one that "
+                        "`sere similarity pack` made, named in `similarity`"
                     )
                 binary["similarity.safetensors"] = base64.b64encode(content).decode()
         self._persist(data, binary)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from sere_ext.artifact import read_similarity
-from sere_ext.calibrate import calibrate
+from sere_ext.calibrate import Options, calibrate
 from sere_ext.errors import ConflictError, PolicyError, SereError, SimilarityError, UnsupportedError
 from sere_ext.policy import Kind, Policy
 from sere_ext.reference import reroute
@@ -182,7 +182,7 @@ def test_bad_changes_are_refused_and_change_nothing(running: Any, stock: Any, si
 
 def test_a_similarity_file_of_another_model_is_refused(running: Any, deepseek: Path, calibration: Path, tmp_path: Path) -> None:
     other = tmp_path / "deepseek.safetensors"
-    calibrate(str(deepseek), calibration, other, sequences=2)
+    calibrate(str(deepseek), calibration, other, Options(sequences=2))
     with pytest.raises(SimilarityError, match=r"made for another model: deepseek_v2 .* run `sere calibrate`"):
         switch_llm(running, policy("sere", S=2), similarity=str(other))
 

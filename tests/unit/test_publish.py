@@ -95,7 +95,7 @@ def test_an_overloaded_server_is_tried_again_and_a_refusal_is_not(server: Server
 def test_an_artefact_too_large_for_a_configmap_is_refused(server: Server, tmp_path: Path) -> None:
     artefact = tmp_path / "similarity.safetensors"
     artefact.write_bytes(b"\x00" * 1_000_001)
-    with pytest.raises(PublishError, match="put it on a volume"):
+    with pytest.raises(PublishError, match="`sere similarity pack`"):
         publisher(server).finish(Finished(Outcome(Ending.CHOSEN, ""), {}, {}, artefact))
 
 

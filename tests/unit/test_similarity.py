@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from sere_ext.artifact import check_fits, read_similarity, sorted_neighbours, write_similarity
-from sere_ext.calibrate import GramSum, frobenius, read_texts
-from sere_ext.errors import SimilarityError, UnsupportedError, UsageError
-from sere_ext.similarity import SimilarityMeta, model_config_digest, read_meta
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from sere_ext.artifact import check_fits, packed_meta, read_similarity, sorted_neighbours, write_similarity
+from sere_ext.errors import SimilarityError
+from sere_ext.heatmap import render
+from sere_ext.packing import pack, unpack
+from sere_ext.similarity import Changes, SimilarityMeta, model_config_digest, read_meta, similarity_digest
+from sere_ext.stability import changes, describe
+from sere_operator.plan.artefact import verified_digest
 
 CONFIG: dict[str, object] = {"model_type": "qwen3_moe", "num_experts": 3, "hidden_size": 8}
 
 
 def artefact(path: Path, layers: tuple[int, ...] = (0, 2)) -> SimilarityMeta:
     rng = np.random.default_rng(0)
-    matrices = {layer: rng.random((3, 3)).astype(np.float32) for layer in layers}
-    meta = SimilarityMeta(
+    matrices = {layer: symmetric(rng.random((3, 3))) for layer in layers}
+    return write_similarity(path, described(layers), matrices)
+
+
+def symmetric(values: Any) -> Any:
+    matrix = ((values + values.T) / 2).astype(np.float32)
+    np.fill_diagonal(matrix, 1)
+    return matrix
+
+
+def described(layers: tuple[int, ...] = (0,)) -> SimilarityMeta:
+    return SimilarityMeta(
         model_type="qwen3_moe", model_name="tiny", config_digest=model_config_digest(CONFIG), data_digest="sha256:0",
         tokens=10, layers=layers, num_experts=3,
     )  # fmt: skip
-    return write_similarity(path, meta, matrices)
+
+
+def forge(path: Path, tensor: Any, **changed: Any) -> Path:
+    """A file that is right in itself (length, digest) but for what is forged."""
+    meta = described().model_copy(update={"digest": similarity_digest(described(), {0: tensor.tobytes()})})
+    save_file({"layer.0": tensor}, path, metadata={"sere": json.dumps({**meta.to_json_dict(), **changed})})
+    return path
 
 
 def test_what_is_written_is_read_back_and_content_addressed(tmp_path: Path) -> None:
@@ -84,69 +107,122 @@ def test_neighbours_are_sorted_and_ties_go_to_the_lower_id() -> None:
     assert sorted_neighbours(np.ones((1, 1), np.float32))[0].shape == (1, 0)
 
 
-def experts_module(kind: str) -> Any:
-    """Four experts, H = 8, I = 6; 1 is twice 0, so it answers alike up to scale."""
-    torch.manual_seed(0)
-    stacked = torch.nn.Module()
-    stacked.num_experts, stacked.act_fn = 4, torch.nn.functional.silu  # type: ignore[assignment]
-    stacked.gate_up_proj = torch.nn.Parameter(torch.randn(4, 12, 8))
-    stacked.down_proj = torch.nn.Parameter(torch.randn(4, 8, 6))
-    if kind == "stacked":
-        return stacked
-
-    class Expert(torch.nn.Module):
-        def __init__(self, index: int) -> None:
-            super().__init__()
-            self.index = index
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            gate, up = (x @ stacked.gate_up_proj[self.index].T).chunk(2, -1)
-            return (torch.nn.functional.silu(gate) * up) @ stacked.down_proj[self.index].T
-
-    return torch.nn.ModuleList(Expert(i) for i in range(4))
+GOOD = symmetric(np.random.default_rng(1).random((3, 3)))
 
 
-@pytest.mark.parametrize("kind", ["stacked", "list"])
-def test_streamed_frobenius_equals_the_definition(kind: str) -> None:
-    """Against ||Ei - Ej||_F over all outputs held at once, and independent of how tokens were cut into chunks."""
-    experts, inputs = experts_module(kind), torch.randn(37, 8)
-    total = GramSum(experts)
-    with torch.no_grad():
-        for start in range(0, 37, 5):
-            total.add(inputs[start : start + 5])
-        stacked = experts_module("stacked")
-        outputs = []
-        for e in range(4):
-            gate, up = (inputs @ stacked.gate_up_proj[e].T).chunk(2, -1)
-            outputs.append(((torch.nn.functional.silu(gate) * up) @ stacked.down_proj[e].T).double())
-    distance = torch.stack([torch.stack([(a - b).norm() for b in outputs]) for a in outputs])
-    want = (1 - distance / distance.max()).numpy()
-    got = frobenius(total.gram)
-    assert total.tokens == 37
-    np.testing.assert_allclose(got, want, atol=1e-5)
-    assert np.diag(got).tolist() == [1, 1, 1, 1]
-    np.testing.assert_array_equal(got, got.T)
+@pytest.mark.parametrize(
+    ("tensor", "changed", "says"),
+    [
+        (GOOD, {"schemaVersion": 7}, "has schema version 7, this release reads 1"),
+        (GOOD, {"metric": "rbf"}, r"metric: .* \(got 'rbf'\)"),
+        (GOOD, {"surprise": 1}, "surprise: unknown field"),
+        (GOOD[:2], {}, r"layer.0 should be float32 \[3, 3\], it is float32 \[2, 3\]"),
+        (GOOD.astype(np.float64), {}, r"it is float64 \[3, 3\]"),
+        (GOOD, {"layers": [1]}, r"layer.1 should be float32 \[3, 3\], it is missing"),
+        (
+            np.where(np.eye(3) * [[0, 1, 0]], np.nan, GOOD).astype(np.float32),
+            {},
+            "layer.0 has no number for expert 1 with itself",
+        ),
+        (
+            GOOD + np.float32(0.1) * np.triu(np.ones((3, 3), np.float32), 1),
+            {},
+            r"layer.0 is not symmetric: \[0, 1\] is 1\.04\d+, \[1, 0\] is 0\.94",
+        ),
+    ],
+)
+def test_a_wrong_file_is_refused_with_what_is_wrong(tmp_path: Path, tensor: Any, changed: dict[str, Any], says: str) -> None:
+    with pytest.raises(SimilarityError, match=says):
+        read_similarity(forge(tmp_path / "s.safetensors", tensor, **changed))
+    read_similarity(forge(tmp_path / "right.safetensors", GOOD))
 
 
-def test_experts_that_all_answer_the_same_are_all_alike() -> None:
-    assert frobenius(np.ones((3, 3))).tolist() == np.ones((3, 3)).tolist()
+@pytest.mark.parametrize("sere", ["[1]", "no json", "7"])
+def test_a_header_that_is_no_metadata_is_refused(tmp_path: Path, sere: str) -> None:
+    save_file({"layer.0": GOOD}, tmp_path / "s.safetensors", metadata={"sere": sere})
+    with pytest.raises(SimilarityError, match="damaged header"):
+        read_meta(tmp_path / "s.safetensors")
+    (tmp_path / "s.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]")
+    with pytest.raises(SimilarityError, match="no sere metadata"):
+        read_meta(tmp_path / "s.safetensors")
 
 
-def test_experts_of_an_unknown_form_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="Linear are not known"):
-        GramSum(torch.nn.Linear(2, 2))
+def test_a_wrong_matrix_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(SimilarityError, match="not symmetric"):
+        write_similarity(tmp_path / "s", described(), {0: np.arange(9, dtype=np.float32).reshape(3, 3)})
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_calibration_texts(tmp_path: Path) -> None:
-    jsonl = tmp_path / "a.jsonl"
-    jsonl.write_text(json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n\n" + json.dumps({"text": "t"}) + "\n")
-    assert read_texts(jsonl) == ["1+1=2", "t"]
-    plain = tmp_path / "a.txt"
-    plain.write_text("one\ntwo\n")
-    assert read_texts(plain) == ["one", "two"]
-    for text, says in (("", "holds no calibration text"), ('{"x": 1}', ":1: each line should be"), ("[1]", ":1:"), ("{", ":1:")):
-        jsonl.write_text(text)
-        with pytest.raises(UsageError, match=says):
-            read_texts(jsonl)
-    with pytest.raises(UsageError, match="cannot read the calibration data"):
-        read_texts(tmp_path / "missing.jsonl")
+def test_digests_of_files_from_before_a_field_existed_stay() -> None:
+    """Pinned: profiles and policies hold these digests."""
+    assert similarity_digest(described(), {0: bytes(36)}) == PINNED
+
+
+PINNED = "sha256:2c19202b0ea46a948e81fdf59b432825957e5bd8fcbe3c49d6a7f185849be226"
+
+
+@given(st.integers(1, 12), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_a_packed_matrix_is_off_by_half_a_step_at_most(experts: int, a: float, b: float, seed: int) -> None:
+    matrix = symmetric(min(a, b) + abs(a - b) * np.random.default_rng(seed).random((experts, experts)))
+    triangle, (low, step) = pack(matrix)
+    assert triangle.dtype == np.int8 and triangle.shape == (experts * (experts - 1) // 2,)
+    back = unpack(triangle, (low, step), experts)
+    assert step <= abs(a - b) / 255 + 1e-6
+    np.testing.assert_allclose(back, matrix, atol=step / 2 + 1e-6)
+    np.testing.assert_array_equal(back, back.T)
+
+
+def test_packed_files_are_read_like_others_and_say_what_packing_changed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    matrices = {n: symmetric(rng.random((64, 64))) for n in (1, 3)}
+    meta = described((1, 3)).model_copy(update={"num_experts": 64})
+    plain = write_similarity(tmp_path / "p", meta, matrices)
+    similarity = read_similarity(tmp_path / "p")
+    packed = write_similarity(tmp_path / "q", packed_meta(similarity), matrices)
+    back = read_similarity(tmp_path / "q")
+    assert packed.packing is not None and packed.packing.source_digest == plain.digest != packed.digest
+    assert packed.packing.changes == changes(matrices, back.matrices), "what was stored is what a reader gets"
+    assert 0 < packed.packing.changes.nearest < 0.3
+    assert (tmp_path / "q").stat().st_size < 2 * 64 * 63 // 2 + 2000
+    check_fits(back, "q", config=CONFIG, layers=(1, 3), experts=64)
+    for path in ("p", "q"):
+        assert verified_digest(base64.b64encode((tmp_path / path).read_bytes()).decode()) == read_meta(tmp_path / path).digest
+    with pytest.raises(SimilarityError, match="packed already"):
+        packed_meta(back)
+    matrices[1][0, 1] = matrices[1][1, 0] = np.nan
+    write_similarity(tmp_path / "n", meta, matrices)
+    with pytest.raises(SimilarityError, match=r"layer.1 holds values that are no numbers"):
+        packed_meta(read_similarity(tmp_path / "n"))
+    raw = bytearray((tmp_path / "q").read_bytes())
+    raw[-3] ^= 1
+    (tmp_path / "q").write_bytes(raw)
+    with pytest.raises(SimilarityError, match="does not match its digest"):
+        read_similarity(tmp_path / "q")
+
+
+def test_changed_assignments_are_counted_by_who_stands_in_for_whom() -> None:
+    before = symmetric(np.array([[1, 0.9, 0.1, 0.2], [0.9, 1, 0.3, 0.2], [0.1, 0.3, 1, 0.8], [0.2, 0.2, 0.8, 1]]))
+    assert changes({5: before}, {5: before * 0.5 + 0.1}) == Changes(nearest=0, stand_in=0, worst_layer=5, worst_nearest=0)
+    after = before.copy()
+    after[0, 2] = after[2, 0] = 0.95  # expert 0 now goes to 2, expert 2 to 0; 1 and 3 stay
+    found = changes({5: before, 6: before}, {5: after, 6: before})
+    assert (found.nearest, found.worst_layer, found.worst_nearest) == (0.25, 5, 0.5)
+    assert changes({5: before, 6: before}, {5: before, 6: after}).worst_layer == 6
+    assert describe(found).startswith("25.0 % of nearest experts and ")
+    # With one active expert nobody has a choice, so a stand-in can differ only where several are active.
+    assert found.stand_in == 0
+    many = np.random.default_rng(0).random((16, 16))
+    moved = changes({0: symmetric(many)}, {0: symmetric(many.T[::-1, ::-1])})
+    assert 0.5 < moved.stand_in <= 1 and 0.5 < moved.nearest <= 1
+
+
+def test_the_page_of_heat_maps_needs_nothing_from_outside(tmp_path: Path) -> None:
+    artefact(tmp_path / "s", layers=(0, 2))
+    similarity = read_similarity(tmp_path / "s")
+    page = render(similarity)
+    assert "http" not in page and "src=" not in page and "{" + "title}" not in page
+    assert page.count("<figure>") == 2 and "layer 2" in page and similarity.meta.digest in page
+    levels = [base64.b64decode(part.split('"')[0]) for part in page.split('data-levels="')[1:]]
+    assert list(levels[1]) == np.rint(similarity.matrices[2].clip(0, 1) * 255).astype(int).reshape(-1).tolist()
+    named = similarity.meta.model_copy(update={"model_name": "<b>"})
+    assert "<b>" not in render(type(similarity)(named, similarity.matrices))

@@ -1,0 +1,169 @@
+"""Running sums over tokens from which the similarity of experts follows, in memory that does not grow with the tokens.
+
+Metrics and sources (arXiv 2602.07616 and its repository's calibration/utils.py; Ei [N, H] is expert i's output on N tokens):
+
+frobenius  1 - ||Ei - Ej||_F / the layer's largest such distance. Exact from the Gram matrix of the flattened outputs,
+           since ||Ei - Ej||^2 = Gii + Gjj - 2 Gij; summed in float64 because a distance is a small difference.
+cosine     (mean over tokens of cos(Ei, Ej) + 1) / 2. Exact from the Gram matrix of the outputs scaled to length 1.
+cka        linear CKA, ||Yj' Yi||_F^2 / (||Yi' Yi||_F ||Yj' Yj||_F) with Y centred over tokens. Exact from the running
+           cross-covariances of all pairs, which are H x H each: E (E + 1) / 2 * H^2 doubles a layer, so small models only.
+
+Every sum is kept apart for the two halves of the data, so that one pass also says how stable the result is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from sere_ext.packing import Matrix
+from sere_ext.similarity import Metric
+
+HALVES = 2
+_DOUBLE_BYTES = 8
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+class Moments(Protocol):
+    """One layer's running sums."""
+
+    tokens: list[int]  # of each half
+
+    def add(self, outputs: Any, half: int) -> None:
+        """outputs: float32 [E, n, H] of all experts on the same n tokens."""
+
+    def matrix(self, halves: tuple[int, ...] = (0, 1)) -> Matrix:
+        """float32 [E, E] from these halves' tokens: symmetric, diagonal 1, larger is more alike."""
+
+    def state(self) -> Arrays:
+        """What a checkpoint holds."""
+
+    def restore(self, state: Arrays) -> None: ...
+
+
+def moments_bytes(metric: Metric, experts: int, hidden: int) -> int:
+    """Memory of one layer's sums."""
+    per_half = experts * (experts + 1) // 2 * hidden * hidden if metric == "cka" else experts * experts
+    return HALVES * _DOUBLE_BYTES * per_half
+
+
+def make_moments(metric: Metric, experts: int, device: Any) -> Moments:
+    return CrossMoments(experts, device) if metric == "cka" else GramMoments(metric, experts, device)
+
+
+class GramMoments:
+    """Sum over tokens of <Ei(x), Ej(x)>, of the outputs (frobenius) or of their directions (cosine)."""
+
+    def __init__(self, metric: Metric, experts: int, device: Any) -> None:
+        import torch
+
+        self.metric = metric
+        self.tokens = [0] * HALVES
+        self._gram = torch.zeros(HALVES, experts, experts, dtype=torch.float64, device=device)
+
+    def add(self, outputs: Any, half: int) -> None:
+        import torch
+
+        if self.metric == "cosine":
+            outputs = torch.nn.functional.normalize(outputs.double(), dim=-1)
+        flat = outputs.double().reshape(outputs.shape[0], -1)  # [E, n * H]
+        self._gram[half].addmm_(flat, flat.T)
+        self.tokens[half] += outputs.shape[1]
+
+    def matrix(self, halves: tuple[int, ...] = (0, 1)) -> Matrix:
+        gram = self._gram[list(halves)].sum(0).numpy(force=True)
+        gram = (gram + gram.T) / 2
+        if self.metric == "frobenius":
+            return frobenius(gram)
+        return _finished((gram / max(1, sum(self.tokens[half] for half in halves)) + 1) / 2)
+
+    def state(self) -> Arrays:
+        return {"gram": self._gram.numpy(force=True), "tokens": np.array(self.tokens)}
+
+    def restore(self, state: Arrays) -> None:
+        import torch
+
+        self._gram.copy_(torch.from_numpy(state["gram"]))
+        self.tokens = state["tokens"].tolist()
+
+
+class CrossMoments:
+    """Sum over tokens of Ei(x) Ej(x)' for every pair i <= j, shifted by the first chunk's mean so that float32 products do."""
+
+    def __init__(self, experts: int, device: Any) -> None:
+        self.experts, self.device = experts, device
+        self.tokens = [0] * HALVES
+        self.hidden = 0  # known from the first outputs
+        self._cross: list[Any] = []
+
+    def _allocate(self, hidden: int, shift: Any) -> None:
+        import torch
+
+        def zeros(*shape: int) -> Any:
+            return torch.zeros(HALVES, *shape, dtype=torch.float64, device=self.device)
+
+        self.hidden, self._shift = hidden, shift  # float32 [E * H]
+        self._sum = zeros(self.experts * hidden)
+        # Row i: expert i against experts i, i + 1, ...
+        self._cross = [zeros(hidden, (self.experts - i) * hidden) for i in range(self.experts)]
+
+    def add(self, outputs: Any, half: int) -> None:
+        if not self.hidden:
+            self._allocate(outputs.shape[2], outputs.mean(1).reshape(-1))
+        wide = outputs.transpose(0, 1).reshape(outputs.shape[1], -1) - self._shift  # [n, E * H]
+        for i, cross in enumerate(self._cross):
+            begin = i * self.hidden
+            cross[half] += wide[:, begin : begin + self.hidden].T @ wide[:, begin:]
+        self._sum[half] += wide.double().sum(0)
+        self.tokens[half] += outputs.shape[1]
+
+    def matrix(self, halves: tuple[int, ...] = (0, 1)) -> Matrix:
+        chosen, tokens = list(halves), max(1, sum(self.tokens[half] for half in halves))
+        total = self._sum[chosen].sum(0)
+        strength = np.zeros((self.experts, self.experts))  # squared norm of each pair's covariance
+        for i, cross in enumerate(self._cross):
+            begin = i * self.hidden
+            centred = cross[chosen].sum(0) - total[begin : begin + self.hidden, None] * total[begin:] / tokens
+            squares = centred.square_().reshape(self.hidden, -1, self.hidden).sum((0, 2)).numpy(force=True)
+            strength[i, i:] = strength[i:, i] = squares
+        scale = np.sqrt(np.outer(np.diag(strength), np.diag(strength)))
+        return _finished(np.divide(strength, scale, out=np.zeros_like(strength), where=scale > 0))
+
+    def state(self) -> Arrays:
+        tokens = {"tokens": np.array(self.tokens)}
+        if not self.hidden:
+            return tokens
+        rows = {f"cross.{i}": cross.numpy(force=True) for i, cross in enumerate(self._cross)}
+        return {**rows, "sum": self._sum.numpy(force=True), "shift": self._shift.numpy(force=True), **tokens}
+
+    def restore(self, state: Arrays) -> None:
+        import torch
+
+        self.tokens = state["tokens"].tolist()
+        if "shift" not in state:
+            return
+        shift = torch.from_numpy(state["shift"]).to(self.device)
+        self._allocate(shift.shape[0] // self.experts, shift)
+        for i, cross in enumerate(self._cross):
+            cross.copy_(torch.from_numpy(state[f"cross.{i}"]))
+        self._sum.copy_(torch.from_numpy(state["sum"]))
+
+
+def frobenius(gram: np.ndarray[Any, Any]) -> Matrix:
+    """1 - distance / largest distance, from the Gram matrix [E, E] of the experts' outputs.
+
+    Returns:
+        float32 [E, E], symmetric, diagonal 1; all 1 if every expert answers the same.
+    """
+    norms = np.diag(gram)
+    distance = np.sqrt(np.maximum(norms[:, None] + norms[None, :] - (gram + gram.T), 0.0))
+    np.fill_diagonal(distance, 0.0)
+    largest = distance.max()
+    return _finished(1.0 - (distance / largest if largest > 0 else distance))
+
+
+def _finished(values: np.ndarray[Any, Any]) -> Matrix:
+    np.fill_diagonal(values, 1.0)
+    return values.astype(np.float32)

@@ -1,0 +1,118 @@
+"""A similarity file in pieces that fit into ConfigMaps, and back again. Pure, torch-free.
+
+A ConfigMap holds at most 1 MiB. Each shard says which file it belongs to, which piece of how many it is, and the digest of
+its bytes: one line of JSON after a magic word, then the bytes. So a shard that is missing, misplaced, torn or of another
+file is named before anything is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from sere_ext.errors import SimilarityError
+from sere_ext.policy import Record
+
+SHARD_BYTES = 900 * 1024  # with its header; leaves room for a ConfigMap's other fields
+_MAGIC = b"sere-similarity-shard 1\n"
+_HEADER_BYTES = 512
+
+
+class ShardHeader(Record):
+    """What a shard says of itself."""
+
+    file_digest: str  # sha256 of the whole file
+    index: Annotated[int, Field(ge=1)]  # from 1
+    count: Annotated[int, Field(ge=1)]
+    digest: str  # sha256 of this shard's bytes
+
+
+def split(content: bytes, limit_bytes: int = SHARD_BYTES) -> list[bytes]:
+    """Shards of about equal size, none longer than `limit_bytes`.
+
+    Raises:
+        SimilarityError: nothing to split, or a limit that leaves no room beside the header.
+    """
+    room = limit_bytes - _HEADER_BYTES
+    if room < 1 or not content:
+        raise SimilarityError(f"{len(content)} bytes cannot be split into shards of {limit_bytes}; give at least 1 KiB each")
+    count = -(-len(content) // room)
+    size = -(-len(content) // count)
+    whole = _sha256(content)
+    shards = []
+    for index in range(count):
+        piece = content[index * size : (index + 1) * size]
+        header = ShardHeader(file_digest=whole, index=index + 1, count=count, digest=_sha256(piece))
+        shards.append(_MAGIC + json.dumps(header.to_json_dict()).encode() + b"\n" + piece)
+    return shards
+
+
+def join(shards: Sequence[bytes]) -> bytes:
+    """The file that `split` was given.
+
+    Args:
+        shards: all of them, in order.
+
+    Raises:
+        SimilarityError: none, one that is missing, repeated, out of order, damaged, or of another file; the message says which.
+    """
+    if not shards:
+        raise SimilarityError("no shards were given; give all of them in order")
+    parts = [_parse(place, shard) for place, shard in enumerate(shards, 1)]
+    first = parts[0][0]
+    for place, (header, _) in enumerate(parts, 1):
+        if (header.file_digest, header.count) != (first.file_digest, first.count):
+            raise SimilarityError(f"the shard at place {place} is of another file ({header.file_digest}) than the first")
+    found = [header.index for header, _ in parts]
+    for index in range(1, first.count + 1):
+        if index not in found:
+            raise SimilarityError(f"shard {index} of {first.count} is missing; give all of them in order")
+        if found.count(index) > 1:
+            raise SimilarityError(f"shard {index} of {first.count} was given {found.count(index)} times")
+    for place, index in enumerate(found, 1):
+        if place != index:
+            raise SimilarityError(f"shard {index} of {first.count} stands at place {place}; give them in order")
+    content = b"".join(piece for _, piece in parts)
+    if _sha256(content) != first.file_digest:
+        raise SimilarityError(f"the shards do not make the file {first.file_digest}; split it again")
+    return content
+
+
+def config_maps(content: bytes, name: str, limit_bytes: int = SHARD_BYTES) -> list[dict[str, Any]]:
+    """One ConfigMap manifest per shard, `NAME-1`, `NAME-2`, ...; the key sorts in order when all are projected into one folder.
+
+    Apply them server-side: client-side apply copies the object into an annotation, which holds at most 256 KiB.
+    """
+    import base64
+
+    shards = split(content, limit_bytes)
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": f"{name}-{index}", "labels": {"serving.sere.dev/similarity": name}},
+            "binaryData": {f"shard-{index:03d}-of-{len(shards):03d}": base64.b64encode(shard).decode()},
+        }
+        for index, shard in enumerate(shards, 1)
+    ]
+
+
+def _parse(place: int, shard: bytes) -> tuple[ShardHeader, bytes]:
+    line, newline, piece = shard.removeprefix(_MAGIC).partition(b"\n")
+    if not shard.startswith(_MAGIC) or not newline:
+        raise SimilarityError(f"what was given at place {place} is no shard of a similarity file, or its beginning is cut off")
+    try:
+        header = ShardHeader.model_validate_json(line)
+    except ValidationError as error:
+        raise SimilarityError(f"the shard at place {place} has a damaged header; copy it again") from error
+    if _sha256(piece) != header.digest:
+        raise SimilarityError(f"shard {header.index} of {header.count} is damaged: its content does not match its digest")
+    return header, piece
+
+
+def _sha256(content: bytes) -> str:
+    return "sha256:" + hashlib.sha256(content).hexdigest()
