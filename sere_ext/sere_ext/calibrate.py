@@ -170,6 +170,8 @@ def _chosen(
         )
     if not found:
         raise UnsupportedError(f"{model} ({kind}) is a dense model: it has no experts to compare")
+    if len(counts := {layer.num_experts for layer in found.values()}) > 1:
+        raise UnsupportedError(f"{model} ({kind}) has layers of {sorted(counts)} experts; this release knows one number for all")
     if wanted is None:
         return found
     chosen = {n: layer for n, layer in found.items() if wanted[0] <= n <= wanted[1]}

@@ -20,7 +20,7 @@ class Batch:
 
     rows: list[Any] = field(default_factory=list)  # of each half: int64 [n], rows of the flattened [B * L]
     shape: tuple[int, int] = (0, 0)  # B, L
-    asked: dict[int, Any] = field(default_factory=dict)  # by layer: what its experts are asked, [B * L, H]
+    asked: dict[int, Any] = field(default_factory=dict)  # by layer with listed experts: what its block is asked, [B * L, H]
 
 
 def run_batch(network: Any, batch: Batch, tokens: Sequence[Sequence[int]], first_text: int) -> None:
@@ -67,7 +67,8 @@ def _collector(layer: ExpertLayer, total: Moments, batch: Batch) -> Callable[...
                 f"{_named(layer)} are asked {hidden.shape[0]} rows for {batch.shape[0]} x {batch.shape[1]} tokens, so it is "
                 "not known which row is which; this model cannot be calibrated by this release"
             )
-        batch.asked[layer.number] = hidden
+        if layer.listed:
+            batch.asked[layer.number] = hidden
         step = max(1, _CHUNK_BYTES // (4 * layer.num_experts * hidden.shape[-1]))
         for half, rows in enumerate(batch.rows):
             for part in rows.split(step) if len(rows) else ():
