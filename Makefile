@@ -11,7 +11,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: help setup demo test lint test-unit test-engine test-apiserver test-cluster test-chart test-gpu \
-        bench-tune bench-speedup bench-policies retrain-model crds lock envtest clean
+        bench-tune bench-speedup bench-policies bench-telemetry soak-switches retrain-model crds lock envtest clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -52,6 +52,12 @@ bench-speedup: setup ## A certified speed-up on the real engine at concurrency 1
 bench-policies: setup ## Accuracy against active experts of every kind of policy; renews docs/policies.md
 	$(PY) benchmarks/policies.py
 	$(PY) benchmarks/render.py
+
+bench-telemetry: setup ## What counters, polling and latency metrics cost of a step's time, as JSON
+	$(PY) benchmarks/telemetry.py
+
+soak-switches: setup ## A thousand policy switches on a real server under load, as JSON
+	$(PY) benchmarks/soak_switches.py $(ARGS)
 
 retrain-model: setup ## Train tests/assets/tiny_moe anew (about 15 minutes on 2 cores)
 	$(PY) tests/assets/make/train.py

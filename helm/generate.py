@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Brings what is derived up to date: the chart's CRDs from manifests/crd, and manifests/base from the chart.
+"""Brings what is derived up to date: the chart's CRDs and dashboard from manifests, and manifests/base from the chart.
 
     python helm/generate.py            needs `helm` on PATH or in KUBEBUILDER_ASSETS
 
@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "helm" / "sere-operator"
 CRDS = ROOT / "manifests" / "crd"
+DASHBOARDS = ROOT / "manifests" / "dashboards"
 BASE = ROOT / "manifests" / "base" / "operator.yaml"
 HEADER = "# Generated from the chart by `python helm/generate.py`. Edit that, not this.\n"
 
@@ -31,6 +32,11 @@ def crd_copies() -> dict[Path, str]:
     return {CHART / "files" / "crds" / path.name: path.read_text() for path in sorted(CRDS.glob("sere*.yaml"))}
 
 
+def dashboard_copies() -> dict[Path, str]:
+    """The chart's Grafana dashboards, by path, word for word."""
+    return {CHART / "files" / "dashboards" / path.name: path.read_text() for path in sorted(DASHBOARDS.glob("*.json"))}
+
+
 def base_manifest() -> str:
     """The chart with its default values, without CRDs (kustomize takes those from manifests/crd) and without Helm's labels."""
     command = [helm(), "template", "sere", str(CHART), "--namespace", "sere-system", "--set", "crds.enabled=false"]
@@ -44,7 +50,7 @@ def base_manifest() -> str:
 
 
 def main() -> None:
-    for path, text in crd_copies().items():
+    for path, text in (crd_copies() | dashboard_copies()).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     BASE.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from sere_ext.errors import ConflictError, PolicyError, SereError, UnsupportedError
+from sere_ext.errors import ConflictError, PolicyError, ReadOnlyError, SereError, UnauthorizedError, UnsupportedError
 from sere_ext.policy import Policy
 
 _TIMEOUT_SECONDS = 300.0  # a clean switch waits for running requests
@@ -45,7 +45,8 @@ def _call(request: urllib.request.Request) -> dict[str, Any]:
             message = json.loads(text)["error"]["message"]
         except (ValueError, KeyError, TypeError):
             message = text[:200]
-        kind = {409: ConflictError, 422: PolicyError}.get(error.code, SereError)
+        kinds = {401: UnauthorizedError, 403: ReadOnlyError, 409: ConflictError, 422: PolicyError, 503: UnsupportedError}
+        kind = kinds.get(error.code, SereError)
         raise kind(message) from error
     except (OSError, ValueError) as error:
         raise SereError(f"no engine answers at {request.full_url}: {getattr(error, 'reason', error)}") from error
@@ -60,11 +61,11 @@ def render_state(state: dict[str, Any]) -> str:
         f"ready       {'yes' if state['ready'] else 'no'} on {len(state['ranks'])} rank(s)",
     ]
     for name, row in sorted(state["counters"].items()):
-        if row["calls"] and name.startswith(f"{state['policyDigest']}|"):
+        digest, *layers, bucket = name.split("|")
+        if row["calls"] and digest == state["policyDigest"]:
             before, after = row["activeBefore"] / row["calls"], row["activeAfter"] / row["calls"]
-            lines.append(
-                f"experts     {before:.1f} -> {after:.1f} of {state['model']['numExperts']} active, bucket {name.partition('|')[2]}"
-            )
+            where = f"layers {layers[0]}, bucket {bucket}" if layers else f"bucket {bucket}"
+            lines.append(f"experts     {before:.1f} -> {after:.1f} of {state['model']['numExperts']} active, {where}")
     if state["error"]:
         lines.append(f"error       {state['error']}")
     return "\n".join(lines)

@@ -11,116 +11,190 @@ import hmac
 import json
 import logging
 import os
-from typing import Any, Literal
+from collections import Counter
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from sere_ext.errors import ConflictError, PolicyError, SereError, SimilarityError, UnsupportedError
+from sere_ext import audit
+from sere_ext.errors import (
+    ConflictError,
+    PolicyError,
+    ReadOnlyError,
+    SereError,
+    SimilarityError,
+    UnauthorizedError,
+    UnsupportedError,
+)
 from sere_ext.policy import Policy, Record, explain
-from sere_ext.switch import States, read_states, switch
+from sere_ext.switch import States, ask_ranks, read_states, switch
 
 logger = logging.getLogger("vllm.sere")
 
-Source = Literal["static", "http", "file"]
+Source = Literal["http", "file"]
+_READ_BACK = ("policyDigest", "similarityDigest", "generation")  # what no two ranks may differ in
+DISAGREE = "ranks disagree about the policy; set it again"
+
+
+MAX_BODY_BYTES = 1 << 20  # a policy of 16 buckets in 8 layer groups is below 20 kB
+_EXAMPLE = '{"policy": {"buckets": [{"minTokens": 8, "kind": "topk", "S": 2}]}}'
 
 
 class PolicyChange(Record):
     """Body of `PUT /sere/policy`."""
 
     policy: Policy
-    similarity: str | None = Field(default=None, description="path of a similarity file that the workers can read")
-    generation: int | None = None
-    clean: bool = False
+    similarity: Annotated[str | None, Field(min_length=1, description="path of a similarity file that workers can read")] = None
+    generation: Annotated[int | None, Field(le=2**53, description="number of the change, above the one in force")] = None
+    clean: Annotated[bool, Field(description="drain and drop the prefix cache first")] = False
 
 
 class LiveControl:
-    """What one API-server process knows about its engine."""
+    """What one API-server process knows about its engines. What the source says lies with the workers, for all servers."""
 
-    def __init__(self, engine: Any, token: str | None, source: Source, engines: int = 1) -> None:
+    def __init__(self, engine: Any, token: str | None, directory: str | None = None) -> None:
         self.engine = engine
-        self.engines = engines  # data-parallel engines behind this server
         self.token = token
-        self.source: Source = source
-        self.ready = source != "file"  # a file source is ready once it was applied for the first time
-        self.override = False
-        self.error: str | None = None  # of the file source; a worker's own error stands in its state
+        self.directory = directory  # the declarative source; None: changes come by HTTP
+        self.ready = not directory  # a file source is ready once it was applied for the first time
         self.policy: Policy = Policy()  # last one read back, for labels
+        self.refusals: Counter[tuple[str, str]] = Counter()  # (source, type of the error)
+        self._said: tuple[str, str] | None = None  # last refusal
         self._changing = asyncio.Lock()
 
     async def state(self) -> dict[str, Any]:
         """The body of `GET /sere`, read from every rank now."""
-        return self.render(await read_states(self.engine))
+        states = await read_states(self.engine)
+        if not _agree(states) and self._changing.locked():  # data-parallel engines were asked amid a change
+            async with self._changing:
+                states = await read_states(self.engine)
+        return self.render(states)
 
-    async def change(self, change: PolicyChange, source: Source) -> dict[str, Any]:
-        """Switch, one change at a time.
+    async def change(
+        self, change: PolicyChange, source: Source, who: str, *, note: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Switch, one change at a time, and write it to the audit trail.
+
+        Args:
+            who: see `audit`.
+            note: what a file source says of it: override, error.
 
         Raises:
             SereError: see `switch.switch`; also ConflictError where a directory is the source.
         """
-        if self.source == "file" and source != "file":
-            raise ConflictError("a directory is the source of the policy (SERE_POLICY_DIR); change it there")
-        if self.engines > 1:  # collective_rpc reaches the first engine only (vllm/v1/engine/core_client.py)
-            raise UnsupportedError(
-                f"this server has {self.engines} data-parallel engines and a change would reach only one; "
-                "run one engine per server, or set the policy at start with --additional-config"
-            )
-        async with self._changing:
-            states = await switch(
-                self.engine, change.policy, generation=change.generation, similarity=change.similarity, clean=change.clean
-            )
-        self.source, self.ready = source, True
-        logger.info("sere: policy %s in force by %s: %s", change.policy.digest, source, change.policy.describe())
+        try:
+            if self.directory and source != "file":
+                raise ConflictError(
+                    f"the policy comes from the directory {self.directory} (SERE_POLICY_DIR), so it cannot be set by HTTP; "
+                    "name another there, or in a cluster change the SereDeployment (`kubectl sere exact` switches re-routing off)"
+                )
+            async with self._changing:
+                states = await switch(
+                    self.engine, change.policy, generation=change.generation, similarity=change.similarity,
+                    clean=change.clean, note={"override": False, "error": None, **(note or {}), "source": source},
+                )  # fmt: skip
+        except SereError as error:
+            self.refuse(source, who, error, change.policy)
+            raise
+        audit.applied(source, who, change.policy, states[0], clean=change.clean)
         return self.render(states)
+
+    def refuse(self, source: Source, who: str, error: SereError, policy: Policy | None = None) -> None:
+        """Count and log a change that was not made."""
+        self.refusals[source, type(error).__name__] += 1
+        if source != "file" or self._said != (who, str(error)):  # a directory's wish is tried again every few seconds
+            audit.refused(source, who, error, policy=policy)
+        self._said = (who, str(error))
+
+    async def say(self, error: str | None) -> None:
+        """Keep what is wrong with the file source where every API server reads it; the policy in force stays."""
+        await ask_ranks(self.engine, "sere_note", ({"error": error},))
 
     def render(self, states: States) -> dict[str, Any]:
         """The state of all ranks as one object; ranks that disagree are an error, never hidden."""
         first = states[0]
+        note = first["note"]
         self.policy = Policy.parse(first["policy"])
-        agree = len({(state["policyDigest"], state["similarityDigest"]) for state in states}) == 1
+        self.ready = self.ready or note.get("source") == "file"
+        agree = _agree(states)
         return {
             "ready": self.ready and agree,
-            "source": self.source,
+            "source": note.get("source") or ("file" if self.directory else "static"),
             "policy": first["policy"],
             "policyDigest": first["policyDigest"],
             "similarityDigest": first["similarityDigest"],
             "generation": first["generation"],
             "switches": first["switches"],
-            "override": self.override,
-            "error": self.error or first["error"] or (None if agree else "ranks disagree about the policy"),
+            "override": note.get("override", False),
+            "error": note.get("error") or first["error"] or (None if agree else DISAGREE),
             "key": first["key"],
             "model": first["model"],
-            "ranks": [{name: s[name] for name in ("rank", "policyDigest", "similarityDigest", "generation")} for s in states],
-            "counters": first["counters"],
+            "ranks": [{name: state[name] for name in ("engine", "rank", *_READ_BACK)} for state in states],
+            "counters": total_counters(states),
         }
 
-    def refuse(self, authorization: str | None) -> tuple[int, str] | None:
-        """Why a change may not be asked for: status and sentence, or None if it may."""
+    def unauthorised(self, authorization: str | None) -> SereError | None:
+        """Why a change may not be asked for, or None if it may."""
         if not self.token:
-            return 403, "live control is read-only: start the engine with SERE_CONTROL_TOKEN set"
-        given = (authorization or "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self.token.encode()):
-            return 401, "send the token of SERE_CONTROL_TOKEN as `Authorization: Bearer <token>`"
+            return ReadOnlyError(
+                "live control is read-only: no token is configured; start the engine with SERE_CONTROL_TOKEN=<secret> in its "
+                "environment and send it as `Authorization: Bearer <secret>`"
+            )
+        scheme, _, given = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not given:
+            return UnauthorizedError(
+                "no token was sent; add the header `Authorization: Bearer <the engine's SERE_CONTROL_TOKEN>`"
+            )
+        if not hmac.compare_digest(given.strip().encode("latin-1"), self.token.encode()):
+            return UnauthorizedError(
+                "that is not the token; send the engine's SERE_CONTROL_TOKEN as `Authorization: Bearer <token>`"
+            )
         return None
+
+
+def _agree(states: States) -> bool:
+    return len({tuple(state[name] for name in _READ_BACK) for state in states}) == 1
+
+
+def total_counters(states: States) -> dict[str, dict[str, int]]:
+    """Counters of all engines: of one rank each, since the ranks of an engine route the same tokens, summed over engines."""
+    total: dict[str, dict[str, int]] = {}
+    seen = set()
+    for state in states:
+        if state["engine"] in seen:
+            continue
+        seen.add(state["engine"])
+        for name, row in state["counters"].items():
+            sums = total.setdefault(name, dict.fromkeys(row, 0))
+            for field, value in row.items():
+                sums[field] += value
+    return total
 
 
 def status_of(error: SereError) -> int:
     """HTTP status of a refusal."""
-    if isinstance(error, ConflictError):
-        return 409
-    return 422 if isinstance(error, PolicyError | SimilarityError) else 503 if isinstance(error, UnsupportedError) else 500
+    table: tuple[tuple[type[SereError], int], ...] = (
+        (UnauthorizedError, 401), (ReadOnlyError, 403), (ConflictError, 409), (PolicyError, 422), (SimilarityError, 422),
+        (UnsupportedError, 503),
+    )  # fmt: skip
+    return next((status for kind, status in table if isinstance(error, kind)), 500)
 
 
 def parse_change(body: bytes) -> PolicyChange:
     """Read the body of a PUT. Raises PolicyError with one sentence per problem."""
+    if len(body) > MAX_BODY_BYTES:
+        raise PolicyError(f"the body has {len(body)} bytes, a policy has at most {MAX_BODY_BYTES}")
     try:
         decoded = json.loads(body)
-    except ValueError as error:
-        raise PolicyError(f"the body is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"the body is no JSON ({error}); send one like {_EXAMPLE}") from error
+    if isinstance(decoded, dict) and "buckets" in decoded and "policy" not in decoded:
+        raise PolicyError(f"the body is a bare policy; wrap it, like {_EXAMPLE}")
     if not isinstance(decoded, dict) or "policy" not in decoded:
-        raise PolicyError('the body should be {"policy": {...}}')
-    policy = Policy.parse(decoded["policy"]) if isinstance(decoded["policy"], dict) else None
-    if policy is None:
-        raise PolicyError('policy should be an object like {"buckets": [...]}')
+        raise PolicyError(f"the body should be an object with a policy, like {_EXAMPLE}")
+    if not isinstance(decoded["policy"], dict):
+        raise PolicyError('policy should be an object like {"buckets": [...]}; {} is exact routing')
+    policy = Policy.parse(decoded["policy"])
     try:
         return PolicyChange.model_validate({**decoded, "policy": policy})
     except ValidationError as error:
@@ -138,38 +212,48 @@ class SereControl:
         from fastapi import Request
         from fastapi.responses import JSONResponse
 
-        def failed(status: int, kind: str, message: str) -> JSONResponse:
-            return JSONResponse({"error": {"type": kind, "message": message}}, status)
+        def failed(error: SereError) -> JSONResponse:
+            status, name = status_of(error), type(error).__name__
+            headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+            return JSONResponse({"error": {"type": name, "message": str(error)}}, status, headers=headers)
 
-        def live(request: Any) -> LiveControl | None:
-            return getattr(request.app.state, "sere", None)
+        def live(request: Any) -> LiveControl:
+            control: LiveControl | None = getattr(request.app.state, "sere", None)
+            if control is None:
+                raise UnsupportedError("there is no engine behind this server")
+            return control
 
         async def get_state(request: Any) -> JSONResponse:
-            control = live(request)
-            if control is None:
-                return failed(503, "UnsupportedError", "there is no engine behind this server")
             try:
-                return JSONResponse(await control.state())
+                return JSONResponse(await live(request).state())
             except SereError as error:
-                return failed(status_of(error), type(error).__name__, str(error))
+                return failed(error)
 
         async def get_ready(request: Any) -> JSONResponse:
-            """200 once the first policy is applied, for readiness probes; asks no worker."""
-            control = live(request)
-            ready = control is not None and control.ready
+            """200 once the first policy is applied, for readiness probes; asks workers only until then."""
+            try:
+                control = live(request)
+                ready = control.ready or (await control.state())["ready"]
+            except SereError:
+                ready = False
             return JSONResponse({"ready": ready}, 200 if ready else 503)
 
         async def put_policy(request: Any) -> JSONResponse:
-            control = live(request)
-            if control is None:
-                return failed(503, "UnsupportedError", "there is no engine behind this server")
-            refusal = control.refuse(request.headers.get("authorization"))
-            if refusal:
-                return failed(refusal[0], "Unauthorized", refusal[1])
+            peer = f"{request.client.host}:{request.client.port}" if request.client else "an unknown peer"
             try:
-                return JSONResponse(await control.change(parse_change(await request.body()), "http"))
+                control = live(request)
+                if refusal := control.unauthorised(request.headers.get("authorization")):
+                    control.refuse("http", peer, refusal)
+                    return failed(refusal)
+                who = f"token {audit.fingerprint(control.token or '')} from {peer}"
+                try:
+                    change = parse_change(await request.body())
+                except PolicyError as error:
+                    control.refuse("http", who, error)
+                    raise
+                return JSONResponse(await control.change(change, "http", who))
             except SereError as error:
-                return failed(status_of(error), type(error).__name__, str(error))
+                return failed(error)
 
         for handler in (get_state, get_ready, put_policy):  # annotations are strings here, FastAPI needs the class
             handler.__annotations__["request"] = Request
@@ -181,10 +265,9 @@ class SereControl:
         """Start what runs beside the routes: the file watcher and the metrics, in the first API server only."""
         if engine_client is None:
             return
-        directory = os.environ.get("SERE_POLICY_DIR")
+        directory = os.environ.get("SERE_POLICY_DIR") or None
         parallel = engine_client.vllm_config.parallel_config
-        source: Source = "file" if directory else "static"
-        control = LiveControl(engine_client, os.environ.get("SERE_CONTROL_TOKEN"), source, parallel.data_parallel_size)
+        control = LiveControl(engine_client, os.environ.get("SERE_CONTROL_TOKEN"), directory)
         state.sere = control
         first = getattr(parallel, "_api_process_rank", 0) in (0, -1)
         state.sere_tasks = []

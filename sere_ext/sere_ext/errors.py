@@ -7,6 +7,8 @@ SereError
 |   +-- ProfileError      a profile that is broken or made for something else
 +-- UnsupportedError      a model, engine version or backend that cannot re-route
 +-- ConflictError         a live change that lost against a newer one or another source
++-- UnauthorizedError     a live change without the token
++-- ReadOnlyError         a live change of an engine that allows none
 """
 
 from __future__ import annotations
@@ -42,3 +44,11 @@ class UnsupportedError(SereError):
 
 class ConflictError(SereError):
     """A live change was refused: stale generation, or another source owns the policy."""
+
+
+class UnauthorizedError(SereError):
+    """A live change was asked for without the engine's token."""
+
+
+class ReadOnlyError(SereError):
+    """A live change was asked of an engine for which no token is configured."""

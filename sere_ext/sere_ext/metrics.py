@@ -9,11 +9,13 @@ requests that decoded beside them, so that any two policies can be compared at e
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import time
 from bisect import bisect_left
-from collections import deque
+from collections import Counter as Counts
+from collections import OrderedDict, defaultdict, deque
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.sere")
 
 POLL_SECONDS = 1.0
+IDLE_POLLS = 10  # an idle engine is asked at every tenth turn: another API server may have changed its policy
+MAX_POLICIES = 64  # whose latencies are kept: a tuner tries hundreds in one engine's life
+ALL_LAYERS = "all"  # of a policy without layer groups
 MIXED = "mixed"  # policy label of a request that saw a switch; it is evidence for neither
 _HISTORY_SECONDS = 900.0
 _MILLISECONDS = (
@@ -102,13 +107,16 @@ class Metrics:
         from prometheus_client import Counter, Gauge, Histogram
 
         self._control = control
-        self._occupancy = Occupancy()
+        self._occupancy: defaultdict[int, Occupancy] = defaultdict(Occupancy)  # by data-parallel engine
         self._since = time.monotonic()  # the policy in force holds since
         self._digest = control.policy.digest
         self._active = True  # requests ran since the last poll
         self._info_labels: tuple[str, str] | None = None
         self._last: dict[str, dict[str, int]] = {}
         self._switches_seen = 0
+        self._refusals_seen: Counts[tuple[str, str]] = Counts()
+        self._removable = "PROMETHEUS_MULTIPROC_DIR" not in os.environ  # several processes share files that only grow
+        self._latency_labels: OrderedDict[str, set[tuple[Any, str]]] = OrderedDict()  # by policy, oldest use first
         by_policy = ["policy", "bucket"]
         tpot, ttft = bounds(os.environ.get("SERE_SLO_TPOT_MS")), bounds(os.environ.get("SERE_SLO_TTFT_MS"))
         self._tpot = Histogram("sere_tpot_seconds", "Time per output token of finished requests.", by_policy, buckets=tpot)
@@ -116,10 +124,17 @@ class Metrics:
         recent = {"multiprocess_mode": "mostrecent"}
         self._info = Gauge("sere_policy_info", "1 for the policy in force.", ["digest", "source"], **recent)
         self._generation = Gauge("sere_policy_generation", "Generation of the policy in force.", **recent)
-        self._experts = Gauge("sere_active_experts", "Mean per MoE layer and step, last second.", ["stage", "bucket"], **recent)
+        self._error = Gauge("sere_policy_error", "1 while GET /sere shows an error.", **recent)
         self._switches = Counter("sere_policy_switches", "Changes of the policy in force.")
-        self._slots = Counter("sere_slots", "Routed slots (token and expert).", ["bucket"])
-        self._rerouted = Counter("sere_rerouted_slots", "Slots that went to another expert.", ["bucket"])
+        self._refusals = Counter("sere_policy_refusals", "Changes asked for and not made.", ["source", "type"])
+        where = ["layers", "bucket"]
+        self._experts = Gauge("sere_active_experts", "Mean per MoE layer and step, last second.", ["stage", *where], **recent)
+        self._counters = {
+            "calls": Counter("sere_router_calls", "Router calls: one per MoE layer and step.", where),
+            "slots": Counter("sere_slots", "Routed slots (token and expert).", where),
+            "rerouted": Counter("sere_rerouted_slots", "Slots that went to another expert.", where),
+            "merged": Counter("sere_merged_slots", "Slots that were freed: their expert already serves the token.", where),
+        }
 
     async def run(self) -> None:
         """Hook into the engine's statistics, then poll."""
@@ -128,9 +143,10 @@ class Metrics:
             logger.warning("sere: no latency metrics, since the engine runs with --disable-log-stats")
         else:
             manager.stat_loggers.append(_Recorder(self))
-        while True:
+        for turn in itertools.count():
             changed = self._control.policy.digest != self._digest
-            if self._active or changed:
+            refused = self._control.refusals != self._refusals_seen
+            if self._active or changed or refused or turn % IDLE_POLLS == 0:
                 self._active = False
                 try:
                     self.publish(await self._control.state())
@@ -141,47 +157,67 @@ class Metrics:
     def publish(self, state: dict[str, Any]) -> None:
         """Set the collectors from a state as `GET /sere` shows it."""
         labels = (state["policyDigest"], state["source"])
-        if self._info_labels != labels:
-            if self._info_labels is not None:
-                self._info.labels(*self._info_labels).set(0)
-            self._info_labels = labels
+        if self._info_labels is not None and self._info_labels != labels:
+            self._info.labels(*self._info_labels).set(0)
+            if self._removable:
+                self._info.remove(*self._info_labels)
+                self._experts.clear()  # of buckets that the new policy may not have
+        self._info_labels = labels
         self._info.labels(*labels).set(1)
         self._generation.set(state["generation"])
+        self._error.set(state["error"] is not None)
         self._switches.inc(state["switches"] - self._switches_seen)
         self._switches_seen = state["switches"]
+        for refusal, count in self._control.refusals.items():
+            self._refusals.labels(*refusal).inc(count - self._refusals_seen[refusal])
+        self._refusals_seen = self._control.refusals.copy()
         for name, now in state["counters"].items():
             before = self._last.get(name, {})
+            if now["calls"] < before.get("calls", 0):  # the worker dropped the oldest names, and this one came again
+                before = {}
             delta = {field: value - before.get(field, 0) for field, value in now.items()}
-            if delta["calls"] <= 0:
+            if not delta["calls"]:
                 continue
-            bucket = name.partition("|")[2]
-            self._slots.labels(bucket).inc(delta["slots"])
-            self._rerouted.labels(bucket).inc(delta["rerouted"])
-            self._experts.labels("before", bucket).set(delta["activeBefore"] / delta["calls"])
-            self._experts.labels("after", bucket).set(delta["activeAfter"] / delta["calls"])
+            digest, *layers, bucket = name.split("|")
+            where = (layers[0] if layers else ALL_LAYERS, bucket)
+            for field, counter in self._counters.items():
+                counter.labels(*where).inc(delta[field])
+            if digest == state["policyDigest"]:
+                self._experts.labels("before", *where).set(delta["activeBefore"] / delta["calls"])
+                self._experts.labels("after", *where).set(delta["activeAfter"] / delta["calls"])
         self._last = state["counters"]
 
-    def record(self, scheduler_stats: Any, iteration_stats: Any) -> None:
-        """One engine step, from vLLM's `StatLoggerManager`."""
+    def record(self, scheduler_stats: Any, iteration_stats: Any, engine: int = 0) -> None:
+        """One step of one engine, from vLLM's `StatLoggerManager`."""
         now = time.monotonic()
         if self._control.policy.digest != self._digest:
             self._digest, self._since = self._control.policy.digest, now
         if scheduler_stats is not None:
             self._active = self._active or scheduler_stats.num_running_reqs > 0
-            self._occupancy.record(now, scheduler_stats.num_running_reqs)
+            self._occupancy[engine].record(now, scheduler_stats.num_running_reqs)
         for request in iteration_stats.finished_requests if iteration_stats is not None else ():
             self._active = True
-            self.observe(now, request)
+            self.observe(now, request, engine)
 
-    def observe(self, now: float, request: Any) -> None:
+    def observe(self, now: float, request: Any, engine: int = 0) -> None:
         """One finished request (vLLM's `FinishedRequestStats`), finished `now`."""
         started = now - request.decode_time
-        bucket = batch_label(self._occupancy.mean(started, now))
+        bucket = batch_label(self._occupancy[engine].mean(started, now))
         policy = self._digest if started >= self._since else MIXED
         if request.num_generation_tokens > 1:
-            self._tpot.labels(policy, bucket).observe(request.decode_time / (request.num_generation_tokens - 1))
+            self._latency(self._tpot, policy, bucket).observe(request.decode_time / (request.num_generation_tokens - 1))
         first_token = self._digest if now - request.e2e_latency >= self._since else MIXED
-        self._ttft.labels(first_token, bucket).observe(max(request.e2e_latency - request.decode_time, 0.0))
+        self._latency(self._ttft, first_token, bucket).observe(max(request.e2e_latency - request.decode_time, 0.0))
+
+    def _latency(self, histogram: Any, policy: str, bucket: str) -> Any:
+        """The histogram's child; policies not used for longest are forgotten, so that memory stays flat."""
+        self._latency_labels.setdefault(policy, set()).add((histogram, bucket))
+        self._latency_labels.move_to_end(policy)
+        if self._removable and len(self._latency_labels) > MAX_POLICIES:
+            oldest, children = self._latency_labels.popitem(last=False)
+            for child, its_bucket in children:
+                child.remove(oldest, its_bucket)
+        return histogram.labels(policy, bucket)
 
 
 class _Recorder:
@@ -193,7 +229,7 @@ class _Recorder:
     def record(
         self, scheduler_stats: Any = None, iteration_stats: Any = None, mm_cache_stats: Any = None, engine_idx: int = 0
     ) -> None:
-        self._metrics.record(scheduler_stats, iteration_stats)
+        self._metrics.record(scheduler_stats, iteration_stats, engine_idx)
 
     def log(self) -> None: ...
     def log_engine_initialized(self) -> None: ...

@@ -63,8 +63,13 @@ LEDGER = (
         "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc", "called", "switches all ranks between two steps", "0.26-0.33", "none needed",
     ),
     Touched(
-        "vllm.v1.engine.async_llm:AsyncLLM.pause_generation", "called", "clean switches: drain and drop the prefix cache",
-        "0.26-0.33", "none needed",
+        "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", "called",
+        "collective_rpc hands back what the first data-parallel engine answers; a change is read back from all", "0.32-0.33",
+        "a collective_rpc that answers for all engines",
+    ),
+    Touched(
+        "vllm.v1.engine.async_llm:AsyncLLM.pause_generation", "called",
+        "clean switches: drain and drop the prefix cache; data-parallel engines: held for a change", "0.26-0.33", "none needed",
     ),
     Touched(
         "vllm.v1.metrics.loggers:StatLoggerBase.record", "called", "finished requests, for TPOT and TTFT by policy",

@@ -177,6 +177,13 @@ class Policy(Record):
                 return group.buckets
         return self.buckets
 
+    def layers_label(self, layer: int) -> str | None:
+        """Name of a layer's group: `1-3`, or `rest` outside every group; None for a policy without groups."""
+        for group in self.layer_groups:
+            if group.first_layer <= layer <= group.last_layer:
+                return f"{group.first_layer}-{group.last_layer}"
+        return "rest" if self.layer_groups else None
+
     def check_model(self, top_k: int) -> None:
         """Raise PolicyError if some S is above the model's top-k."""
         for table in self.tables():
@@ -217,6 +224,7 @@ def explain(error: ValidationError, where: str = "") -> str:
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "unknown field; check its spelling or remove it"
+        message = message.replace("valid tuple", "list").replace("Tuple", "the list").replace(" after validation", "")
         given = problem.get("input")
         shown = f" (got {given!r})" if isinstance(given, int | float | str) and problem["type"] != "extra_forbidden" else ""
         parts.append(f"{path}: {message}{shown}" if path else f"{message}{shown}")

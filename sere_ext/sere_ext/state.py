@@ -70,19 +70,24 @@ class WorkerState:
         self.generation = -1  # nothing was applied yet; what an engine starts with is generation 0
         self.switches = 0
         self.error: str | None = None  # why the configured policy is not in force
+        self.note: dict[str, Any] = {}  # what the source of the policy says of it; kept here for all API servers
+        self.checked: tuple[str, Similarity] | None = None  # path and matrices of a change that was checked and not yet applied
         self._folded: OrderedDict[str, Any] = OrderedDict()
 
     @property
     def top_k(self) -> int:
         return min(layer.top_k for layer in self.layers)
 
-    def apply(self, policy: Policy, generation: int | None, similarity: Similarity | None) -> None:
-        """Put a checked policy in force in all layers.
+    def check(self, policy: Policy, generation: int | None, similarity: Similarity | None) -> int:
+        """Whether a change could be applied now; changes nothing.
 
         Args:
             generation: of the change; None takes the next one. The same generation may be applied again only with
                 the same policy.
             similarity: matrices to use from now on; None keeps those in force.
+
+        Returns:
+            the generation that the change would have.
 
         Raises:
             ConflictError: a newer generation, or another policy under this one, is in force.
@@ -91,7 +96,10 @@ class WorkerState:
         """
         generation = self.generation + 1 if generation is None else generation
         if generation < self.generation or (generation == self.generation and policy != self.policy):
-            raise ConflictError(f"generation {generation} is stale, {self.generation} is in force; read it and try again")
+            raise ConflictError(
+                f"generation {generation} is stale: {self.generation} is in force with policy {self.policy.digest}; "
+                "read GET /sere and send a generation above it, or none to take the next"
+            )
         policy.check_model(self.top_k)
         digest = similarity.meta.digest if similarity else self.similarity_digest
         if policy.needs_similarity():
@@ -105,6 +113,11 @@ class WorkerState:
             raise UnsupportedError(
                 "policy: kind oea needs a softmax or sigmoid router without a custom function; use sere or topk"
             )
+        return generation
+
+    def apply(self, policy: Policy, generation: int | None, similarity: Similarity | None) -> None:
+        """Put a policy in force in all layers, if `check` allows it."""
+        generation = self.check(policy, generation, similarity)
         self._fold()
         if similarity is not None and similarity.meta.digest != self.similarity_digest:
             for layer in self.layers:
@@ -116,7 +129,10 @@ class WorkerState:
         self.policy, self.generation, self.error = policy, generation, None
 
     def counters(self) -> dict[str, dict[str, int]]:
-        """Sums over layers since the start by `<policy digest>|<bucket>`; divide by `calls` for means per layer and step."""
+        """Sums over layers since the start by `<policy digest>|<bucket>`; divide by `calls` for means per layer and step.
+
+        Under a policy with layer groups the names are `<policy digest>|<layers>|<bucket>`, one per group and `rest`.
+        """
         self._fold()
         return {name: dict(zip(kernel.COUNTERS, map(int, row), strict=True)) for name, row in self._folded.items()}
 
@@ -134,9 +150,10 @@ class WorkerState:
         """Move the layers' live counters under their names."""
         for layer in self.layers:
             table = self.policy.table_for(layer.number)
+            group = self.policy.layers_label(layer.number)
             for index in np.flatnonzero(layer.counters[:, kernel.CALLS]).tolist():
                 label = bucket_label(table[index]) if index < len(table) else OTHER
-                name = f"{self.policy.digest}|{label}"
+                name = "|".join((self.policy.digest, *([group] if group else []), label))
                 row = self._folded.setdefault(name, np.zeros(len(kernel.COUNTERS), np.int64))
                 row += layer.counters[index]
                 self._folded.move_to_end(name)

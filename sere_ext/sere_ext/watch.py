@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ class Desired:
     similarity: str | None = None  # file name in the directory
     override: bool = False
     error: str | None = None
+    by: str = field(default="", compare=False)  # the file that decided, for the audit trail
 
 
 def desired(files: Mapping[str, bytes], key: ProfileKey | None) -> Desired:
@@ -52,10 +53,16 @@ def desired(files: Mapping[str, bytes], key: ProfileKey | None) -> Desired:
     if unknown := [f"{name} is {value!r}" for name, value in overrides.items() if value not in ("", EXACT)]:
         return Desired(None, error=f"{unknown[0]}; it should be `exact` or empty")
     if EXACT in overrides.values():
-        return Desired(EXACT_POLICY, override=True)
-    digest = _word(files, "pod.policy") or _word(files, "stable")
+        return Desired(EXACT_POLICY, override=True, by=next(name for name, value in overrides.items() if value))
+    by = "pod.policy" if _word(files, "pod.policy") else "stable"
+    digest = _word(files, by)
     if not digest:
         return Desired(None, error="no policy is named: neither pod.policy nor stable holds a digest")
+    return replace(_named(files, digest, key), by=by)
+
+
+def _named(files: Mapping[str, bytes], digest: str, key: ProfileKey | None) -> Desired:
+    """What a digest stands for."""
     if digest == EXACT:
         return Desired(EXACT_POLICY)
     text = files.get(f"{digest}.json")
@@ -125,6 +132,7 @@ class Watcher:
         self._directory = Path(directory)
         self._key: ProfileKey | None = None
         self._applied: Desired | None = None
+        self._refused: Desired | None = None
         self._retry_at = 0.0
 
     async def run(self) -> None:
@@ -146,27 +154,27 @@ class Watcher:
         if want == self._applied or (self._retry_at > now and self._refused == want):
             return
         if want.policy is None:
-            self._control.override, self._control.error = want.override, want.error
+            await self._control.say(want.error)
             self._applied = want
             logger.warning("sere: %s", want.error)
             return
         await self._apply(want, want.policy, now)
 
-    _refused: Desired | None = None
-
     async def _apply(self, want: Desired, policy: Policy, now: float) -> None:
         from sere_ext.control import PolicyChange
 
         path = str(self._directory / want.similarity) if want.similarity else None
+        # With the policy, not after it: whoever reads the state must not see an override beside what it replaced.
+        note = {"override": want.override, "error": want.error}
         try:
-            await self._control.change(PolicyChange(policy=policy, similarity=path), "file")
+            await self._control.change(
+                PolicyChange(policy=policy, similarity=path), "file", f"{self._directory}/{want.by}", note=note
+            )
         except SereError as error:
-            self._control.error = str(error)
             self._refused, self._retry_at = want, now + RETRY_SECONDS
             logger.warning("sere: %s", error)
+            await self._control.say(str(error))
         else:
-            # Only now: whoever reads the state must not see an override beside the policy that it replaced.
-            self._control.override, self._control.error = want.override, want.error
             self._applied, self._refused = want, None
 
 

@@ -45,7 +45,9 @@ def patch_worker_base() -> None:
 
     WorkerBase.__init__ = init
     WorkerBase.sere_apply = SereWorker.sere_apply
+    WorkerBase.sere_try_check = SereWorker.sere_try_check
     WorkerBase.sere_try_apply = SereWorker.sere_try_apply
+    WorkerBase.sere_note = SereWorker.sere_note
     WorkerBase.sere_state = SereWorker.sere_state
     WorkerBase._sere_patched = True
 
@@ -155,19 +157,39 @@ def _state_of(worker: Any) -> Any:
     return state
 
 
+def _similarity_for(worker: Any, state: Any, policy: Policy, path: str | None) -> Any:
+    """The matrices that a change brings, None where it keeps those in force. Reads the file at most once a change."""
+    if not path or (policy.similarity_digest and policy.similarity_digest == state.similarity_digest):
+        return None  # what is loaded has the digest already: its content is the same
+    if state.checked and state.checked[0] == path:
+        return state.checked[1]
+    return _read_similarity(worker, state, path)
+
+
+def _refusal(error: SereError) -> dict[str, Any]:
+    return {"refused": {"type": type(error).__name__, "message": str(error)}}
+
+
 class SereWorker:
     """Methods that `collective_rpc` finds on every worker. `self` is vLLM's worker."""
 
-    def sere_apply(self, policy_json: str, generation: int | None = None, similarity_path: str | None = None) -> dict[str, Any]:
+    def sere_apply(
+        self,
+        policy_json: str,
+        generation: int | None = None,
+        similarity_path: str | None = None,
+        note: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Put a policy in force between two steps.
 
         Args:
             policy_json: `sere_ext.policy.Policy` as JSON text.
             generation: number of the change, not below the one in force; None takes the next.
             similarity_path: file to load the matrices from, visible to the worker; None keeps those in force.
+            note: what the source of the change says of it (source, override, error); None keeps what was said.
 
         Returns:
-            the state after it, as `sere_state`.
+            the state after it, as `sere_state`, and the digest that it `replaced`.
 
         Raises:
             SereError: the policy, file or generation is refused; the old policy stays in force. Across processes vLLM
@@ -175,26 +197,57 @@ class SereWorker:
         """
         state = _state_of(self)
         policy = Policy.parse(policy_json)
-        similarity = _read_similarity(self, state, similarity_path) if similarity_path else None
+        similarity = _similarity_for(self, state, policy, similarity_path)
+        replaced = state.policy.digest
         state.apply(policy, generation, similarity)
-        return SereWorker.sere_state(self)
+        state.checked = None
+        if note is not None:
+            state.note = note
+        return {**SereWorker.sere_state(self), "replaced": replaced}
+
+    def sere_try_check(
+        self, policy_json: str, generation: int | None = None, similarity_path: str | None = None
+    ) -> dict[str, Any]:
+        """Whether `sere_apply` would be refused here, changing nothing; what it had to read is kept for it.
+
+        Asked of all ranks first, so that a change which one rank must refuse is made on none.
+        """
+        try:
+            state = _state_of(self)
+            state.checked = None  # an earlier change that came to nothing; its file may have been replaced since
+            policy = Policy.parse(policy_json)
+            similarity = _similarity_for(self, state, policy, similarity_path)
+            state.check(policy, generation, similarity)
+        except SereError as error:
+            return _refusal(error)
+        state.checked = (similarity_path, similarity) if similarity else None
+        return {"generation": state.generation}
 
     def sere_try_apply(
-        self, policy_json: str, generation: int | None = None, similarity_path: str | None = None
+        self,
+        policy_json: str,
+        generation: int | None = None,
+        similarity_path: str | None = None,
+        note: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """`sere_apply` for callers behind a process border: a refusal is `{"refused": {"type", "message"}}`."""
         try:
-            return SereWorker.sere_apply(self, policy_json, generation, similarity_path)
+            return SereWorker.sere_apply(self, policy_json, generation, similarity_path, note)
         except SereError as error:
-            return {"refused": {"type": type(error).__name__, "message": str(error)}}
+            return _refusal(error)
+
+    def sere_note(self, note: dict[str, Any]) -> None:
+        """Keep what the source says of itself (see `sere_apply`) without a change of policy."""
+        state = _state_of(self)
+        state.note = {**state.note, **note}
 
     def sere_state(self) -> dict[str, Any]:
         """What is in force on this rank.
 
         Returns:
-            rank, policy, policyDigest, similarityDigest, generation, switches, error, key, model and counters. Counters
-            are sums over MoE layers and steps since the start, by `<policy digest>|<bucket>`: divide `activeAfter` by
-            `calls` for the mean number of active experts per layer and step.
+            rank, policy, policyDigest, similarityDigest, generation, switches, error, note, key, model and counters.
+            Counters are sums over MoE layers and steps since the start, named as `WorkerState.counters` says: divide
+            `activeAfter` by `calls` for the mean number of active experts per layer and step.
         """
         state = _state_of(self)
         worker: Any = self
@@ -206,6 +259,7 @@ class SereWorker:
             "generation": state.generation,
             "switches": state.switches,
             "error": state.error,
+            "note": state.note,
             "key": state.key,
             "model": {
                 "numExperts": state.layers[0].experts,

@@ -33,6 +33,7 @@ VARIANTS = {
         "podLabels.team=ml",
         "env[0].name=A,env[0].value=b",
         "serviceAccount.annotations.role=x",
+        "metrics.dashboard.enabled=true",
     ),
     "bare": ("crds.enabled=false", "rbac.create=false", "serviceAccount.create=false", "serviceAccount.name=mine", "replicas=1"),
 }
@@ -200,6 +201,14 @@ def test_operator_reads_every_variable_that_the_chart_sets(render: Render) -> No
     set_by_chart = set(environment(render()))
     assert "SERE_WATCH_NAMESPACES" in set_by_chart
     assert not [name for name in set_by_chart if name not in source]
+
+
+def test_dashboard_is_there_when_asked_for_and_whole(render: Render) -> None:
+    assert not of_kind(render(), "ConfigMap")
+    made = only(render("metrics.dashboard.enabled=true", "metrics.dashboard.labels.team=ml"), "ConfigMap")
+    assert {"grafana_dashboard": "1", "team": "ml"}.items() <= made["metadata"]["labels"].items()
+    wanted = (ROOT / "manifests" / "dashboards" / "sere.json").read_text()
+    assert json.loads(made["data"]["sere.json"]) == json.loads(wanted)
 
 
 def test_selector_is_the_same_wherever_it_is_used(render: Render) -> None:

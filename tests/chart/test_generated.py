@@ -32,6 +32,12 @@ def test_chart_has_every_crd_word_for_word(generate: ModuleType) -> None:
     assert set((ROOT / "helm/sere-operator/files/crds").iterdir()) == set(copies)
 
 
+def test_chart_has_every_dashboard_word_for_word(generate: ModuleType) -> None:
+    copies = generate.dashboard_copies()
+    assert [path.name for path in copies] == ["sere.json"]
+    assert {path: path.read_text() for path in copies} == copies, "run `make crds`"
+
+
 def test_base_is_what_the_chart_renders(generate: ModuleType, helm: object) -> None:
     assert generate.BASE.read_text() == generate.base_manifest(), "run `make crds`"
 

@@ -6,120 +6,37 @@ Two servers: Qwen3-MoE with live control by HTTP, and a DeepSeek-V2-like model t
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sere_ext.calibrate import calibrate
 from sere_ext.client import get_state, put_policy
-from sere_ext.errors import ConflictError, PolicyError, SereError
+from sere_ext.errors import ConflictError, PolicyError, UnauthorizedError
 from sere_ext.policy import EXACT_POLICY, Policy
 from sere_ext.profile import ProfileKey
 from sere_ext.watch import policy_files
+from serving import Load, Server, complete, metrics_of, serving
 
 TOKEN = "correct horse"
-START_SECONDS = 540.0  # a slow start is no failure; beside other engines on the same two cores more than 300
 pytestmark = pytest.mark.timeout(900)
 TOPK = Policy.parse({"buckets": [{"minTokens": 2, "maxTokens": 64, "kind": "topk", "S": 2}]})
 
 
-@contextmanager
-def serving(model: Path, log: Path, *arguments: str, **environ: str) -> Iterator[str]:
-    """`sere serve` on a free port of the loopback; yields its URL and ends it and all its children."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "sere_ext.cli", "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "16", "--dtype", "float32", *arguments]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **environ}, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2).read()
-                break
-            except (OSError, urllib.error.URLError):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
-                time.sleep(0.5)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def complete(url: str, model: Path, prompt: str, tokens: int = 16) -> str:
-    body = {"model": str(model), "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        decoded = json.load(answer)
-    if decoded["usage"]["completion_tokens"] != tokens:  # not the text's length: special tokens leave no text
-        raise ValueError(f"{decoded['usage']['completion_tokens']} of {tokens} tokens")
-    text: str = decoded["choices"][0]["text"]
-    return text
-
-
-class Load:
-    """Clients that ask without pause; every answer is counted and every failure kept."""
-
-    def __init__(self, url: str, model: Path, clients: int = 6) -> None:
-        self.done = 0
-        self.failures: list[str] = []
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(url, model, n)) for n in range(clients)]
-
-    def _run(self, url: str, model: Path, number: int) -> None:
-        turn = 0
-        while not self._stop.is_set():
-            turn += 1
-            try:
-                complete(url, model, f"client {number} turn {turn}:")
-                self.done += 1
-            except Exception as error:
-                self.failures.append(repr(error))
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-
-def metrics_of(url: str) -> dict[str, float]:
-    """`sere_` samples of /metrics by name and labels."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line.startswith("sere_")}
-
-
 @pytest.fixture(scope="module")
-def live(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "live.log"
-    with serving(qwen3, log, SERE_CONTROL_TOKEN=TOKEN, SERE_SLO_TPOT_MS="12.3") as url:
-        yield url
+    with serving(qwen3, log, SERE_CONTROL_TOKEN=TOKEN, SERE_SLO_TPOT_MS="12.3") as running:
+        yield running
+
+
+@pytest.fixture
+def live(server: Server) -> str:
+    return server.url
 
 
 def test_the_state_of_a_fresh_server(live: str, qwen3: Path) -> None:
@@ -130,19 +47,24 @@ def test_the_state_of_a_fresh_server(live: str, qwen3: Path) -> None:
     assert state["key"]["modelName"] == str(qwen3)
 
 
-def test_switches_under_load_fail_no_request(live: str, qwen3: Path) -> None:
+def test_a_hundred_switches_under_load_fail_no_request_and_leave_nothing_behind(server: Server, qwen3: Path) -> None:
+    """The short form of `make soak-switches`."""
+    live = server.url
     quiet = [complete(live, qwen3, f"prompt {n}") for n in range(3)]
+    generation, switches = get_state(live)["generation"], get_state(live)["switches"]
     with Load(live, qwen3) as load:
-        for turn in range(10):
-            wanted = TOPK if turn % 2 == 0 else EXACT_POLICY
-            state = put_policy(live, wanted, clean=turn % 5 == 4, token=TOKEN)
-            assert state["policyDigest"] == wanted.digest
-            assert {rank["policyDigest"] for rank in state["ranks"]} == {wanted.digest}
-            time.sleep(0.3)
+        for turn in range(1, 101):
+            wanted = TOPK if turn % 2 else EXACT_POLICY
+            state = put_policy(live, wanted, clean=turn % 25 == 0, token=TOKEN)
+            assert {(rank["policyDigest"], rank["generation"]) for rank in state["ranks"]} == {(wanted.digest, generation + turn)}
+            if turn == 20:
+                resident = sum(server.resident_mib().values())
+        grown = sum(server.resident_mib().values()) - resident
     assert load.failures == []
     assert load.done > 10
+    assert grown < 0.4 * 80, "MiB: 80 switches may not cost 0.4 MiB each"
     state = put_policy(live, EXACT_POLICY, clean=True, token=TOKEN)
-    assert state["source"] == "http"
+    assert (state["source"], state["switches"], state["error"]) == ("http", switches + 100, None)
     rows = {name: row for name, row in state["counters"].items() if name.startswith(TOPK.digest)}
     assert rows[f"{TOPK.digest}|2-64"]["merged"] > 0
     assert [complete(live, qwen3, f"prompt {n}") for n in range(3)] == quiet, "exact again answers as before"
@@ -155,10 +77,12 @@ def test_metrics_tell_policy_experts_and_latency(live: str, qwen3: Path) -> None
     time.sleep(1.5)  # the workers are polled once a second
     found = metrics_of(live)
     assert found[f'sere_policy_info{{digest="{TOPK.digest}",source="http"}}'] == 1
-    before = found['sere_active_experts{bucket="2-64",stage="before"}']
-    after = found['sere_active_experts{bucket="2-64",stage="after"}']
+    before = found['sere_active_experts{bucket="2-64",layers="all",stage="before"}']
+    after = found['sere_active_experts{bucket="2-64",layers="all",stage="after"}']
     assert 0 < after < before <= 16
-    assert found['sere_slots_total{bucket="2-64"}'] > 0
+    slots = found['sere_slots_total{bucket="2-64",layers="all"}']
+    assert 0 < found['sere_merged_slots_total{bucket="2-64",layers="all"}'] < slots
+    assert found["sere_policy_error"] == 0
     assert found["sere_policy_switches_total"] >= 1
     assert found["sere_policy_generation"] == get_state(live)["generation"]
     labels = f'{{bucket="4-7",policy="{TOPK.digest}"}}'  # six clients
@@ -171,8 +95,8 @@ def test_metrics_tell_policy_experts_and_latency(live: str, qwen3: Path) -> None
 
 
 def test_refusals_over_http(live: str) -> None:
-    for token in ("", "wrong"):
-        with pytest.raises(SereError, match="Authorization: Bearer"):
+    for token, says in (("", "no token was sent"), ("wrong", "that is not the token")):
+        with pytest.raises(UnauthorizedError, match=says):
             put_policy(live, TOPK, token=token)
     with pytest.raises(PolicyError, match="top-k of 4"):
         put_policy(live, Policy.parse({"buckets": [{"minTokens": 1, "kind": "topk", "S": 9}]}), token=TOKEN)
@@ -205,7 +129,9 @@ def test_a_policy_directory_is_followed_without_a_failed_request(deepseek: Path,
     volume.mkdir()
     meta = calibrate(str(deepseek), calibration, tmp_path / "deepseek.safetensors")
     sere = Policy.parse({"buckets": [{"minTokens": 2, "kind": "sere", "S": 1}], "similarityDigest": meta.digest})
-    with serving(deepseek, tmp_path / "serve.log", SERE_POLICY_DIR=str(volume), SERE_CONTROL_TOKEN=TOKEN) as url:
+    environ = {"SERE_POLICY_DIR": str(volume), "SERE_CONTROL_TOKEN": TOKEN, "VLLM_LOGGING_LEVEL": "INFO"}
+    with serving(deepseek, tmp_path / "serve.log", **environ) as server:
+        url = server.url
         state = get_state(url)
         assert (state["ready"], state["source"]) == (False, "file")
         with pytest.raises(ConflictError, match="SERE_POLICY_DIR"):
@@ -242,3 +168,13 @@ def test_a_policy_directory_is_followed_without_a_failed_request(deepseek: Path,
         assert load.failures == []
         assert load.done > 0
         assert state["counters"][f"{sere.digest}|2-"]["rerouted"] > 0
+    lines = [line.partition("sere audit: ")[2] for line in server.log.read_text().splitlines() if "sere audit: " in line]
+    trail = [(line["outcome"], line["source"], line["who"].rpartition("/")[2], line["to"]) for line in map(json.loads, lines)]
+    assert trail[0][:2] == ("refused", "http")
+    assert trail[1:] == [
+        ("applied", "file", "stable", "exact"),
+        ("applied", "file", "pod.policy", sere.digest),
+        ("applied", "file", "pod.override", "exact"),
+        ("applied", "file", "pod.policy", sere.digest),
+        ("applied", "file", "pod.policy", "exact"),
+    ]

@@ -16,7 +16,14 @@ def test_ready_follows_the_first_application() -> None:
     SereControl().attach_router(app)
     client = testclient.TestClient(app)
     assert client.get("/sere/ready").status_code == 503  # no engine
-    app.state.sere = SimpleNamespace(ready=False)
+
+    async def state() -> dict[str, bool]:
+        return {"ready": applied}
+
+    applied = False
+    app.state.sere = SimpleNamespace(ready=False, state=state)
     assert client.get("/sere/ready").status_code == 503
-    app.state.sere.ready = True
+    applied = True  # by the watcher of another API server; this one reads it from the workers
+    assert client.get("/sere/ready").status_code == 200
+    app.state.sere = SimpleNamespace(ready=True)
     assert client.get("/sere/ready").json() == {"ready": True}

@@ -107,19 +107,23 @@ class Worker:
     def __init__(self) -> None:
         self.policy = Policy()
         self.generation = 0
+        self.note: dict[str, Any] = {}
         self.refusing = False
         self.applied: list[tuple[str, str | None]] = []
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
+        replaced = self.policy.digest
+        if method.startswith("sere_try") and self.refusing:
+            return [{"refused": {"type": "SimilarityError", "message": "the file is truncated"}}]
+        if method == "sere_note":
+            self.note |= args[0]
         if method == "sere_try_apply":
-            if self.refusing:
-                return [{"refused": {"type": "SimilarityError", "message": "the file is truncated"}}]
-            self.policy, self.generation = Policy.parse(args[0]), self.generation + 1
+            self.policy, self.generation, self.note = Policy.parse(args[0]), self.generation + 1, args[3]
             self.applied.append((self.policy.digest, args[2]))
         return [
             {
                 "rank": 0, "policy": self.policy.to_json_dict(), "policyDigest": self.policy.digest, "similarityDigest": None,
-                "generation": self.generation, "switches": 0, "error": None, "key": KEY.to_json_dict(),
+                "generation": self.generation, "switches": 0, "error": None, "note": self.note, "replaced": replaced, "key": KEY.to_json_dict(),
                 "model": {"numExperts": 4, "topK": 2, "moeLayers": [0]}, "counters": {},
             }
         ]  # fmt: skip
@@ -127,7 +131,7 @@ class Worker:
 
 async def test_the_watcher_follows_the_volume_and_ready_waits_for_the_first_application(tmp_path: Path) -> None:
     worker = Worker()
-    control = LiveControl(worker, None, "file")
+    control = LiveControl(worker, None, str(tmp_path))
     watcher = Watcher(control, tmp_path)
     await watcher.once()
     state = await control.state()
@@ -149,15 +153,39 @@ async def test_the_watcher_follows_the_volume_and_ready_waits_for_the_first_appl
     await watcher.once()
     state = await control.state()
     assert (state["policyDigest"], state["override"], state["error"]) == ("exact", True, None)
+    other_server = LiveControl(worker, None, str(tmp_path))  # of several; it runs no watcher
+    assert not other_server.ready
+    state = await other_server.state()
+    assert (state["ready"], state["override"], other_server.ready) == (True, True, True)
     count = len(worker.applied)
     await watcher.once()
     assert len(worker.applied) == count, "nothing changed, so nothing is applied"
 
 
+async def test_the_directory_is_audited_as_http_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "vllm.sere")
+    worker = Worker()
+    watcher = Watcher(LiveControl(worker, None, str(tmp_path)), tmp_path)
+    for version, words in enumerate(({"pod_policy": ""}, {"override": "exact"})):
+        project(tmp_path, files(TOPK, stable=TOPK.digest, **words), str(version))
+        await watcher.once()
+    worker.refusing = True
+    project(tmp_path, files(TOPK, stable="exact", pod_policy=TOPK.digest), "3")
+    for _ in range(3):
+        watcher._retry_at = 0.0
+        await watcher.once()
+    found = [json.loads(r.getMessage()[12:]) for r in caplog.records if r.getMessage().startswith("sere audit: ")]
+    assert [(line["outcome"], line["source"], line["who"], line.get("from"), line["to"]) for line in found] == [
+        ("applied", "file", f"{tmp_path}/stable", "exact", TOPK.digest),
+        ("applied", "file", f"{tmp_path}/override", TOPK.digest, "exact"),
+        ("refused", "file", f"{tmp_path}/pod.policy", None, TOPK.digest),
+    ], "a wish that is refused again and again is audited once"
+
+
 async def test_what_the_engine_refuses_is_said_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sere_ext.watch.RETRY_SECONDS", 0.05)
     worker = Worker()
-    control = LiveControl(worker, None, "file")
+    control = LiveControl(worker, None, str(tmp_path))
     watcher = Watcher(control, tmp_path)
     project(tmp_path, files(SERE, stable=SERE.digest) | {SIMILARITY_FILE: b""}, "1")
     worker.refusing = True

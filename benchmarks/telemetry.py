@@ -1,0 +1,157 @@
+"""`make bench-telemetry`: what counters, polling and latency metrics cost, as a share of step time. Prints JSON.
+
+    python benchmarks/telemetry.py [--pairs N] [--block-seconds S]
+
+On the small widened model at 16 concurrent requests, two ways in one run: the parts are timed where they run (the re-routing
+operator with nothing to re-route, which leaves counting; the hook called each step; what the engine does for a poll), and blocks
+with and without telemetry alternate on one engine. The operator always counts, so the blocks differ by polling and hook alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tune import MAKE, ROOT, machine, run
+
+CONCURRENCY, TOKENS = 16, 64
+
+
+def operator_us(experts: int, top_k: int) -> float:
+    """Median of one call on `CONCURRENCY` tokens under exact routing, in microseconds."""
+    import torch
+    from sere_ext.state import LayerState, WorkerState
+
+    from sere_ext import ops
+
+    layer = LayerState(number=0, experts=experts, top_k=top_k, renormalise=True, scoring=0)
+    WorkerState([layer], {})
+    ops.bind([layer])
+    logits = torch.randn(CONCURRENCY, experts)
+    weights, ids = logits.softmax(-1).topk(top_k)
+    arguments = (weights.contiguous(), ids.to(torch.int32), logits, 0)
+    times = []
+    for _ in range(3000):
+        at = time.perf_counter()
+        torch.ops.sere.reroute(*arguments)
+        times.append(time.perf_counter() - at)
+    return statistics.median(times) * 1e6
+
+
+async def measure(model: Path, pairs: int, block_s: float) -> dict[str, Any]:
+    os.environ["VLLM_PLUGINS"] = "sere,sere_control"
+    from sere_ext.control import LiveControl
+    from sere_ext.metrics import Metrics, _Recorder
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = AsyncEngineArgs(
+        model=str(model), dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=32, additional_config={"sere": {}}
+    )
+    engine = AsyncLLM.from_engine_args(arguments)
+    control = LiveControl(engine, None)
+    metrics = Metrics(control)
+    loggers = engine.logger_manager.stat_loggers
+    recorder = _Timed(_Recorder(metrics))
+    sampling = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True)
+    number = 0
+
+    async def one(until: float, tpots: list[float]) -> None:
+        nonlocal number
+        while time.monotonic() < until:
+            number += 1
+            first = last = 0.0
+            async for output in engine.generate(f"{number}+{number % 97}=", sampling, request_id=str(number)):
+                last = time.perf_counter()
+                first = first or last
+                tokens = len(output.outputs[0].token_ids)
+            tpots.append((last - first) / (tokens - 1))
+
+    async def block(telemetry: bool, seconds: float) -> float:
+        """Mean TPOT of the block's requests in seconds."""
+        polling = asyncio.create_task(metrics.run()) if telemetry else None
+        await asyncio.sleep(0)
+        kept = [logger for logger in loggers if not isinstance(logger, _Recorder | _Timed)]
+        loggers[:] = [*kept, recorder] if telemetry else kept
+        tpots: list[float] = []
+        await asyncio.gather(*(one(time.monotonic() + seconds, tpots) for _ in range(CONCURRENCY)))
+        if polling:
+            polling.cancel()
+        return statistics.mean(tpots)
+
+    try:
+        state = await control.state()
+        await block(True, 3)  # warm-up
+        recorder.calls, recorder.seconds = 0, 0.0
+        found = [(await block(True, block_s), await block(False, block_s)) for _ in range(pairs)]
+        polls = []
+        for _ in range(200):
+            at = time.perf_counter()
+            await control.state()
+            polls.append(time.perf_counter() - at)
+        at = time.perf_counter()
+        for _ in range(200):
+            metrics.publish(state)
+        publish_s = (time.perf_counter() - at) / 200
+    finally:
+        engine.shutdown()
+    logs = [math.log(on / off) for on, off in found]
+    half = 1.96 * statistics.stdev(logs) / math.sqrt(pairs)
+    step_s = statistics.median(off for _, off in found)
+    layers = len(state["model"]["moeLayers"])
+    op_us = operator_us(state["model"]["numExperts"], state["model"]["topK"])
+    shares = {
+        "operatorUnderExactRouting": op_us * 1e-6 * layers / step_s,
+        "hookPerStep": recorder.seconds / recorder.calls / step_s,
+        "pollPerSecond": statistics.median(polls) + publish_s,
+    }
+    return {
+        "stepMs": step_s * 1e3, "operatorUs": op_us, "moeLayers": layers, "hookUs": recorder.seconds / recorder.calls * 1e6,
+        "pollMs": statistics.median(polls) * 1e3, "publishMs": publish_s * 1e3,
+        "shareOfStepTime": {**shares, "total": sum(shares.values())},
+        "tpotOnOverOff": {
+            "mean": math.exp(statistics.mean(logs)),
+            "interval95": [math.exp(statistics.mean(logs) - half), math.exp(statistics.mean(logs) + half)], "pairs": pairs,
+        },
+    }  # fmt: skip
+
+
+class _Timed:
+    """Counts and times what the hook does; everything else is the hook's own."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner, self.calls, self.seconds = inner, 0, 0.0
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        at = time.perf_counter()
+        self._inner.record(*args, **kwargs)
+        self.seconds += time.perf_counter() - at
+        self.calls += 1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--block-seconds", type=float, default=5)
+    args = parser.parse_args()
+    model = ROOT / "build" / "bench-tune" / "model"
+    if not (model / "model.safetensors").exists():
+        run(sys.executable, MAKE / "widen.py", ROOT / "tests" / "assets" / "tiny_moe", model)
+    result = asyncio.run(measure(model, args.pairs, args.block_seconds))
+    print(json.dumps({"machine": machine(), "concurrency": CONCURRENCY, **result}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
