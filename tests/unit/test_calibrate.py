@@ -228,6 +228,23 @@ def test_families_that_cannot_be_asked_are_refused_by_name(family: str, changed:
         find_experts(built)
 
 
+class Quantised(torch.nn.Module):
+    """The signature of transformers' MXFP4 experts: routing data of a kernel, no expert ids to choose."""
+
+    num_experts = 4
+
+    def forward(self, hidden_states: Any, routing_data: Any, gather_idx: Any, scatter_idx: Any = None) -> Any:
+        raise AssertionError("never asked")
+
+
+def test_quantised_experts_are_refused_by_name() -> None:
+    built = Toy()
+    built.layers[0].mlp.experts = Quantised()
+    says = r"Quantised\(hidden_states, routing_data, gather_idx, scatter_idx\) .* load an unquantised checkpoint"
+    with pytest.raises(UnsupportedError, match=says):
+        find_experts(built)
+
+
 def test_a_config_that_claims_experts_is_not_called_dense() -> None:
     assert claims_experts({"num_local_experts": 8}) == "num_local_experts = 8"
     assert claims_experts({"text_config": {"n_routed_experts": 64}}) == "n_routed_experts = 64"
