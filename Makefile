@@ -11,7 +11,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: help setup demo test lint test-unit test-engine test-apiserver test-cluster test-chart test-gpu \
-        bench-tune bench-speedup bench-policies bench-telemetry soak-switches retrain-model crds lock envtest clean
+        bench-tune bench-speedup bench-policies bench-telemetry soak-switches retrain-model vllm-snapshots crds lock envtest clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -61,6 +61,9 @@ soak-switches: setup ## A thousand policy switches on a real server under load, 
 
 retrain-model: setup ## Train tests/assets/tiny_moe anew (about 15 minutes on 2 cores)
 	$(PY) tests/assets/make/train.py
+
+vllm-snapshots: setup ## Read the touched symbols of every supported vLLM release out of its wheel (a minute, needs the index)
+	$(PY) tests/assets/make/vllm_snapshots.py $(ARGS)
 
 crds: setup ## Regenerate manifests/crd and the chart's copies from the pydantic models
 	$(PY) -m sere_operator.api.crdgen

@@ -28,9 +28,10 @@ _NO_PADDING = np.zeros(0, np.bool_)
 _NO_LOGITS = np.zeros((0, 0), np.float32)
 
 
-def bind(layers: list[LayerState]) -> None:
-    """Make these layers the ones that operators read, slot by slot."""
-    _layers[:] = layers
+def bind(layers: list[LayerState]) -> int:
+    """Make these layers known to the operators; returns the slot of the first. Slots of another engine keep their layers."""
+    _layers.extend(layers)
+    return len(_layers) - len(layers)
 
 
 def _padding_mask(tokens: int) -> Any:

@@ -30,6 +30,12 @@ def engine_version() -> str:
     raise UnsupportedError("vLLM is not installed; `pip install 'sere[vllm]'`, or the CPU engine's lock file")
 
 
+def release_of(version: str) -> tuple[int, int]:
+    """(major, minor); (0, 0) for a text that is no version."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 def check_engine_version(version: str, device: str) -> None:
     """Raise UnsupportedError, naming the range and the way out, for a vLLM that was never tried.
 
@@ -37,8 +43,7 @@ def check_engine_version(version: str, device: str) -> None:
         version: as `engine_version` gives it.
         device: torch device type.
     """
-    found = re.match(r"(\d+)\.(\d+)", version)
-    release = (int(found[1]), int(found[2])) if found else (0, 0)
+    release = release_of(version)
     since = CPU_SINCE if device == "cpu" else SINCE
     if not since <= release < BEFORE:
         low = ".".join(map(str, since))

@@ -25,9 +25,8 @@ def install(model: Any, device: str) -> list[LayerState]:
         one state per MoE layer, in the model's order, already bound to the operators.
 
     Raises:
-        UnsupportedError: dense model, monolithic kernel, a router of an unknown kind, or a device without a kernel.
+        UnsupportedError: a dense model, a device without a kernel, or a layer that cannot work (`refusal`).
     """
-    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
     runners = [module for module in model.modules() if isinstance(module, MoERunner)]
@@ -37,22 +36,36 @@ def install(model: Any, device: str) -> list[LayerState]:
         )
     if device != "cpu":
         raise UnsupportedError(f"this release re-routes on the CPU engine only, the device is {device}; serve without sere")
-    layers = []
     for runner in runners:
-        name = runner.layer_name
-        if runner.is_monolithic:
-            raise UnsupportedError(f"{name}: its kernel routes inside itself; start the engine with `--moe-backend triton`")
-        if not isinstance(runner.router, BaseRouter):
-            raise UnsupportedError(f"{name}: its router ({type(runner.router).__name__}) has no seam to re-route at; report it")
-        layers.append(_layer_state(runner))
+        if why := refusal(runner):
+            raise UnsupportedError(f"{type(model).__name__}, {runner.layer_name}: {why}")
+    layers = [_layer_state(runner) for runner in runners]
 
     from sere_ext import ops
 
-    ops.bind(layers)
-    for slot, runner in enumerate(runners):
+    for slot, runner in enumerate(runners, ops.bind(layers)):
         _wrap(runner.router, slot)
         _wrap_experts(runner)
     return layers
+
+
+def refusal(runner: Any) -> str | None:
+    """Why an MoE layer (vLLM's `MoERunner`) cannot be re-routed, with the way out; None if it can."""
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+    from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
+
+    router = runner.router
+    if runner.is_monolithic:
+        return "its kernel routes inside itself; start the engine with `--moe-backend triton`"
+    if not isinstance(router, BaseRouter):
+        return f"its router ({type(router).__name__}) has no seam to re-route at; report it"
+    if isinstance(router, ZeroExpertRouter):
+        return "its router also sends tokens to experts that compute nothing, which was never tried; serve it without sere"
+    if router.top_k == 1:
+        return "it takes one expert per token, which is always kept, so nothing could be re-routed; serve it without sere"
+    if runner.do_naive_dispatch_combine:
+        return "its kernel gathers the rows of all ranks before it routes them; start with --data-parallel-size 1"
+    return None
 
 
 def _layer_state(runner: Any) -> LayerState:

@@ -54,10 +54,14 @@ def patch_worker_base() -> None:
 
 def _attach(worker: Any, vllm_config: Any, settings: Settings) -> None:
     """Hook this worker's model loading and warm-up; mark the compile cache as ours."""
-    from sere_ext.plugin import check_engine_version, engine_version
+    from vllm import envs
+
+    from sere_ext.features import check_features
+    from sere_ext.plugin import check_engine_version, engine_version, release_of
 
     device = vllm_config.device_config.device_type
     check_engine_version(engine_version(), device)
+    check_features(vllm_config, release_of(engine_version()), envs.VLLM_MOE_SKIP_PADDING)
     if isinstance(vllm_config.additional_config, dict):
         ours = vllm_config.additional_config.get("sere") or {}
         vllm_config.additional_config["sere"] = {**ours, "graph": f"{__version__}/{GRAPH_FORM}"}
