@@ -69,7 +69,8 @@ class MonotoneModel:
     def __init__(self, choices: Sequence[Choice], buckets: int, top_k: int, noise_floor: float) -> None:
         self.choices, self.buckets, self.top_k = list(choices), buckets, top_k
         self.floor = max(noise_floor, 1e-4)
-        self.kinds = [k for k in Kind if k is not Kind.EXACT]
+        # Always the three of the default search, so that a seed gives the same draws whichever of them a study names.
+        self.kinds = list(dict.fromkeys([Kind.SERE, Kind.TOPK, Kind.OEA, *(c.kind for c in choices if c.kind is not Kind.EXACT)]))
         self._draws: Floats | None = None
         self._grid = [self._features(bucket, self.choices) for bucket in range(buckets)]
 

@@ -84,7 +84,7 @@ class Space:
         rhos = [round(i * RHO_STEP, 2) for i in range(round(RHO_MAX / RHO_STEP) + 1)]
         for kind in self.kinds:
             for S in np.arange(1.0, self.top_k, self.step).tolist():
-                found += [Choice(kind, S, rho) for rho in (rhos if kind is Kind.SERE else [0.0])]
+                found += [Choice(kind, S, rho) for rho in (rhos if kind.needs_similarity else [0.0])]
         return found
 
     def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
@@ -106,12 +106,12 @@ class Space:
         found = []
         for index in range(len(self.edges)):
             kind = Kind(params[f"b{index}.kind"])
-            rho = round(float(params[f"b{index}.rho"]), 2) if kind is Kind.SERE else 0.0
+            rho = round(float(params[f"b{index}.rho"]), 2) if kind.needs_similarity else 0.0
             found.append(EXACT if kind is Kind.EXACT else Choice(kind, float(params[f"b{index}.S"]), rho))
         return tuple(found)
 
     def policy(self, table: Table) -> Policy:
-        needs = any(c.kind is Kind.SERE for c in table)
+        needs = any(c.kind.needs_similarity for c in table)
         # Layers are cut where some bucket's S steps down; what follows the last cut is the policy's own table.
         cuts = sorted({self._spared(choice) for choice in table} - {0})
         groups = []

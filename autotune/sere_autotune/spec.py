@@ -215,7 +215,9 @@ class SearchSpec(Record):
     @classmethod
     def _rerouting(cls, value: tuple[Kind, ...]) -> tuple[Kind, ...]:
         if Kind.EXACT in value:
-            raise ValueError("exact is always trial 0; list only sere, topk and oea")
+            raise ValueError("exact is always trial 0; list only sere, topk, oea and hybrid")
+        if Kind.BUDGET in value:
+            raise ValueError("kind budget is not searched; list only sere, topk, oea and hybrid")
         return tuple(dict.fromkeys(value))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sere_ext.errors import SimilarityError, UsageError
-from sere_ext.policy import Kind, Policy
+from sere_ext.policy import Policy
 from sere_ext.similarity import SimilarityMeta, model_config_digest, read_meta
 
 from sere_autotune import certify, planner, results, search
@@ -292,7 +292,7 @@ def _similarity(prepared: Prepared, report: Reporter) -> Path | None:
     spec = prepared.spec
     if spec.similarity:
         return Path(spec.similarity).resolve()
-    if Kind.SERE not in spec.search.policies:
+    if not any(kind.needs_similarity for kind in spec.search.policies):
         return None
     made = prepared.out.resolve() / "similarity.safetensors"
     if made.exists():

@@ -29,16 +29,32 @@ MAX_TOKENS = 1_048_576  # above any batch vLLM schedules; "no upper edge"
 class Kind(StrEnum):
     """How the slots of a token beyond its top S are treated.
 
-    exact  as the model routes
-    sere   to the most similar expert that is some token's top S, if similarity >= rho (arXiv 2602.07616, Alg. 1)
-    topk   dropped: what the model would do with k = S
-    oea    dropped, then refilled from the token's own scores among active experts (arXiv 2511.02237)
+    Active are the experts that are some token's top S; `maxExperts` adds those of most summed weight until so many are.
+
+    exact   as the model routes
+    sere    to the most similar active expert, if similarity >= rho (arXiv 2602.07616, Alg. 1)
+    topk    dropped: what the model would do with k = S
+    oea     dropped, then refilled from the token's own scores among active experts (arXiv 2511.02237)
+    budget  kept on active experts, dropped elsewhere; at most `maxExperts` are active unless the top S are more
+    hybrid  kept on active experts; elsewhere to the most similar one if similarity >= rho, as sere, else refilled as oea
     """
 
     EXACT = "exact"
     SERE = "sere"
     TOPK = "topk"
     OEA = "oea"
+    BUDGET = "budget"
+    HYBRID = "hybrid"
+
+    @property
+    def needs_similarity(self) -> bool:
+        """Whether it looks for alike experts, and so knows rho."""
+        return self in (Kind.SERE, Kind.HYBRID)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether it looks at the token's own scores of experts that the router did not choose."""
+        return self in (Kind.OEA, Kind.HYBRID)
 
 
 def outside_name(name: str) -> str:
@@ -68,20 +84,34 @@ class Bucket(Record):
         Kind,
         Field(
             description="what becomes of a token's slots beyond its top S; exact: nothing, sere: re-routed to the most similar "
-            "active expert, topk: dropped, oea: refilled from the token's own scores among active experts"
+            "active expert, topk: dropped, oea: refilled from the token's own scores among active experts, budget: dropped "
+            "outside of the maxExperts active ones, hybrid: re-routed where similarity >= rho, else refilled"
         ),
     ]
     S: Annotated[int | None, Field(ge=1, le=64, alias="S", description="top experts a token always keeps")] = None
-    rho: Annotated[float, Field(ge=0.0, le=1.0, description="least similarity of a stand-in (sere)")] = 0.0
+    rho: Annotated[float, Field(ge=0.0, le=1.0, description="least similarity of a stand-in (sere, hybrid)")] = 0.0
+    max_experts: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=512,
+            description="active experts of a step and layer: beside every token's top S, those of most summed weight until so many "
+            "are active (budget, where S defaults to 1; hybrid, default: none beside the top S)",
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.max_tokens < self.min_tokens:
             raise ValueError(f"maxTokens {self.max_tokens} is below minTokens {self.min_tokens}")
-        if self.kind is not Kind.EXACT and self.S is None:
+        if self.kind not in (Kind.EXACT, Kind.BUDGET) and self.S is None:
             raise ValueError(f"kind {self.kind.value} needs S, the number of top experts that a token keeps")
-        if self.rho and self.kind is not Kind.SERE:
-            raise ValueError(f"rho is only meaningful for kind sere, not {self.kind.value}; leave it out")
+        if self.kind is Kind.BUDGET and self.max_experts is None:
+            raise ValueError("kind budget needs maxExperts, the number of experts that may be active")
+        if self.rho and not self.kind.needs_similarity:
+            raise ValueError(f"rho is only meaningful for kinds sere and hybrid, not {self.kind.value}; leave it out")
+        if self.max_experts is not None and self.kind not in (Kind.BUDGET, Kind.HYBRID):
+            raise ValueError(f"maxExperts is only meaningful for kinds budget and hybrid, not {self.kind.value}; leave it out")
         return self
 
     def describe(self) -> str:
@@ -91,6 +121,8 @@ class Bucket(Record):
             Kind.SERE: f"sere S={self.S} rho={self.rho:.2f}",
             Kind.TOPK: f"topk {self.S}",
             Kind.OEA: f"oea k0={self.S}",
+            Kind.BUDGET: f"budget N={self.max_experts} S={self.S or 1}",
+            Kind.HYBRID: f"hybrid S={self.S} rho={self.rho:.2f}" + (f" N={self.max_experts}" if self.max_experts else ""),
         }[self.kind]
         upper = "" if self.max_tokens >= MAX_TOKENS else str(self.max_tokens)
         return f"{what} for {self.min_tokens}-{upper} tokens" if upper else f"{what} from {self.min_tokens} tokens"
@@ -168,7 +200,7 @@ class Policy(Record):
         return any(bucket.kind is not Kind.EXACT for table in self.tables() for bucket in table)
 
     def needs_similarity(self) -> bool:
-        return any(bucket.kind is Kind.SERE for table in self.tables() for bucket in table)
+        return any(bucket.kind.needs_similarity for table in self.tables() for bucket in table)
 
     def table_for(self, layer: int) -> tuple[Bucket, ...]:
         """The buckets that hold for one MoE layer (model layer number)."""

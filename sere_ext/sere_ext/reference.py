@@ -1,12 +1,15 @@
 """What re-routing means, in readable torch: the specification that every fast kernel is tested against.
 
 Shapes and names: T tokens (rows), k slots per token, E experts, `S` top slots that a token always keeps, `rho` least
-similarity of a stand-in. Source of kind `sere`: arXiv 2602.07616, Algorithm 1; of `oea`: arXiv 2511.02237.
+similarity of a stand-in. Source of kind `sere`: arXiv 2602.07616, Algorithm 1; of `oea`: arXiv 2511.02237; of `budget`:
+arXiv 2602.07265 (top experts of every token, then greedily by summed weight); `hybrid` is ours.
 
 Rules that hold for every kind:
 - A slot counts if its row is real (not padding), its id is in [0, E) and its weight is neither 0 nor NaN. Other slots
   keep id and weight.
 - A token's slots are ranked by returned weight, ties by lower id. Routers do not return them in order.
+- Active are the experts that are some token's top S; `max_experts` adds those of most summed weight (ties: lower id) until
+  so many are. Weights are summed in steps of 2^-30, so that no order of summation shows.
 - A freed slot repeats an expert that its token keeps, with weight 0. Never -1, which the CPU kernel would use as an index.
 - In a row that counts, slots with a weight stand left of slots without one, both in their old order, so that a backend
   can compute the leading columns alone.
@@ -20,6 +23,9 @@ import torch
 
 from sere_ext.policy import Kind
 
+MASS_STEPS = 2**30  # of a weight of 1, where weights are summed over the batch
+MASS_MOST = 2**10  # a larger weight counts as this: 2^23 slots of it still fit in 64 bits
+
 
 @dataclass(frozen=True)
 class Rerouted:
@@ -30,8 +36,8 @@ class Rerouted:
     active_before: int  # distinct experts with a weight
     active_after: int
     slots: int  # slots that count
-    rerouted: int  # of those, slots that now name another expert and carry weight
-    merged: int  # of those, slots freed (merged, or dropped by topk and oea)
+    rerouted: int  # of those, slots whose weight went to another expert, merged there or not
+    merged: int  # of those, slots freed (merged or dropped)
 
 
 def reroute(
@@ -42,6 +48,7 @@ def reroute(
     kind: Kind,
     S: int = 1,
     rho: float = 0.0,
+    max_experts: int = 0,
     similarity: torch.Tensor | None = None,
     real: torch.Tensor | None = None,
     renormalise: bool = False,
@@ -56,12 +63,13 @@ def reroute(
         num_experts: E.
         kind: how slots beyond the top S are treated.
         S: slots that a token keeps, 1..k.
-        rho: least similarity of a stand-in (`sere`).
-        similarity: [E, E] float32, larger is more alike; needed by `sere`. NaN never qualifies.
+        rho: least similarity of a stand-in (`sere`, `hybrid`).
+        max_experts: experts are made active by summed weight until so many are; 0 for none beside the top S.
+        similarity: [E, E] float32, larger is more alike; needed by `sere` and `hybrid`. NaN never qualifies.
         real: [T] bool, False for padding rows; None if all are real.
-        renormalise: whether the model renormalises its weights, for `topk` and `oea`.
-        logits: [T, E] router logits; needed by `oea`.
-        scoring: "softmax" or "sigmoid", for `oea`.
+        renormalise: whether the model renormalises its weights: a row with freed or refilled slots keeps its sum.
+        logits: [T, E] router logits; needed by `oea` and `hybrid`. NaN counts as -infinity.
+        scoring: "softmax" or "sigmoid", of the model's router.
     """
     long = ids.long()
     counts = (long >= 0) & (long < num_experts) & (weights != 0) & ~weights.isnan()
@@ -69,36 +77,41 @@ def reroute(
         counts &= real[:, None]
     before = _union(long, counts, num_experts)
     if kind is Kind.EXACT:
-        active = int(before.sum())
-        return Rerouted(ids.clone(), weights.clone(), active, active, int(counts.sum()), 0, 0)
+        used = int(before.sum())
+        return Rerouted(ids.clone(), weights.clone(), used, used, int(counts.sum()), 0, 0)
 
     keep = counts & (_rank(long, weights, counts) < S)
-    primary = _union(long, keep, num_experts)
-    new_ids, new_weights = long.clone(), weights.clone()
-    if kind is Kind.SERE:
+    active = _activate(_union(long, keep, num_experts), before, long, weights, counts, max_experts)
+    target = torch.arange(num_experts)
+    if kind.needs_similarity:
         if similarity is None:
-            raise ValueError("kind sere needs the similarity matrix")
-        target = _stand_ins(before & ~primary, primary, similarity, rho)
-        new_ids[counts] = target[long[counts]]
-        new_weights = _merge(new_ids, weights, counts)
-    else:
-        best = _best_kept(long, weights, keep)
-        new_ids = torch.where(counts & ~keep, best[:, None], long)
-        new_weights = torch.where(counts & ~keep, torch.zeros_like(weights), weights)
-        if kind is Kind.OEA:
-            if logits is None:
-                raise ValueError("kind oea needs the router's logits")
-            _refill(new_ids, new_weights, long, weights, counts, keep, primary, logits, scoring)
-        if renormalise:
-            for row in range(ids.shape[0]):
-                _rescale(new_weights[row], weights[row], counts[row])
+            raise ValueError(f"kind {kind.value} needs the similarity matrix")
+        target = _stand_ins(before & ~active, active, similarity, rho)
+    new_ids, new_weights = long.clone(), weights.clone()
+    new_ids[counts] = target[long[counts]]
+
+    inside = torch.zeros_like(counts)  # the slot's expert, or its stand-in, is active
+    inside[counts] = active[new_ids[counts]]
+    freed = counts & ~(keep if kind in (Kind.TOPK, Kind.OEA) else inside)
+    if kind is Kind.SERE:
+        freed &= False  # an expert that nothing resembles stays
+    if kind.needs_similarity:
+        new_weights = _merge(new_ids, weights, counts & ~freed)
+    best = _best_kept(long, weights, keep)
+    new_ids = torch.where(freed, best[:, None], new_ids)
+    new_weights = torch.where(freed, torch.zeros_like(weights), new_weights)
+    dropped = freed.clone()
+    if kind.needs_scores:
+        if logits is None:
+            raise ValueError(f"kind {kind.value} needs the router's logits")
+        dropped = _refill(new_ids, new_weights, long, weights, counts, keep, freed, active, logits, scoring)
+    if renormalise:
+        for row in freed.any(1).nonzero().flatten().tolist():
+            _rescale(new_weights[row], weights[row], counts[row])
 
     holds = counts & (new_weights != 0)
     after = _union(new_ids, holds, num_experts)
-    moved = int((holds & (new_ids != long)).sum())
-    if kind is Kind.SERE:  # a slot merged away was re-routed as well: it no longer names its expert
-        moved = int((counts & (new_ids != long)).sum())
-    freed = int(counts.sum() - holds.sum())
+    moved = int((counts & ~dropped & (new_ids != long)).sum())
     order = _pack(counts.any(1), new_weights != 0)
     return Rerouted(
         new_ids.gather(1, order).to(ids.dtype),
@@ -107,7 +120,7 @@ def reroute(
         int(after.sum()),
         int(counts.sum()),
         moved,
-        freed,
+        int(counts.sum() - holds.sum()),
     )
 
 
@@ -126,12 +139,27 @@ def _rank(ids: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> tor
     return order.argsort(dim=1, stable=True)
 
 
-def _stand_ins(secondary: torch.Tensor, primary: torch.Tensor, similarity: torch.Tensor, rho: float) -> torch.Tensor:
-    """[E] int64: the expert that answers for each expert; itself unless it is secondary and a primary is alike enough."""
-    num_experts = primary.shape[0]
+def _activate(
+    primary: torch.Tensor, before: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor, limit: int
+) -> torch.Tensor:
+    """[E] bool: the primaries, and the other used experts of most summed weight while there are fewer than `limit`."""
+    active = primary.clone()
+    mass = torch.zeros(primary.shape[0], dtype=torch.int64)
+    mass.index_add_(0, ids[counts], (weights[counts].double().clamp(-MASS_MOST, MASS_MOST) * MASS_STEPS).long())
+    for _ in range(limit - int(primary.sum())):
+        rest = (before & ~active).nonzero().flatten()
+        if not len(rest):
+            break
+        active[rest[mass[rest].argmax()]] = True
+    return active
+
+
+def _stand_ins(secondary: torch.Tensor, active: torch.Tensor, similarity: torch.Tensor, rho: float) -> torch.Tensor:
+    """[E] int64: the expert that answers for each; itself unless it is secondary and an active one is alike enough."""
+    num_experts = active.shape[0]
     target = torch.arange(num_experts)
     least = torch.tensor(rho, dtype=torch.float32)
-    candidates = similarity.float().masked_fill(~primary[None, :] | similarity.isnan(), -torch.inf)
+    candidates = similarity.float().masked_fill(~active[None, :] | similarity.isnan(), -torch.inf)
     for expert in secondary.nonzero().flatten().tolist():
         best = int(candidates[expert].argmax())  # the first of equals, so ties go to the lower id
         if candidates[expert, best] >= least:
@@ -168,26 +196,34 @@ def _refill(
     weights: torch.Tensor,
     counts: torch.Tensor,
     keep: torch.Tensor,
-    primary: torch.Tensor,
+    freed: torch.Tensor,
+    active: torch.Tensor,
     logits: torch.Tensor,
     scoring: str,
-) -> None:
-    """Fill the freed slots, in slot order, with the token's best-scored active experts that it does not hold yet."""
+) -> torch.Tensor:
+    """Fill the freed slots, in slot order, with the token's best-scored active experts that it does not hold yet.
+
+    Returns:
+        [T, k] bool: the slots that nothing was left for.
+    """
     ranks = _rank(ids, weights, keep)
-    for row in range(ids.shape[0]):
-        if not keep[row].any():
-            continue
+    dropped = freed.clone()
+    for row in freed.any(1).nonzero().flatten().tolist():
         top = int(ranks[row].argmin())
         score = _score(logits[row].float(), scoring)
-        open_to = primary.clone()
-        open_to[ids[row][keep[row]]] = False
-        for slot in (counts[row] & ~keep[row]).nonzero().flatten().tolist():
-            if not open_to.any():
+        comparable = logits[row].float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        open_to = active.clone()
+        open_to[new_ids[row][counts[row] & ~freed[row]]] = False
+        for slot in freed[row].nonzero().flatten().tolist():
+            rest = open_to.nonzero().flatten()
+            if not len(rest):
                 break
-            choice = int(logits[row].float().masked_fill(~open_to, -torch.inf).argmax())
+            choice = int(rest[comparable[rest].argmax()])
             open_to[choice] = False
             new_ids[row, slot] = choice
             new_weights[row, slot] = weights[row, top] * (score[choice] / score[ids[row, top]])
+            dropped[row, slot] = False
+    return dropped
 
 
 def _rescale(new: torch.Tensor, old: torch.Tensor, counts: torch.Tensor) -> None:

@@ -94,8 +94,8 @@ _MODE = "(has(self.mode) ? self.mode : 'Exact')"
 _TUNED = "!(has(self.routing) && has(self.routing.mode) && self.routing.mode == 'Tuned')"
 _STATIC_SERE = (
     "has(self.routing) && has(self.routing.policy) && ("
-    "(has(self.routing.policy.buckets) && self.routing.policy.buckets.exists(b, b.kind == 'sere')) || "
-    "(has(self.routing.policy.layerGroups) && self.routing.policy.layerGroups.exists(g, g.buckets.exists(b, b.kind == 'sere'))))"
+    "(has(self.routing.policy.buckets) && self.routing.policy.buckets.exists(b, b.kind in ['sere', 'hybrid'])) || "
+    "(has(self.routing.policy.layerGroups) && self.routing.policy.layerGroups.exists(g, g.buckets.exists(b, b.kind in ['sere', 'hybrid']))))"
 )
 _DRAIN = "(has(self.strategy) && self.strategy == 'DrainFirst')"
 
@@ -168,14 +168,23 @@ RULES: Final[dict[str, tuple[Rule, ...]]] = {
             "'maxTokens %d is below minTokens %d'.format([self.maxTokens, self.minTokens])",
         ),
         Rule(
-            "self.kind == 'exact' || has(self.S)",
+            "self.kind == 'exact' || self.kind == 'budget' || has(self.S)",
             "this kind needs S, the number of top experts that a token keeps",
             "'kind %s needs S, the number of top experts that a token keeps'.format([self.kind])",
         ),
         Rule(
-            "!has(self.rho) || self.rho == 0.0 || self.kind == 'sere'",
-            "rho is only meaningful for kind sere; leave it out",
-            "'rho is only meaningful for kind sere, not %s; leave it out'.format([self.kind])",
+            "self.kind != 'budget' || has(self.maxExperts)",
+            "kind budget needs maxExperts, the number of experts that may be active",
+        ),
+        Rule(
+            "!has(self.rho) || self.rho == 0.0 || self.kind == 'sere' || self.kind == 'hybrid'",
+            "rho is only meaningful for kinds sere and hybrid; leave it out",
+            "'rho is only meaningful for kinds sere and hybrid, not %s; leave it out'.format([self.kind])",
+        ),
+        Rule(
+            "!has(self.maxExperts) || self.kind == 'budget' || self.kind == 'hybrid'",
+            "maxExperts is only meaningful for kinds budget and hybrid; leave it out",
+            "'maxExperts is only meaningful for kinds budget and hybrid, not %s; leave it out'.format([self.kind])",
         ),
     ),
     "Policy.buckets": _bucket_table(),

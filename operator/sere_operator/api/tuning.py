@@ -40,6 +40,7 @@ class SearchKind(StrEnum):
     SERE = "sere"
     TOPK = "topk"
     OEA = "oea"
+    HYBRID = "hybrid"
 
 
 class Task(Source):
@@ -139,7 +140,8 @@ class Tuning(Record):
     trials: Annotated[int, Field(ge=1, le=10_000, description="search trials the run may use. Default: 60.")] = 60
     rungs: Annotated[int | None, Field(ge=1, le=3, description="candidates to certify at most. Default: 3.")] = None
     policies: Annotated[
-        tuple[SearchKind, ...] | None, Field(min_length=1, max_length=3, description="kinds to search. Default: all.")
+        tuple[SearchKind, ...] | None,
+        Field(min_length=1, max_length=len(SearchKind), description="kinds to search. Default: sere, topk and oea."),
     ] = None
     similarity: Similarity
     workload: Workload
