@@ -16,7 +16,8 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
-setup: $(VENV)/.ready ## Virtual environment with the CPU engine, tuner, operator and test tools, all locked
+setup: $(VENV)/.ready ## Virtual environment with the CPU engine, tuner, operator and test tools, all locked; the CPU kernel
+	@$(PY) -m sere_ext.build > /dev/null  # does nothing where its sources are as they were
 
 $(VENV)/.ready: requirements/cpu.lock pyproject.toml
 	python3 -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "sere needs Python 3.11 or newer")'
@@ -68,7 +69,6 @@ vllm-snapshots: setup ## Read the touched symbols of every supported vLLM releas
 crds: setup ## Regenerate manifests/crd and the chart's copies from the pydantic models
 	$(PY) -m sere_operator.api.crdgen
 	$(PY) -m sere_operator.api.reference
-	$(PY) helm/generate.py
 	PATH="$$(tests/kit/assets):$$PATH" $(PY) helm/generate.py
 
 envtest: ## Download the official Kubernetes binaries to build/kube (where the network allows)

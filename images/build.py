@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -78,8 +79,11 @@ def stage(root: Path, kind: str) -> None:
             copy(Path(data), root)
 
     copy_interpreter(root)
+    left_out = shutil.ignore_patterns("__pycache__", "built")
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, root / APP.lstrip("/") / Path(package).name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / package, root / APP.lstrip("/") / Path(package).name, ignore=left_out)
+    if kind == "engine":
+        build_kernels(root)
     if not compile_missing(root / APP[1:], root):
         raise SystemExit("build: a module of the sere packages does not compile")
 
@@ -118,6 +122,14 @@ def compile_missing(folder: Path, root: Path) -> bool:
     command = [sys.executable, "-m", "compileall", "-qq", "--invalidation-mode", "unchecked-hash"]
     paths = ["-s", str(root), "-p", "/", str(folder)]  # as they will be in the image, for tracebacks
     return subprocess.run([*command, *paths], check=False).returncode == 0
+
+
+def build_kernels(root: Path) -> None:
+    """The CPU kernel into the image's own package, since a pod has neither a compiler nor a root that it may write."""
+    package = root / APP.lstrip("/") / "sere_ext"
+    environment = {**os.environ, "PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "sere_ext.build", "--out", str(package / "built")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
 
 
 def copy_interpreter(root: Path) -> None:

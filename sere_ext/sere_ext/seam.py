@@ -7,11 +7,14 @@ refused, with the way out.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from sere_ext import kernel
 from sere_ext.errors import UnsupportedError
 from sere_ext.state import LayerState
+
+logger = logging.getLogger("vllm.sere")
 
 
 def install(model: Any, device: str) -> list[LayerState]:
@@ -34,8 +37,13 @@ def install(model: Any, device: str) -> list[LayerState]:
         raise UnsupportedError(
             f"{type(model).__name__} is a dense model: it has no experts to re-route; serve it without sere, or name an MoE model"
         )
-    if device != "cpu":
-        raise UnsupportedError(f"this release re-routes on the CPU engine only, the device is {device}; serve without sere")
+    if device not in ("cpu", "cuda"):
+        raise UnsupportedError(f"this release re-routes on CPUs and on CUDA, the device is {device}; serve without sere")
+    kernel.load(device)
+    if device == "cuda":
+        logger.warning(
+            "sere: the CUDA kernel passes its compiler but has not yet run on a GPU; compare answers before you trust it"
+        )
     for runner in runners:
         if why := refusal(runner):
             raise UnsupportedError(f"{type(model).__name__}, {runner.layer_name}: {why}")
@@ -45,7 +53,8 @@ def install(model: Any, device: str) -> list[LayerState]:
 
     for slot, runner in enumerate(runners, ops.bind(layers)):
         _wrap(runner.router, slot)
-        _wrap_experts(runner)
+        if device == "cpu":
+            _wrap_experts(runner)
     return layers
 
 
@@ -72,10 +81,16 @@ def _layer_state(runner: Any) -> LayerState:
     router = runner.router
     plain = getattr(router, "custom_routing_function", None) is None
     scoring = {"softmax": kernel.SOFTMAX, "sigmoid": kernel.SIGMOID}.get(getattr(router, "scoring_func", "softmax"))
+    experts, top_k = runner.moe_config.num_logical_experts, router.top_k
+    if experts > kernel.MAX_EXPERTS or top_k > kernel.MAX_TOP_K:
+        raise UnsupportedError(
+            f"{runner.layer_name}: {experts} experts, top-{top_k}; this release re-routes up to {kernel.MAX_EXPERTS} experts, "
+            f"top-{kernel.MAX_TOP_K}; serve without sere"
+        )
     return LayerState(
         number=runner.layer_id,
-        experts=runner.moe_config.num_logical_experts,
-        top_k=router.top_k,
+        experts=experts,
+        top_k=top_k,
         renormalise=bool(getattr(router, "renormalize", True)),
         scoring=scoring if plain else None,
     )

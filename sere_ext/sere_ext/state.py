@@ -1,23 +1,23 @@
 """What one worker process holds: the policy in force as tables per MoE layer, neighbour lists, counters.
 
 Everything a kernel reads is preallocated and updated in place, so that compiled graphs (and, on CUDA, captured ones)
-see a change without being made again. Torch-free: numpy arrays, which kernels on the CPU read as they are.
+see a change without being made again. Torch-free: numpy arrays, which the kernel on the CPU reads as they are; for one on
+a GPU a `Mirror` keeps copies there.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from sere_ext import kernel
 from sere_ext.artifact import Similarity, sorted_neighbours
 from sere_ext.errors import ConflictError, PolicyError, UnsupportedError
-from sere_ext.policy import EXACT_POLICY, MAX_BUCKETS, MAX_TOKENS, Bucket, Kind, Policy
+from sere_ext.policy import EXACT_POLICY, MAX_BUCKETS, MAX_TOKENS, Bucket, Policy
 
-_KIND_CODES = {Kind.EXACT: kernel.EXACT, Kind.SERE: kernel.SERE, Kind.TOPK: kernel.TOPK, Kind.OEA: kernel.OEA}
 _MAX_COUNTER_KEYS = 1024  # a tuner tries hundreds of policies in one engine's life; the oldest counters go first
 OTHER = "other"  # counter label of calls outside every bucket
 
@@ -31,27 +31,47 @@ class LayerState:
     top_k: int
     renormalise: bool
     scoring: int | None  # kernel.SOFTMAX or SIGMOID; None if the router's scores cannot be recomputed from logits
-    rows: list[tuple[int, int, int, int]] = field(default_factory=list)  # min, max tokens, kind code, S
-    rho: list[Any] = field(default_factory=list)  # numpy float32 per row
-    neighbours: Any = None  # [E, E - 1] int32
-    similarities: Any = None  # [E, E - 1] float32
+    table: Any = field(default_factory=lambda: np.zeros((MAX_BUCKETS, kernel.COLUMNS), np.int32))
+    neighbours: Any = field(init=False)  # [E, E - 1] uint16
+    similarities: Any = field(init=False)  # [E, E - 1] float32
     counters: Any = field(default_factory=lambda: np.zeros((MAX_BUCKETS + 1, len(kernel.COUNTERS)), np.int64))
+    struct: kernel.Layer = field(init=False)  # what the kernel is told; a Mirror puts its own addresses in
 
     def __post_init__(self) -> None:
         others = max(self.experts - 1, 0)
-        self.neighbours = np.zeros((self.experts, others), np.int32)
+        self.neighbours = np.zeros((self.experts, others), np.uint16)
         self.similarities = np.full((self.experts, others), -np.inf, np.float32)
-
-    def bucket(self, tokens: int) -> int:
-        """Index of the row that holds for `tokens` real rows, or MAX_BUCKETS."""
-        for index, (low, high, _, _) in enumerate(self.rows):
-            if low <= tokens <= high:
-                return index
-        return MAX_BUCKETS
+        arrays = (self.table, self.neighbours, self.similarities, self.counters)
+        self.struct = kernel.Layer(*(a.ctypes.data for a in arrays), self.experts, self.renormalise, self.scoring or 0)
 
     def load_table(self, table: tuple[Bucket, ...]) -> None:
-        self.rows[:] = [(b.min_tokens, b.max_tokens, _KIND_CODES[b.kind], b.S or 1) for b in table]
-        self.rho[:] = [np.float32(b.rho) for b in table]
+        """Put the policy's buckets into `table`; a row that is all zeros holds for no number of tokens."""
+        rows = np.zeros_like(self.table)
+        for row, bucket in zip(rows, table, strict=False):
+            rho = np.float32(bucket.rho).view(np.int32)
+            row[:] = (
+                bucket.min_tokens,
+                bucket.max_tokens,
+                kernel.CODES[bucket.kind],
+                bucket.S or 1,
+                bucket.max_experts or 0,
+                rho,
+            )
+        self.table[:] = rows
+
+    def load_similarity(self, matrix: Any) -> None:
+        """Put a layer's [E, E] float32 matrix into the neighbour lists."""
+        self.neighbours[:], self.similarities[:] = sorted_neighbours(matrix)
+
+
+class Mirror(Protocol):
+    """Copies of the layers' arrays on a device, and the counters that its kernel adds to."""
+
+    def push(self, *, similarity: bool) -> None:
+        """Bring the tables (and the neighbour lists) of all layers to the device, in order with the steps around."""
+
+    def pull(self) -> None:
+        """Move the device's counters into the layers' own."""
 
 
 def bucket_label(bucket: Bucket) -> str:
@@ -62,8 +82,9 @@ def bucket_label(bucket: Bucket) -> str:
 class WorkerState:
     """The policy in force in this process and what it has done. Changed only between two steps, by RPC."""
 
-    def __init__(self, layers: list[LayerState], key: dict[str, Any]) -> None:
+    def __init__(self, layers: list[LayerState], key: dict[str, Any], mirror: Mirror | None = None) -> None:
         self.layers = layers
+        self.mirror = mirror
         self.key = key  # ProfileKey of what runs here
         self.policy = EXACT_POLICY
         self.similarity_digest: str | None = None
@@ -92,7 +113,7 @@ class WorkerState:
         Raises:
             ConflictError: a newer generation, or another policy under this one, is in force.
             PolicyError: S above top-k, similarity missing or of another digest.
-            UnsupportedError: kind oea on a router whose scores are not a plain softmax or sigmoid.
+            UnsupportedError: kind oea or hybrid on a router whose scores are not a plain softmax or sigmoid.
         """
         generation = self.generation + 1 if generation is None else generation
         if generation < self.generation or (generation == self.generation and policy != self.policy):
@@ -104,14 +125,17 @@ class WorkerState:
         digest = similarity.meta.digest if similarity else self.similarity_digest
         if policy.needs_similarity():
             if digest is None:
-                raise PolicyError("policy: kind sere needs a similarity file; make one with `sere calibrate` and name it")
+                raise PolicyError(
+                    "policy: kinds sere and hybrid need a similarity file; make one with `sere calibrate` and name it"
+                )
             if policy.similarity_digest not in (None, digest):
                 raise PolicyError(
                     f"policy: it was made with similarity {policy.similarity_digest}, but {digest} is loaded; name that file"
                 )
-        if any(b.kind is Kind.OEA for t in policy.tables() for b in t) and any(x.scoring is None for x in self.layers):
+        kinds = {bucket.kind for table in policy.tables() for bucket in table}
+        if any(kind.needs_scores for kind in kinds) and any(layer.scoring is None for layer in self.layers):
             raise UnsupportedError(
-                "policy: kind oea needs a softmax or sigmoid router without a custom function; use sere or topk"
+                "policy: kinds oea and hybrid need a softmax or sigmoid router without a custom function; use sere, topk or budget"
             )
         return generation
 
@@ -119,12 +143,15 @@ class WorkerState:
         """Put a policy in force in all layers, if `check` allows it."""
         generation = self.check(policy, generation, similarity)
         self._fold()
-        if similarity is not None and similarity.meta.digest != self.similarity_digest:
-            for layer in self.layers:
-                layer.neighbours[:], layer.similarities[:] = sorted_neighbours(similarity.matrices[layer.number])
-            self.similarity_digest = similarity.meta.digest
+        fresh = similarity if similarity and similarity.meta.digest != self.similarity_digest else None
         for layer in self.layers:
+            if fresh:
+                layer.load_similarity(fresh.matrices[layer.number])
             layer.load_table(policy.table_for(layer.number))
+        if self.mirror:
+            self.mirror.push(similarity=fresh is not None)
+        if fresh:
+            self.similarity_digest = fresh.meta.digest
         self.switches += self.generation >= 0 and policy.digest != self.policy.digest
         self.policy, self.generation, self.error = policy, generation, None
 
@@ -138,16 +165,23 @@ class WorkerState:
 
     def calls(self) -> list[int]:
         """Router calls per MoE layer that were not yet folded; for the proof of a hit after the profile run."""
+        self._pull()
         return [int(layer.counters[:, kernel.CALLS].sum()) for layer in self.layers]
 
     def drop_counters(self) -> None:
         """Forget what was counted so far: a profile run is no traffic."""
+        self._pull()
         for layer in self.layers:
             layer.counters[:] = 0
         self._folded.clear()
 
+    def _pull(self) -> None:
+        if self.mirror:
+            self.mirror.pull()
+
     def _fold(self) -> None:
         """Move the layers' live counters under their names."""
+        self._pull()
         for layer in self.layers:
             table = self.policy.table_for(layer.number)
             group = self.policy.layers_label(layer.number)

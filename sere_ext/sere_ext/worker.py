@@ -81,14 +81,16 @@ def _attach(worker: Any, vllm_config: Any, settings: Settings) -> None:
 
 
 def _install(worker: Any, vllm_config: Any, device: str, settings: Settings) -> Any:
-    import numpy as np
-
-    from sere_ext import kernel, seam
-    from sere_ext.state import WorkerState
+    from sere_ext import seam
+    from sere_ext.state import Mirror, WorkerState
 
     layers = seam.install(worker.get_model(), device)
-    kernel.warm_up(np.int32)
-    state = WorkerState(layers, running_key(vllm_config).to_json_dict())
+    mirror: Mirror | None = None
+    if device == "cuda":
+        from sere_ext.cuda import CudaMirror
+
+        mirror = CudaMirror(layers)
+    state = WorkerState(layers, running_key(vllm_config).to_json_dict(), mirror)
     policy = settings.policy
     stale = settings.key.mismatch(running_key(vllm_config)) if settings.key else None
     if stale:

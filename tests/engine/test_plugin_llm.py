@@ -6,6 +6,7 @@ the same machine and mode. Engines behind a process border are in `test_plugin_s
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sere_ext.artifact import read_similarity
@@ -102,7 +104,9 @@ def test_exact_routing_is_bit_identical_to_stock(running: Any, stock: Any) -> No
 
 
 def test_every_kind_changes_routing_and_wakes_fewer_experts(running: Any, stock: Any) -> None:
-    for changed in (policy("sere", S=2), policy("topk", S=2), policy("oea", S=2)):
+    for changed in (
+        policy("sere", S=2), policy("topk", S=2), policy("oea", S=2), policy("budget", maxExperts=8), policy("hybrid", S=2, rho=0.5),
+    ):  # fmt: skip
         switch_llm(running, changed)
         assert answers(running) != stock, changed.describe()
         counters = running.collective_rpc("sere_state")[0]["counters"][f"{changed.digest}|1-"]
@@ -129,32 +133,38 @@ def test_buckets_count_real_tokens(running: Any, stock: Any) -> None:
 def test_the_operator_in_the_engine_equals_the_reference(running: Any, similarity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call of the operator during real generation, compared with the reference on the same inputs."""
     seen = []
-    original = ops.kernel.reroute
+    original = ops.kernel.reroute_cpu
 
-    def spy(ids: Any, weights: Any, padding: Any, *rest: Any) -> None:
-        before = ids.copy(), weights.copy()
-        original(ids, weights, padding, *rest)
-        seen.append((*before, padding.copy(), rest[8].copy(), rest[9].copy()))
+    def array(address: int, pointer: Any, *shape: int) -> torch.Tensor:
+        return torch.from_numpy(np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(pointer)), shape).copy())
 
-    monkeypatch.setattr(ops.kernel, "reroute", spy)
+    def spy(layer: Any, call: Any) -> None:
+        shape = call.tokens, call.top_k
+        ids = array(call.ids, ctypes.c_int64 if call.wide_ids else ctypes.c_int32, *shape)
+        weights = array(call.weights, ctypes.c_float, *shape)
+        real = ~array(call.padding, ctypes.c_bool, call.tokens) if call.padding else None
+        original(layer, call)
+        new_ids = array(call.out_ids, ctypes.c_int64 if call.wide_ids else ctypes.c_int32, *shape)
+        seen.append((ids, weights, real, new_ids, array(call.out_weights, ctypes.c_float, *shape)))
+
+    monkeypatch.setattr(ops.kernel, "reroute_cpu", spy)
     switch_llm(running, policy("sere", S=2, rho=0.2))
     answers(running)
     matrices = [torch.from_numpy(m) for _, m in sorted(read_similarity(similarity).matrices.items())]
     assert len(seen) >= 4 * 12
-    for call, (ids, weights, padding, new_ids, new_weights) in enumerate(seen):
+    for call, (ids, weights, real, new_ids, new_weights) in enumerate(seen):
         want = reroute(
-            torch.from_numpy(ids), torch.from_numpy(weights), num_experts=16, kind=Kind.SERE, S=2, rho=0.2,
-            similarity=matrices[call % 4], real=torch.from_numpy(~padding) if padding.size else None,
+            ids, weights, num_experts=16, kind=Kind.SERE, S=2, rho=0.2, similarity=matrices[call % 4], real=real,
         )  # fmt: skip
-        assert torch.equal(torch.from_numpy(new_ids), want.ids), f"call {call}"
-        assert torch.equal(torch.from_numpy(new_weights), want.weights), f"call {call}"
+        assert torch.equal(new_ids, want.ids), f"call {call}"
+        assert torch.equal(new_weights, want.weights), f"call {call}"
 
 
 def test_computing_fewer_columns_changes_nothing(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     switch_llm(running, policy("topk", S=1))
     packed = answers(running)
     widths = []
-    monkeypatch.setattr(ops.kernel, "columns_in_use", lambda weights: widths.append(1) or weights.shape[1])
+    monkeypatch.setattr(ops.kernel, "columns_in_use", lambda address, tokens, top_k: widths.append(1) or top_k)
     assert answers(running) == packed
     assert widths, "the experts' operator was never asked"
 

@@ -13,10 +13,12 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sere_ext.control import LiveControl, SereControl
 from sere_ext.errors import SereError
-from sere_ext.policy import Policy
+from sere_ext.policy import MAX_BUCKETS, Policy
 from sere_ext.state import LayerState, WorkerState
 from sere_ext.switch import switch
 from sere_ext.worker import SereWorker
+
+from sere_ext import kernel
 
 POLICY = {"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 2}]}
 TOKEN = {"Authorization": "Bearer secret"}
@@ -258,9 +260,11 @@ def test_a_policy_that_the_engine_starts_with_is_generation_0_and_no_switch() ->
     layer = LayerState(number=0, experts=4, top_k=2, renormalise=True, scoring=0)
     state = WorkerState([layer], {})
     state.apply(Policy.parse(POLICY), 0, None)
-    assert (state.generation, state.switches, layer.bucket(8), layer.bucket(7)) == (0, 0, 0, 16)
+    assert (state.generation, state.switches) == (0, 0)
+    assert layer.table[:, kernel.MIN_TOKENS].tolist() == [POLICY["buckets"][0]["minTokens"]] + [0] * (MAX_BUCKETS - 1)
     state.apply(Policy(), None, None)
     assert (state.generation, state.switches) == (1, 1)
+    assert not layer.table.any()
 
 
 def test_data_parallel_engines_are_held_until_all_have_read_the_policy_back() -> None:

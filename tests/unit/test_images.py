@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from sere_ext import build as kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILES = sorted((ROOT / "images").glob("*.Dockerfile"))
@@ -72,3 +75,10 @@ def test_no_start_compiles_anything(build: ModuleType, tmp_path: Path) -> None:
     assert not build.compile_missing(package, tmp_path)
     operator = (ROOT / "images" / "operator.Dockerfile").read_text()
     assert operator.index("COPY --from=build") < operator.index("-m compileall") < operator.index("\nUSER ")
+
+
+def test_engine_image_brings_its_kernel(build: ModuleType, tmp_path: Path) -> None:
+    package = tmp_path / build.APP.lstrip("/") / "sere_ext"
+    shutil.copytree(ROOT / "sere_ext/sere_ext", package, ignore=shutil.ignore_patterns("__pycache__", "built"))
+    build.build_kernels(tmp_path)
+    assert [path.name for path in (package / "built").iterdir()] == [kernels._name("cpu")]
