@@ -43,6 +43,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "Qwen3MoeForCausalLM", "qwen3_moe", num_experts=16, num_experts_per_tok=4, moe_intermediate_size=32,
         norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
     ),
+    "qwen3-next": _family(
+        "Qwen3NextForCausalLM", "qwen3_next", num_experts=16, num_experts_per_tok=4, moe_intermediate_size=32,
+        shared_expert_intermediate_size=64, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+        layer_types=["linear_attention", "full_attention"], linear_conv_kernel_dim=4, linear_key_head_dim=128,
+        linear_value_head_dim=128, linear_num_key_heads=2, linear_num_value_heads=4, partial_rotary_factor=0.25,
+        full_attention_interval=2, torch_dtype="bfloat16",
+    ),
     "mixtral": _family("MixtralForCausalLM", "mixtral", num_local_experts=8, num_experts_per_tok=2, sliding_window=None),
     "deepseek-v2": _family(
         "DeepseekV2ForCausalLM", "deepseek_v2", _MLA, topk_method="group_limited_greedy", norm_topk_prob=False,

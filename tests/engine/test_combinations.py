@@ -1,0 +1,135 @@
+"""Features of the engine together with re-routing: chunked prefill, prefix caching, speculative decoding, two ranks."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+from inside import Recorder, answers, check_oracle, engine, random_similarity, recording, same
+from sere_ext.errors import UnsupportedError
+from sere_ext.policy import Policy
+from sere_ext.switch import switch_llm
+
+pytestmark = pytest.mark.timeout(400)
+SERE = Policy.parse({"buckets": [{"minTokens": 1, "kind": "sere", "S": 2, "rho": 0.3}]})
+LENGTHS = (33, 38, 41)  # more than a cache block, less than the longest request
+BLOCK = 32
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    "chunked-prefill": {"enable_chunked_prefill": True, "max_num_batched_tokens": 16, "enable_prefix_caching": False},
+    "prefix-caching": {"enable_prefix_caching": True, "block_size": BLOCK},
+    "speculative-decoding": {"speculative_config": NGRAM, "enable_prefix_caching": False},
+}
+TINY = Path(__file__).parents[1] / "assets/tiny_moe"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.write("qwen3-moe", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def recorder() -> Iterator[Recorder]:
+    with recording() as kept:
+        yield kept
+
+
+def rows(recorder: Recorder) -> list[int]:
+    """Tokens of each call."""
+    return [ids.shape[0] for _, ids in recorder.received]
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_a_feature_with_routing_off_and_on(name: str, model: Path, recorder: Recorder, tmp_path: Path) -> None:
+    options = COMBINATIONS[name]
+
+    def twice(llm: Any) -> Any:
+        """The second time prompts are in the prefix cache, where there is one."""
+        llm.reset_prefix_cache()
+        recorder.clear()
+        return [answers(llm, LENGTHS) for _ in range(2)]
+
+    with engine(model, **options) as llm:
+        stock, calls = twice(llm), list(recorder.received)
+    with engine(model, **options, additional_config={"sere": {}}) as llm:
+        assert twice(llm) == stock and same(recorder.received, calls), "off is stock under the feature"
+        layers = llm.collective_rpc("sere_state")[0]["model"]["moeLayers"]
+        matrices = random_similarity(model, layers, 16, tmp_path / "similarity.safetensors")
+        switch_llm(llm, SERE, similarity=str(tmp_path / "similarity.safetensors"))
+        twice(llm)
+        counters = llm.collective_rpc("sere_state")[0]["counters"][f"{SERE.digest}|1-"]
+    moved = check_oracle(recorder, SERE.buckets[0], [matrices[layer] for layer in layers], 16)
+    assert counters["rerouted"] == moved > 0
+    assert counters["tokens"] == sum(rows(recorder)), "every row was a token and was counted"
+
+    widths = rows(recorder)[:: len(layers)]
+    if name == "chunked-prefill":
+        assert max(widths) == 16, "prompts came in chunks"
+    elif name == "prefix-caching":
+        assert max(widths) == sum(LENGTHS)
+        assert len(LENGTHS) < max(widths[len(widths) // 2 :]) <= sum(LENGTHS) - BLOCK * len(LENGTHS), "blocks were found again"
+    else:
+        assert any(width > len(LENGTHS) for width in widths[1 : len(widths) // 2]), "drafts were verified in decode steps"
+
+
+def test_a_refused_feature_stops_the_start(model: Path, recorder: Recorder) -> None:
+    """One of the refusals of `features.py` through a real engine; the others are unit tests."""
+    with (
+        pytest.raises(UnsupportedError, match=r"--enable-lora: .* drop it"),
+        engine(model, enable_lora=True, additional_config={"sere": {}}),
+    ):
+        pass
+
+
+def test_two_tensor_parallel_ranks_switch_together_and_answer_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TP = 2 against TP = 1 on the trained model: answers, states and counters, exact and re-routed."""
+    topk = Policy.parse({"buckets": [{"minTokens": 1, "kind": "topk", "S": 2}]})
+    found = {}
+    cpus = sorted(os.sched_getaffinity(0))
+    for ranks in (1, 2):
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cpus[0]}|{cpus[-1]}" if ranks > 1 else "nobind")  # one core a rank
+        found[ranks] = _on_ranks(ranks, topk)
+    one, two = found[1], found[2]
+    assert two["exact"] == one["exact"]
+    assert two["topk"] == one["topk"]
+    assert len(set(two["exact"])) > 1
+    states = two["states"]
+    counters = states[0]["counters"][f"{topk.digest}|1-"]
+    assert counters["activeAfter"] < counters["activeBefore"]
+    assert [state["rank"] for state in states] == [0, 1]
+    for name in ("policyDigest", "generation", "switches", "counters", "model"):
+        assert states[0][name] == states[1][name] == one["states"][0][name], name
+
+
+def _on_ranks(ranks: int, policy: Policy) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    prompts = ["Rqxnfwxd=", "A602339+415033=", "P48213=", "Rabcdefgh=", "A117254+983321=", "P70621=", "Rzyx="]
+    sampling = SamplingParams(max_tokens=10, temperature=0)
+    llm = None
+    try:
+        llm = LLM(
+            model=str(TINY), tensor_parallel_size=ranks, distributed_executor_backend="mp" if ranks > 1 else "uni", seed=0,
+            enforce_eager=True, dtype="float32", max_model_len=64, max_num_seqs=8, disable_log_stats=True,
+            additional_config={"sere": {}},
+        )  # fmt: skip
+
+        def texts() -> list[str]:
+            return [output.outputs[0].text for output in llm.generate(prompts, sampling, use_tqdm=False)]
+
+        exact = texts()
+        switch_llm(llm, policy)
+        return {"exact": exact, "topk": texts(), "states": llm.collective_rpc("sere_state")}
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
