@@ -3,8 +3,9 @@
     python benchmarks/soak_switches.py [--switches N] [--model DIR] [-- ARGUMENTS OF vllm serve]
 
 Six clients ask without pause while policies of every kind follow each other, each read back from every rank; every 50th switch
-is clean. Resident memory is taken after a tenth of the switches (everything was used once by then) and at the end, and is flat
-if it grew by less than 16 kB a switch. At the end the engine must answer under exact routing as it did at the start.
+is clean. At the end the engine must answer under exact routing as it did at the start. Serving alone makes the engine's resident
+memory grow, so the same load runs before without switches: memory is flat if switches add less than 16 KiB each to what their
+requests cost. The KV cache is cut to a few blocks, since each of its pages becomes resident when it is first used.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from serving import Load, complete, serving
 TOKEN = "soak"
 CLEAN_EVERY = 50
 FLAT_KIB_PER_SWITCH = 16.0
+WARM_UP_SWITCHES, LOAD_ONLY_SECONDS = 40, 30.0
+FEW_BLOCKS = ("--num-gpu-blocks-override", "64")
 
 
 def policies(similarity_digest: str) -> list[Policy]:
@@ -66,12 +69,17 @@ def soak(model: Path, folder: Path, switches: int, arguments: list[str]) -> dict
     wrong: list[str] = []
     ms: dict[str, list[float]] = {"plain": [], "clean": []}
     digests: Counter[str] = Counter()
-    with serving(model, folder / "serve.log", *arguments, SERE_CONTROL_TOKEN=TOKEN) as server:
+    with serving(model, folder / "serve.log", *FEW_BLOCKS, *arguments, SERE_CONTROL_TOKEN=TOKEN) as server:
         answers = [complete(server.url, model, f"prompt {n}") for n in range(4)]
         state = get_state(server.url)
-        first, ranks = state["generation"], len(state["ranks"])
-        began, before = time.monotonic(), {}
+        ranks = len(state["ranks"])
         with Load(server.url, model) as load:
+            for turn in range(WARM_UP_SWITCHES):  # everything is used once
+                put_policy(server.url, turns[turn % len(turns)], similarity=str(similarity), token=TOKEN)
+            marks = [(load.done, server.resident_mib())]
+            time.sleep(LOAD_ONLY_SECONDS)
+            marks.append((load.done, server.resident_mib()))
+            first, began = get_state(server.url)["generation"], time.monotonic()
             for turn in range(1, switches + 1):
                 wanted, clean = turns[turn % len(turns)], turn % CLEAN_EVERY == 0
                 at = time.perf_counter()
@@ -81,15 +89,16 @@ def soak(model: Path, folder: Path, switches: int, arguments: list[str]) -> dict
                 if seen != {(wanted.digest, first + turn)} or len(state["ranks"]) != ranks:
                     wrong.append(f"switch {turn} to {wanted.digest}: {state['ranks']}")
                 digests[wanted.digest] += 1
-                if turn == max(switches // 10, 1):
-                    before = server.resident_mib()
-            after = server.resident_mib()
+                if turn % max(switches // 4, 1) == 0:
+                    marks.append((load.done, server.resident_mib()))
         seconds = time.monotonic() - began
         put_policy(server.url, EXACT_POLICY, clean=True, token=TOKEN)
         same = [complete(server.url, model, f"prompt {n}") for n in range(4)] == answers
-    grown = (sum(after.values()) - sum(before.values())) * 1024 / (switches - max(switches // 10, 1))
+    requests, memory = zip(*((done, sum(mib.values()) * 1024) for done, mib in marks), strict=True)
+    per_request = (memory[1] - memory[0]) / max(requests[1] - requests[0], 1)
+    added = (memory[-1] - memory[1] - per_request * (requests[-1] - requests[1])) / switches
     return {
-        "ok": not wrong and not load.failures and same and grown < FLAT_KIB_PER_SWITCH,
+        "ok": not wrong and not load.failures and same and added < FLAT_KIB_PER_SWITCH,
         "machine": machine(), "model": model.name, "serve": arguments, "ranks": ranks, "seconds": round(seconds, 1),
         "switches": switches, "driftedSwitches": wrong[:5], "requests": load.done, "requestErrors": load.failures[:5],
         "answersAsBefore": same, "digests": digests,
@@ -97,7 +106,10 @@ def soak(model: Path, folder: Path, switches: int, arguments: list[str]) -> dict
             kind: {"median": round(statistics.median(times), 1), "max": round(max(times), 1), "count": len(times)}
             for kind, times in ms.items() if times
         },
-        "residentMib": {"before": before, "after": after, "kibPerSwitch": round(grown, 2)},
+        "resident": {
+            "marks": [{"requests": done, "mib": mib} for done, mib in marks],
+            "kibPerRequestWithoutSwitches": round(per_request, 2), "kibAddedPerSwitch": round(added, 2),
+        },
     }  # fmt: skip
 
 

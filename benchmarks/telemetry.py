@@ -48,6 +48,7 @@ def operator_us(experts: int, top_k: int) -> float:
 
 async def measure(model: Path, pairs: int, block_s: float) -> dict[str, Any]:
     os.environ["VLLM_PLUGINS"] = "sere,sere_control"
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # JSON stands alone on stdout
     from sere_ext.control import LiveControl
     from sere_ext.metrics import Metrics, _Recorder
     from vllm import SamplingParams
