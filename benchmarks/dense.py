@@ -30,6 +30,7 @@ def reroute(bucket: dict[str, Any], mix: Tensor, scores: Tensor, similarity: Ten
     if kind == "exact":
         return mix
     keep = torch.zeros_like(mix, dtype=torch.bool).scatter_(2, mix.topk(bucket.get("S", 1), -1).indices, True) & (mix > 0)
+    keep &= mix >= bucket.get("minShare", 0.0) * mix.amax(-1, keepdim=True)
     if kind == "topk":
         return _scaled(mix * keep)
     active = _active(keep.any(1), mix, bucket.get("maxExperts", 0))
@@ -37,7 +38,7 @@ def reroute(bucket: dict[str, Any], mix: Tensor, scores: Tensor, similarity: Ten
     if kind == "budget":
         return _scaled(inside)
     if kind == "oea":
-        return _refilled(mix * keep, mix, scores, active, torch.full(mix.shape[:2], top_k - bucket["S"]))
+        return _refilled(mix * keep, mix, scores, active, top_k - keep.sum(-1))
     target, alike = _stand_ins(active, similarity)
     replaced = alike >= rho  # [G, E]; an active expert stands in for itself
     if kind == "sere":

@@ -51,6 +51,8 @@ def grid(most: int = 64) -> list[dict[str, Any]]:
     found += [{"kind": "budget", "maxExperts": N} for N in (2, 3, 4, 5, 6, 8, 10, 12)]
     found += [{"kind": "hybrid", "S": S, "rho": rho} for S in (1, 2) for rho in rhos]
     found += [{"kind": "hybrid", "S": 1, "rho": rho, "maxExperts": N} for N in (4, 6, 8, 10) for rho in (0.3, 0.5, 1.0)]
+    found += [{"kind": kind, "S": 2, "minShare": share} for kind in ("sere", "oea") for share in (0.5, 0.7)]
+    found += [{"kind": "hybrid", "S": 2, "minShare": share, "rho": 0.6} for share in (0.5, 0.7)]
     return [bucket for bucket in found if bucket.get("maxExperts", 0) < most]
 
 
@@ -79,7 +81,7 @@ def _active(mix: Tensor) -> float:
 
 def describe(bucket: dict[str, Any]) -> str:
     """As people read it."""
-    named = {"S": "S={}", "rho": "rho={:.2f}", "maxExperts": "N={}"}
+    named = {"S": "S={}", "minShare": "share={:.2f}", "rho": "rho={:.2f}", "maxExperts": "N={}"}
     return " ".join([bucket["kind"], *(named[key].format(value) for key, value in bucket.items() if key in named)])
 
 

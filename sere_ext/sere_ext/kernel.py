@@ -20,8 +20,8 @@ CODES = {kind: code for code, kind in enumerate((Kind.EXACT, Kind.SERE, Kind.TOP
 SOFTMAX, SIGMOID = 0, 1
 FLOAT32, BFLOAT16 = 0, 1
 MAX_EXPERTS, MAX_TOP_K = 512, 32
-# Columns of a policy table's row (int32; rho as the bits of a float32) and of a counter row (int64).
-MIN_TOKENS, MAX_TOKENS, KIND, TOP_SLOTS, MAX_ACTIVE, RHO, COLUMNS = range(7)
+# Columns of a policy table's row (int32; rho and share as the bits of a float32) and of a counter row (int64).
+MIN_TOKENS, MAX_TOKENS, KIND, TOP_SLOTS, MAX_ACTIVE, RHO, MIN_SHARE, COLUMNS = range(8)
 CALLS, TOKENS, ACTIVE_BEFORE, ACTIVE_AFTER, SLOTS, REROUTED, MERGED = range(7)
 COUNTERS = ("calls", "tokens", "activeBefore", "activeAfter", "slots", "rerouted", "merged")
 

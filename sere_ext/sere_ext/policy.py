@@ -29,6 +29,7 @@ MAX_TOKENS = 1_048_576  # above any batch vLLM schedules; "no upper edge"
 class Kind(StrEnum):
     """How the slots of a token beyond its top S are treated.
 
+    A token's top S are its S experts of most weight, where `minShare` is set only those with that share of its largest weight.
     Active are the experts that are some token's top S; `maxExperts` adds those of most summed weight until so many are.
 
     exact   as the model routes
@@ -89,6 +90,14 @@ class Bucket(Record):
         ),
     ]
     S: Annotated[int | None, Field(ge=1, le=64, alias="S", description="top experts a token always keeps")] = None
+    min_share: Annotated[
+        float | None,
+        Field(
+            ge=0.0,
+            le=1.0,
+            description="of its top S a token keeps those whose weight is at least this share of its largest. Default: all",
+        ),
+    ] = None
     rho: Annotated[float, Field(ge=0.0, le=1.0, description="least similarity of a stand-in (sere, hybrid)")] = 0.0
     max_experts: Annotated[
         int | None,
@@ -110,6 +119,8 @@ class Bucket(Record):
             raise ValueError("kind budget needs maxExperts, the number of experts that may be active")
         if self.rho and not self.kind.needs_similarity:
             raise ValueError(f"rho is only meaningful for kinds sere and hybrid, not {self.kind.value}; leave it out")
+        if self.min_share is not None and self.kind is Kind.EXACT:
+            raise ValueError("minShare is only meaningful for kinds that re-route, not exact; leave it out")
         if self.max_experts is not None and self.kind not in (Kind.BUDGET, Kind.HYBRID):
             raise ValueError(f"maxExperts is only meaningful for kinds budget and hybrid, not {self.kind.value}; leave it out")
         return self
@@ -123,7 +134,7 @@ class Bucket(Record):
             Kind.OEA: f"oea k0={self.S}",
             Kind.BUDGET: f"budget N={self.max_experts} S={self.S or 1}",
             Kind.HYBRID: f"hybrid S={self.S} rho={self.rho:.2f}" + (f" N={self.max_experts}" if self.max_experts else ""),
-        }[self.kind]
+        }[self.kind] + (f" share={self.min_share:.2f}" if self.min_share else "")
         upper = "" if self.max_tokens >= MAX_TOKENS else str(self.max_tokens)
         return f"{what} for {self.min_tokens}-{upper} tokens" if upper else f"{what} from {self.min_tokens} tokens"
 

@@ -7,7 +7,8 @@ arXiv 2602.07265 (top experts of every token, then greedily by summed weight); `
 Rules that hold for every kind:
 - A slot counts if its row is real (not padding), its id is in [0, E) and its weight is neither 0 nor NaN. Other slots
   keep id and weight.
-- A token's slots are ranked by returned weight, ties by lower id. Routers do not return them in order.
+- A token's slots are ranked by returned weight, ties by lower id. Routers do not return them in order. Its top S are the first
+  S of them, less those of under `min_share` of its largest weight: a token that is sure of its best expert needs no second.
 - Active are the experts that are some token's top S; `max_experts` adds those of most summed weight (ties: lower id) until
   so many are. Weights are summed in steps of 2^-30, so that no order of summation shows.
 - A freed slot repeats an expert that its token keeps, with weight 0. Never -1, which the CPU kernel would use as an index.
@@ -47,6 +48,7 @@ def reroute(
     num_experts: int,
     kind: Kind,
     S: int = 1,
+    min_share: float = 0.0,
     rho: float = 0.0,
     max_experts: int = 0,
     similarity: torch.Tensor | None = None,
@@ -63,6 +65,7 @@ def reroute(
         num_experts: E.
         kind: how slots beyond the top S are treated.
         S: slots that a token keeps, 1..k.
+        min_share: of those it keeps the ones with at least this share of its largest weight.
         rho: least similarity of a stand-in (`sere`, `hybrid`).
         max_experts: experts are made active by summed weight until so many are; 0 for none beside the top S.
         similarity: [E, E] float32, larger is more alike; needed by `sere` and `hybrid`. NaN never qualifies.
@@ -80,7 +83,10 @@ def reroute(
         used = int(before.sum())
         return Rerouted(ids.clone(), weights.clone(), used, used, int(counts.sum()), 0, 0)
 
-    keep = counts & (_rank(long, weights, counts) < S)
+    largest = weights.masked_fill(~counts, -torch.inf).max(dim=1, keepdim=True).values if ids.numel() else weights
+    enough = weights >= torch.tensor(min_share, dtype=torch.float32) * largest
+    rank = _rank(long, weights, counts)
+    keep = counts & (rank < S) & ((rank == 0) | enough if min_share else True)
     active = _activate(_union(long, keep, num_experts), before, long, weights, counts, max_experts)
     target = torch.arange(num_experts)
     if kind.needs_similarity:

@@ -48,7 +48,7 @@ class LayerState:
         """Put the policy's buckets into `table`; a row that is all zeros holds for no number of tokens."""
         rows = np.zeros_like(self.table)
         for row, bucket in zip(rows, table, strict=False):
-            rho = np.float32(bucket.rho).view(np.int32)
+            rho, share = np.array((bucket.rho, bucket.min_share or 0.0), np.float32).view(np.int32)
             row[:] = (
                 bucket.min_tokens,
                 bucket.max_tokens,
@@ -56,6 +56,7 @@ class LayerState:
                 bucket.S or 1,
                 bucket.max_experts or 0,
                 rho,
+                share,
             )
         self.table[:] = rows
 

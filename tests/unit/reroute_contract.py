@@ -33,9 +33,9 @@ def kernel_run(call: Call, launch: Callable[[LayerState, dict[str, torch.Tensor 
     real, logits = call.get("real"), call.get("logits")
     scoring = kernel.SIGMOID if call.get("scoring") == "sigmoid" else kernel.SOFTMAX
     layer = LayerState(0, call["num_experts"], ids.shape[1], call.get("renormalise", False), scoring)
-    rho = np.float32(call.get("rho", 0.0)).view(np.int32)
+    rho, share = np.array((call.get("rho", 0.0), call.get("min_share", 0.0)), np.float32).view(np.int32)
     code = kernel.CODES[call["kind"]]
-    layer.table[3] = (1, 2**30, code, call.get("S", 1), call.get("max_experts", 0), rho)  # rows before it are unused
+    layer.table[3] = (1, 2**30, code, call.get("S", 1), call.get("max_experts", 0), rho, share)  # rows before it are unused
     if call.get("similarity") is not None:
         layer.load_similarity(call["similarity"].numpy())
     tensors = {
@@ -95,6 +95,7 @@ def routings(draw: st.DrawFn) -> Call:
         "num_experts": experts,
         "kind": kind,
         "S": draw(st.integers(1, k)),
+        "min_share": draw(st.sampled_from([0.0, 0.0, 0.3, 0.5, 1.0])),
         "rho": draw(st.sampled_from([0.0, 0.25, 0.3, 1.0])),
         "max_experts": draw(st.integers(0, experts)) if kind in (Kind.BUDGET, Kind.HYBRID) else 0,
         "similarity": torch.from_numpy(similarity),
@@ -119,7 +120,9 @@ def large(kind: Kind, *, seed: int, tokens: int = 33, experts: int = 512, top_k:
 
 def same(got: Rerouted, want: Rerouted, call: Call) -> None:
     """Assert that two results agree; a failure names token, slot, expert and both values."""
-    settings_ = {name: call[name] for name in ("kind", "S", "rho", "max_experts", "renormalise", "scoring") if name in call}
+    settings_ = {
+        name: call[name] for name in ("kind", "S", "min_share", "rho", "max_experts", "renormalise", "scoring") if name in call
+    }
     # Scaled and refilled weights: sums and exponentials may round differently.
     rtol = 0.0 if call["kind"] in (Kind.EXACT, Kind.SERE) else 1e-5
     close = torch.isclose(got.weights, want.weights, rtol=rtol, atol=rtol * 1e-3, equal_nan=True)
@@ -190,7 +193,7 @@ class RerouteContract:
     @given(routings())
     def test_merged_weights_are_those_of_the_unmerged_form(self, call: Call) -> None:
         """Every slot sent to its stand-in one by one, without merging: each expert gets the same weight."""
-        call = call | {"kind": Kind.SERE, "max_experts": 0, "weights": call["weights"].nan_to_num(0.125)}
+        call = call | {"kind": Kind.SERE, "min_share": 0.0, "max_experts": 0, "weights": call["weights"].nan_to_num(0.125)}
         experts, similarity = call["num_experts"], call["similarity"].nan_to_num(-1).tolist()
         rows = []
         for row, (ids, weights) in enumerate(zip(call["ids"].tolist(), call["weights"].tolist(), strict=True)):
@@ -318,6 +321,13 @@ class RerouteContract:
         out = self.example(Kind.OEA, logits=logits)
         assert out.ids.tolist() == [[1, 0], [0, 1], [0, 1]]
         torch.testing.assert_close(out.weights[0, 0], 0.75 * torch.tensor(-1.0).exp())
+
+    def test_a_token_keeps_only_what_has_a_share_of_its_largest_weight(self) -> None:
+        weights = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.625, 0.375]])
+        for share, kept in ((0.5, [1, 2, 2]), (1.0, [1, 2, 1]), (0.0, [2, 2, 2])):
+            out = self.example(Kind.TOPK, S=2, min_share=share, weights=weights)
+            assert (out.weights != 0).sum(1).tolist() == kept, share
+        assert self.example(Kind.SERE, S=2, min_share=0.5, weights=weights).active_after == 3, "2 is no token's top expert"
 
     def test_budget_keeps_every_top_and_adds_experts_by_summed_weight(self) -> None:
         # Tops 0, 0, 1; left over: 2 with 0.25, 3 with 0.25 + 0.125.

@@ -20,7 +20,7 @@ import policies  # noqa: E402
 import render  # noqa: E402
 
 EXPERTS, TOP_K, BATCHES, BATCH = 16, 4, 3, 5
-OPTIONS = {"maxExperts": "max_experts"}  # outside name -> argument
+OPTIONS = {"maxExperts": "max_experts", "minShare": "min_share"}  # outside name -> argument
 
 
 @pytest.mark.parametrize("bucket", [b for b in policies.grid() if b["kind"] in set(Kind)], ids=policies.describe)

@@ -182,6 +182,10 @@ RULES: Final[dict[str, tuple[Rule, ...]]] = {
             "'rho is only meaningful for kinds sere and hybrid, not %s; leave it out'.format([self.kind])",
         ),
         Rule(
+            "!has(self.minShare) || self.kind != 'exact'",
+            "minShare is only meaningful for kinds that re-route, not exact; leave it out",
+        ),
+        Rule(
             "!has(self.maxExperts) || self.kind == 'budget' || self.kind == 'hybrid'",
             "maxExperts is only meaningful for kinds budget and hybrid; leave it out",
             "'maxExperts is only meaningful for kinds budget and hybrid, not %s; leave it out'.format([self.kind])",

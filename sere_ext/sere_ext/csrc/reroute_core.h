@@ -21,7 +21,7 @@ namespace sere {
 enum Kind { EXACT, SERE, TOPK, OEA, BUDGET, HYBRID };
 enum Scoring { SOFTMAX, SIGMOID };
 enum Float { FLOAT32, BFLOAT16 };
-enum Column { MIN_TOKENS, MAX_TOKENS, KIND, TOP_SLOTS, MAX_ACTIVE, RHO, COLUMNS };
+enum Column { MIN_TOKENS, MAX_TOKENS, KIND, TOP_SLOTS, MAX_ACTIVE, RHO, MIN_SHARE, COLUMNS };
 enum Counter { CALLS, TOKENS, ACTIVE_BEFORE, ACTIVE_AFTER, SLOTS, REROUTED, MERGED, COUNTERS };
 constexpr int MAX_EXPERTS = 512;
 constexpr int MAX_TOP_K = 32;  // slots of a token are bits of a word
@@ -33,7 +33,7 @@ constexpr float MASS_MOST = 1024.0f;         // 2^23 slots of it fit in 64 bits
 
 // What holds for one MoE layer; every pointer stays the same while the engine lives, what it points to may change.
 struct Layer {
-  const int32_t* table;         // [MAX_BUCKETS, COLUMNS]; an unused row has MAX_TOKENS 0; RHO holds a float's bits
+  const int32_t* table;         // [MAX_BUCKETS, COLUMNS]; an unused row has MAX_TOKENS 0; RHO and MIN_SHARE hold a float's bits
   const uint16_t* neighbours;   // [E, E - 1] the other experts, most similar first
   const float* similarities;    // [E, E - 1] in that order, NaN as -infinity
   int64_t* counters;            // [MAX_BUCKETS + 1, COUNTERS], added to; the last row is for calls outside every bucket
@@ -56,7 +56,7 @@ struct Call {
 struct Batch {
   uint32_t before[WORDS], primary[WORDS], active[WORDS], after[WORDS];  // sets of experts
   int32_t row, kind, top_slots, max_active;
-  float rho;
+  float rho, min_share;
   int32_t tokens, slots, rerouted, merged;
   unsigned long long mass[MAX_EXPERTS];  // summed weight in steps, two's complement
   uint16_t target[MAX_EXPERTS];          // who answers for each expert
@@ -116,9 +116,11 @@ SERE_INLINE uint32_t counting(const Layer& layer, const Call& call, const Id* id
   return mask;
 }
 
-// The S slots of largest weight, ties to the lower id, then to the left; `best` is the first of them.
+// The S slots of largest weight, ties to the lower id, then to the left, less those under a share of the largest; `best` is
+// the first of them.
 template <class Id>
-SERE_INLINE uint32_t top(uint32_t counts, const Id* ids, const float* weights, int S, int* best) {
+SERE_INLINE uint32_t top(uint32_t counts, const Id* ids, const float* weights, int S, float min_share,
+                         int* best) {
   uint32_t kept = 0;
   *best = NOBODY;
   for (int rank = 0; rank < S && counts; ++rank) {
@@ -128,6 +130,7 @@ SERE_INLINE uint32_t top(uint32_t counts, const Id* ids, const float* weights, i
       if (weights[j] > weights[first] || (weights[j] == weights[first] && ids[j] < ids[first])) first = j;
     }
     if (rank == 0) *best = first;
+    else if (min_share != 0.0f && !(weights[first] >= min_share * weights[*best])) break;
     kept |= 1u << first;
     counts &= ~(1u << first);
   }
@@ -149,6 +152,7 @@ SERE_INLINE void choose_row(const Layer& layer, Batch& batch) {
     batch.top_slots = found[TOP_SLOTS];
     batch.max_active = found[MAX_ACTIVE];
     batch.rho = as_float(uint32_t(found[RHO]));
+    batch.min_share = as_float(uint32_t(found[MIN_SHARE]));
   }
 }
 
@@ -169,7 +173,7 @@ SERE_INLINE void look(const Layer& layer, const Call& call, Batch& batch, int64_
   }
   if (batch.kind == EXACT) return;
   int best;
-  for (uint32_t rest = top(counts, ids, weights, batch.top_slots, &best); rest; rest &= rest - 1)
+  for (uint32_t rest = top(counts, ids, weights, batch.top_slots, batch.min_share, &best); rest; rest &= rest - 1)
     put(batch.primary, int(ids[lowest(rest)]));
 }
 
@@ -257,7 +261,7 @@ SERE_INLINE void rewrite(const Layer& layer, const Call& call, Batch& batch, int
     return;
   }
   int best;
-  const uint32_t keep = top(counts, ids, weights, batch.top_slots, &best);
+  const uint32_t keep = top(counts, ids, weights, batch.top_slots, batch.min_share, &best);
   Id new_ids[MAX_TOP_K];
   float new_weights[MAX_TOP_K];
   for (int j = 0; j < k; ++j) new_ids[j] = ids[j], new_weights[j] = weights[j];
