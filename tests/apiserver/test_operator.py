@@ -92,6 +92,44 @@ def test_foreign_changes_are_healed(world: World) -> None:
     world.ready()
 
 
+def test_autoscaling_takes_the_replicas_over_without_a_drop(world: World) -> None:
+    """Leaving `replicas` out at once would go to its default, one pod. And nobody fights the autoscaler over it."""
+    world.apply(manifest(replicas=3))
+    world.ready()
+    (before,) = world.items("ReplicaSet")
+    pods = {pod.uid for pod in world.pods()}
+    metric = {"name": "vllm:num_requests_waiting", "averageValue": "2.5"}
+    world.apply(manifest(autoscaling={"min": 2, "max": 6, "metric": metric}))
+
+    def handed_over() -> bool:
+        owners = [
+            entry["manager"]
+            for entry in world.get("Deployment", "m")["metadata"]["managedFields"]
+            if "f:replicas" in entry["fieldsV1"].get("f:spec", {})
+        ]
+        return owners == ["sere-operator-replicas"]
+
+    eventually(handed_over)
+    (scaler,) = eventually(lambda: world.items("HorizontalPodAutoscaler"))
+    assert scaler["spec"]["scaleTargetRef"]["name"] == "m"
+    assert scaler["metadata"]["ownerReferences"][0]["kind"] == "SereDeployment"
+    assert world.get("Deployment", "m")["spec"]["replicas"] == 3
+    world.ready()
+    (after,) = world.items("ReplicaSet")
+    assert after["metadata"]["generation"] == before["metadata"]["generation"], "its replicas changed on the way"
+    assert {pod.uid for pod in world.pods()} == pods
+
+    world.patch("Deployment", "m", {"spec": {"replicas": 4}})  # as the autoscaler's controller does
+    eventually(lambda: len(world.pods()) == 4)
+    world.ready()
+    assert world.get("Deployment", "m")["spec"]["replicas"] == 4
+    assert world.operator.log().count("HorizontalPodAutoscaler") == 1, "written again, though nothing changed"
+
+    world.apply(manifest(replicas=2))
+    eventually(lambda: world.get("Deployment", "m")["spec"]["replicas"] == 2)
+    eventually(lambda: not world.items("HorizontalPodAutoscaler"))
+
+
 def test_kill_switch_and_back(world: World) -> None:
     world.apply(manifest(replicas=2, routing={"mode": "Static", "policy": STATIC}))
     world.ready(timeout_s=60)

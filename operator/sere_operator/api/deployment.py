@@ -162,7 +162,8 @@ class SereDeploymentSpec(Record):
     autoscaling: Annotated[
         Autoscaling | None,
         Field(
-            description="instead of replicas: an autoscaler scales the Deployment of this name. None is generated yet; bring one"
+            description="instead of replicas: a HorizontalPodAutoscaler is made where a metric is given; without one bring an "
+            "autoscaler for the Deployment of this name"
         ),
     ] = None
     slo: Annotated[Slo | None, Field(description="latency limits; needed by mode Tuned")] = None

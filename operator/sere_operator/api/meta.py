@@ -18,6 +18,7 @@ TUNING_JOBS: Final = "seretuningjobs"
 PROFILES: Final = "sereprofiles"
 
 FIELD_MANAGER: Final = "sere-operator"  # of everything that the operator applies
+REPLICAS_MANAGER: Final = "sere-operator-replicas"  # of the live number of pods while an autoscaler takes it over
 KUBECTL_FIELD_MANAGER: Final = "kubectl-sere"  # of the kill switch, so that the operator never undoes it
 
 # Annotations of a pod; the first three are projected into it as files (ARCHITECTURE.md, declarative source).

@@ -216,6 +216,42 @@ def disruption_budget(owner: Object, spec: SereDeploymentSpec) -> Object:
     }
 
 
+def autoscaler(owner: Object, spec: SereDeploymentSpec) -> Object | None:
+    """None where the spec asks for none, or names no metric: then the user brings one."""
+    wanted, name = spec.autoscaling, owner["metadata"]["name"]
+    if wanted is None or wanted.metric is None:
+        return None
+    target = {"type": "AverageValue", "averageValue": wanted.metric.average_value}
+    return {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": metadata(owner, meta.fit_name(name)),
+        "spec": {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment_name(name)},
+            "minReplicas": wanted.min,
+            "maxReplicas": wanted.max,
+            "metrics": [{"type": "Pods", "pods": {"metric": {"name": wanted.metric.name}, "target": target}}],
+        },
+    }
+
+
+def replicas_handed_over(spec: SereDeploymentSpec, live: Object | None) -> Object | None:
+    """The live number of pods, to be applied under `meta.REPLICAS_MANAGER`, before the operator gives up the field.
+
+    A field that its last owner leaves out goes to its default: turning autoscaling on would drop to one pod. None where
+    the operator does not own the field.
+    """
+    if spec.wanted_replicas is not None or live is None:
+        return None
+    for entry in live["metadata"].get("managedFields") or []:
+        ours = entry.get("manager") == meta.FIELD_MANAGER and entry.get("operation") == "Apply"
+        if ours and "f:replicas" in (entry.get("fieldsV1") or {}).get("f:spec", {}):
+            named = {key: live["metadata"][key] for key in ("name", "namespace")}
+            replicas = live["spec"].get("replicas", 1)
+            return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": named, "spec": {"replicas": replicas}}
+    return None
+
+
 def policy_config_map(owner: Object, stable: str, override: bool, entries: dict[str, PolicyEntry]) -> Object:
     """The ConfigMap that the pods' policy volume projects (ARCHITECTURE.md, declarative source).
 

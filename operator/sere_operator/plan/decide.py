@@ -42,7 +42,9 @@ def decide(snapshot: Snapshot, defaults: Defaults) -> Plan:
         return _say(snapshot, Reason.INVALID_SPEC, str(error))
     if spec.suspend:
         return _say(snapshot, Reason.SUSPENDED, "spec.suspend is true: the operator changes nothing, what runs goes on")
-    taken = next((child for child in snapshot.children.values() if not owned(snapshot.object, child)), None)
+    autoscaled = children.autoscaler(snapshot.object, spec) is not None
+    wanted = {kind: child for kind, child in snapshot.children.items() if kind != "HorizontalPodAutoscaler" or autoscaled}
+    taken = next((child for child in wanted.values() if not owned(snapshot.object, child)), None)
     if taken is not None:
         what = f"{taken['kind']} {taken['metadata']['name']}"
         return _say(snapshot, Reason.INVALID_SPEC, f"{what} exists and is not ours; rename it or this resource")
@@ -111,6 +113,14 @@ def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults)
         drift.stamped(children.service(owner)),
         drift.stamped(children.disruption_budget(owner, spec)),
     ]
+    handed_over = children.replicas_handed_over(spec, snapshot.children.get("Deployment"))
+    if handed_over is not None:
+        plan.hand_over.append(handed_over)
+    autoscaler, live_autoscaler = children.autoscaler(owner, spec), snapshot.children.get("HorizontalPodAutoscaler")
+    if autoscaler is not None:
+        bodies.append(drift.stamped(autoscaler))
+    elif live_autoscaler is not None and owned(owner, live_autoscaler):
+        plan.delete.append(live_autoscaler)
     for body in bodies:
         live = snapshot.children.get(body["kind"])
         cleaned = drift.without_foreign(body, live) if live is not None and _same_config(body, live) else None

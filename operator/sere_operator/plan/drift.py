@@ -85,7 +85,11 @@ def difference(wanted: Any, live: Any, path: str = "") -> str | None:
         return None
     if wanted == live:
         return None
-    if live is not None and (".resources." in path or path.endswith("sizeLimit")) and _quantity(wanted) is not None:
+    if (
+        live is not None
+        and (".resources." in path or path.endswith(("sizeLimit", "averageValue")))
+        and _quantity(wanted) is not None
+    ):
         return None if _quantity(wanted) == _quantity(live) else path
     return None if wanted in ("", 0, False) and live is None else path  # the API server drops zero values
 

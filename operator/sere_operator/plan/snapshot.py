@@ -126,7 +126,8 @@ class Resource:
 class Snapshot(Resource):
     """Everything about one SereDeployment.
 
-    children       "Deployment", "Service", "ConfigMap", "PodDisruptionBudget" -> object as read (absent: none)
+    children       "Deployment", "Service", "ConfigMap", "PodDisruptionBudget", "HorizontalPodAutoscaler" -> object as
+                   read (absent: none)
     service_digest policy digest under which a real token last came through the Service, None if none did
     tuning_jobs    the SereTuningJobs that this SereDeployment owns
     profiles       SereProfiles that may be wanted, by name
@@ -182,9 +183,10 @@ class PodPatch:
 
 @dataclass
 class Plan:
-    """What to write, in this order: replace, apply, pods, delete, status, events. Empty when all is as wanted.
+    """What to write, in this order: replace, hand_over, apply, pods, delete, status, events. Empty when all is as wanted.
 
     replace        whole objects (live ones with foreign parts taken out), guarded by their resourceVersion
+    hand_over      server-side applied under `meta.REPLICAS_MANAGER`
     apply          server-side applied
     pods           annotation changes
     delete         objects of ours that are not wanted any more
@@ -193,6 +195,7 @@ class Plan:
     """
 
     replace: list[Object] = field(default_factory=list)
+    hand_over: list[Object] = field(default_factory=list)
     apply: list[Object] = field(default_factory=list)
     pods: list[PodPatch] = field(default_factory=list)
     delete: list[Object] = field(default_factory=list)
@@ -202,4 +205,5 @@ class Plan:
 
     @property
     def writes(self) -> int:
-        return len(self.replace) + len(self.apply) + len(self.pods) + len(self.delete) + (self.status is not None)
+        objects = len(self.replace) + len(self.hand_over) + len(self.apply) + len(self.delete)
+        return objects + len(self.pods) + (self.status is not None)

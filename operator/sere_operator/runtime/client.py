@@ -62,6 +62,7 @@ KINDS = {
         Kind("api/v1", "events", "Event"),
         Kind("api/v1", "serviceaccounts", "ServiceAccount"),
         Kind("apis/policy/v1", "poddisruptionbudgets", "PodDisruptionBudget"),
+        Kind("apis/autoscaling/v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler"),
         Kind("apis/batch/v1", "jobs", "Job"),
         Kind(_RBAC, "roles", "Role"),
         Kind(_RBAC, "rolebindings", "RoleBinding"),

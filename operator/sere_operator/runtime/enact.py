@@ -35,6 +35,9 @@ async def enact(client: Client, owner: Object, plan: Plan, leads: Callable[[], b
     for body in plan.replace:
         guard()
         await client.replace(body)
+    for body in plan.hand_over:
+        guard()
+        await client.apply(body, manager=meta.REPLICAS_MANAGER)
     for body in plan.apply:
         guard()
         await client.apply(body)

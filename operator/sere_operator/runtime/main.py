@@ -94,7 +94,8 @@ class Operator:
         if plan.writes:
             log.info(
                 "writing", kind=kind, namespace=namespace, name=name, generation=owner["metadata"].get("generation"),
-                replace=[body["kind"] for body in plan.replace], apply=[body["kind"] for body in plan.apply],
+                replace=[body["kind"] for body in plan.replace],
+                hand_over=[body["kind"] for body in plan.hand_over], apply=[body["kind"] for body in plan.apply],
                 pods={patch.name: patch.annotations for patch in plan.pods}, delete=[body["kind"] for body in plan.delete],
                 status=sorted(plan.status or {}),
             )  # fmt: skip

@@ -47,6 +47,7 @@ async def observe(client: Client, prober: Prober, namespace: str, name: str) -> 
         "Service": children.service_name(name),
         "ConfigMap": meta.policy_config_map(name),
         "PodDisruptionBudget": meta.fit_name(name),
+        "HorizontalPodAutoscaler": meta.fit_name(name),
     }
     owned = _selector({meta.DEPLOYMENT_LABEL: meta.label_value(name), meta.MANAGED_BY_LABEL: meta.FIELD_MANAGER})
     objects, pods, jobs = await asyncio.gather(

@@ -114,6 +114,28 @@ def test_long_names_are_cut_to_what_kubernetes_takes(name: str) -> None:
     assert all(len(value) <= 63 for value in body["metadata"]["labels"].values())
 
 
+def test_an_autoscaler_is_made_where_a_metric_is_given() -> None:
+    body = children.autoscaler(OWNER, spec(autoscaling={"min": 2, "max": 3, "metric": {"name": "queue", "averageValue": "2.5"}}))
+    assert body is not None
+    kubernetes_validate.validate(body, "1.34", strict=True)
+    assert body["spec"]["scaleTargetRef"]["name"] == children.deployment(OWNER, spec(), Defaults())["metadata"]["name"]
+    assert children.autoscaler(OWNER, spec(autoscaling={"max": 3})) is None
+    assert children.autoscaler(OWNER, spec(replicas=3)) is None
+
+
+def test_the_live_number_of_pods_is_handed_over_once() -> None:
+    ours = {"manager": "sere-operator", "operation": "Apply", "fieldsV1": {"f:spec": {"f:replicas": {}}}}
+    live = {"metadata": {"name": "m", "namespace": "ns", "managedFields": [ours]}, "spec": {"replicas": 7}}
+    scaled = spec(autoscaling={"max": 9})
+    handed = children.replicas_handed_over(scaled, live)
+    assert handed is not None
+    assert handed["spec"] == {"replicas": 7}
+    assert children.replicas_handed_over(spec(replicas=7), live) is None
+    assert children.replicas_handed_over(scaled, None) is None
+    live["metadata"]["managedFields"] = [{**ours, "manager": "kube-controller-manager"}]
+    assert children.replicas_handed_over(scaled, live) is None
+
+
 def test_an_autoscaled_deployment_leaves_replicas_alone() -> None:
     assert "replicas" not in children.deployment(OWNER, spec(autoscaling={"max": 3}), Defaults())["spec"]
     assert children.deployment(OWNER, spec(), Defaults())["spec"]["replicas"] == 1

@@ -75,6 +75,35 @@ def decide_raw(world: World) -> Any:
     return decide(Snapshot(now=world.now, object=world.object), Defaults())
 
 
+SCALED = {"replicas": None, "autoscaling": {"max": 4, "metric": {"name": "queue", "averageValue": "2"}}}
+
+
+def test_replicas_are_handed_over_before_they_are_left_out_and_the_autoscaler_goes_again() -> None:
+    world = settled()
+    ours = {"manager": "sere-operator", "operation": "Apply", "fieldsV1": {"f:spec": {"f:replicas": {}}}}
+    world.children["Deployment"]["metadata"]["managedFields"] = [ours]
+    world.edit(**SCALED)
+    plan = decide(world.observe(), Defaults())
+    assert [body["spec"] for body in plan.hand_over] == [{"replicas": 2}]
+    assert [body["kind"] for body in plan.apply] == ["Deployment", "HorizontalPodAutoscaler"]
+    (scaler,) = (body for body in plan.apply if body["kind"] == "HorizontalPodAutoscaler")
+    world.children["HorizontalPodAutoscaler"] = {**scaler, "metadata": {**scaler["metadata"], "uid": "h"}}
+    world.edit(replicas=2, autoscaling=None)
+    assert [body["kind"] for body in decide(world.observe(), Defaults()).delete] == ["HorizontalPodAutoscaler"]
+
+
+def test_an_autoscaler_that_the_user_brought_is_left_alone() -> None:
+    world = settled()
+    foreign = {"kind": "HorizontalPodAutoscaler", "metadata": {"name": "m", "namespace": "ns", "uid": "x"}}
+    world.children["HorizontalPodAutoscaler"] = foreign
+    world.edit(replicas=None, autoscaling={"max": 4})
+    plan = decide(world.observe(), Defaults())
+    assert plan.delete == []
+    assert [body["kind"] for body in plan.apply] == ["Deployment"]
+    world.edit(**SCALED)
+    assert decide(world.observe(), Defaults()).apply == [], "its name is taken: said, nothing touched"
+
+
 def test_a_resource_that_is_being_deleted_is_left_to_the_garbage_collector() -> None:
     world = settled()
     world.object["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
