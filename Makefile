@@ -11,7 +11,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: help setup demo test lint test-unit test-engine test-apiserver test-cluster test-chart test-gpu \
-        bench-tune bench-speedup bench-policies bench-telemetry soak-switches retrain-model vllm-snapshots crds lock envtest clean
+        bench-tune bench-speedup bench-policies bench-ext bench-telemetry soak-switches retrain-model vllm-snapshots crds lock envtest clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -59,6 +59,9 @@ bench-telemetry: setup ## What counters, polling and latency metrics cost of a s
 
 soak-switches: setup ## A thousand policy switches on a real server under load, as JSON
 	$(PY) benchmarks/soak_switches.py $(ARGS)
+
+bench-ext: setup ## Time of the operators, of decode steps and of calibration, as JSON (needs a quiet machine)
+	$(PY) benchmarks/ext.py
 
 retrain-model: setup ## Train tests/assets/tiny_moe anew (about 15 minutes on 2 cores)
 	$(PY) tests/assets/make/train.py

@@ -1,0 +1,132 @@
+"""One in-process vLLM engine whose decode steps are timed. A child of `ext.py`: one JSON request per line, one answer each.
+
+    python benchmarks/steps.py MODEL SIMILARITY     # or "-" for stock vLLM with no plug-in loaded
+
+    {"bucket": {...} | null, "waves": [[prompt, ...], ...], "tokens": 9, "parts": false}
+    -> {"tpotMs": [per wave], "counters": {...} | null, "parts": {"attention": ms per step, ...}}
+
+A wave is so many requests that start together and answer with the same number of tokens: one step computes all prompts, every
+later one decodes the whole wave. Its TPOT is the time from the first answer tokens to the last over the number of steps between,
+scheduler and sampling included, HTTP not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a wave is complete before its first step
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+
+MAX_SEQUENCES = 64
+
+
+class Steps:
+    """The engine, and how to switch and time it."""
+
+    def __init__(self, model: str, similarity: str | None) -> None:
+        if similarity is None:
+            os.environ["VLLM_PLUGINS"] = "none"  # a name that nothing has, so no plug-in is loaded
+        from vllm import LLM
+
+        ours = {"additional_config": {"sere": {"similarity": similarity}}} if similarity else {}
+        self.llm = LLM(
+            model=model, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=MAX_SEQUENCES,
+            max_num_batched_tokens=2048, enable_prefix_caching=False, **ours,
+        )  # fmt: skip
+        self.plugged = similarity is not None
+        self.parts: dict[str, float] = defaultdict(float)
+        self.number = 0
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Serve one request of the module's docstring."""
+        digest, before = "exact", {}
+        if self.plugged:
+            from sere_ext.policy import Policy
+            from sere_ext.switch import switch_llm
+
+            policy = Policy.parse(json.dumps({"buckets": [request["bucket"]]}))
+            before = switch_llm(self.llm, policy)[0]["counters"]
+            digest = policy.digest
+        self.parts.clear()
+        tpots = [self.wave(wave, request["tokens"]) for wave in request["waves"]]
+        found: dict[str, Any] = {"tpotMs": tpots, "counters": None}
+        if self.plugged:
+            bucket = request["bucket"]
+            name = f"{digest}|{bucket['minTokens']}-{bucket['maxTokens']}"
+            after = self.llm.collective_rpc("sere_state")[0]["counters"][name]
+            found["counters"] = {key: value - before.get(name, {}).get(key, 0) for key, value in after.items()}
+        if request.get("parts"):
+            found["parts"] = dict(self.parts)
+        return found
+
+    def wave(self, prompts: list[str], tokens: int) -> float:
+        """TPOT in ms of one wave."""
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        for prompt in prompts:
+            self.number += 1
+            engine.add_request(str(self.number), prompt, greedy)
+        began = 0.0
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            if not began and len(outputs) == len(prompts):
+                began = time.perf_counter()
+                self.parts.clear()
+        ended = time.perf_counter()
+        return 1e3 * (ended - began) / (tokens - 1)
+
+    def watch_parts(self) -> None:
+        """Time the parts of every forward pass from now on (eager, so a call is the work)."""
+
+        def look(model: Any) -> None:
+            from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+            self._time(model, "forward", "model")
+            for name, module in model.named_modules():
+                if name.endswith(".self_attn"):
+                    self._time(module, "forward", "attention")
+                elif isinstance(module, MoERunner):
+                    self._time(module.router, "_compute_routing", "router")
+                    self._time(module._quant_method.moe_kernel.fused_experts, "apply", "experts")
+
+        self.llm.apply_model(look)
+
+    def _time(self, owner: Any, name: str, part: str) -> None:
+        inner: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.parts[part] += 1e3 * (time.perf_counter() - began)
+
+        setattr(owner, name, timed)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever the engine prints is no answer
+    similarity = None if sys.argv[2] == "-" else sys.argv[2]
+    steps = Steps(sys.argv[1], similarity)
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    watching = False
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request.get("parts") and not watching:
+            steps.watch_parts()
+            watching = True
+        print(json.dumps(steps.answer(request)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
