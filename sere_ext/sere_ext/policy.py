@@ -161,6 +161,11 @@ class LayerGroup(Record):
     last_layer: Annotated[int, Field(ge=0, description="model layer number, inclusive")]
     buckets: Annotated[tuple[Bucket, ...], Field(max_length=MAX_BUCKETS, description="in place of the policy's own, ascending")]
 
+    def layers_text(self) -> str:
+        """`layer 0` or `layers 1-3`."""
+        one = self.first_layer == self.last_layer
+        return f"layer {self.first_layer}" if one else f"layers {self.first_layer}-{self.last_layer}"
+
 
 class Policy(Record):
     """A whole routing policy. An empty table is exact routing."""
@@ -241,8 +246,7 @@ class Policy(Record):
         """As people read it: `topk 3 for 8-64 tokens, exact elsewhere; in layers 1-3 topk 2 for 8-64 tokens`."""
         base = ", ".join(bucket.describe() for bucket in self.buckets) + ", exact elsewhere" if self.buckets else "exact"
         groups = (
-            f"; in layers {group.first_layer}-{group.last_layer} "
-            + (", ".join(bucket.describe() for bucket in group.buckets) or "exact")
+            f"; in {group.layers_text()} " + (", ".join(bucket.describe() for bucket in group.buckets) or "exact")
             for group in self.layer_groups
         )
         return base + "".join(groups)

@@ -85,5 +85,5 @@ def test_a_policy_says_what_its_layer_groups_do() -> None:
         "layerGroups": [{"firstLayer": 1, "lastLayer": 3, "buckets": [{**bucket, "S": 2}]}, {"firstLayer": 5, "lastLayer": 5, "buckets": []}],
     })  # fmt: skip
     assert policy.describe() == (
-        "topk 3 for 8-64 tokens, exact elsewhere; in layers 1-3 topk 2 for 8-64 tokens; in layers 5-5 exact"
+        "topk 3 for 8-64 tokens, exact elsewhere; in layers 1-3 topk 2 for 8-64 tokens; in layer 5 exact"
     )
