@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from importlib import metadata
+from typing import Any
 
 from sere_ext.errors import UnsupportedError
 from sere_ext.patches import BEFORE, CPU_SINCE, SINCE, SUPPORTED
@@ -17,7 +18,34 @@ def register() -> None:
     """Called by vLLM in every process before workers exist."""
     from sere_ext import worker
 
+    _shield_llvmlite()
     worker.patch_worker_base()
+
+
+def _shield_llvmlite() -> None:
+    """Make llvmlite's library object answer "no such attribute" when asked for `__dict__`.
+
+    vLLM's CPU platform looks through all attributes of all loaded modules at engine start and fails on that object, which
+    answers any name with a function (seen with vLLM 0.32, llvmlite 0.47). vLLM's n-gram drafts load it, so a second engine
+    could not start in a process that had one with them.
+    """
+    try:
+        from llvmlite.binding import ffi  # type: ignore[import-untyped]
+    except ImportError:
+        return
+    library = type(ffi.lib)
+    if library.__name__ == "_Shielded":
+        return
+
+    class _Shielded(library):  # type: ignore[misc, valid-type]
+        __slots__ = ()
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return super().__getattr__(name)
+
+    ffi.lib.__class__ = _Shielded
 
 
 def engine_version() -> str:
