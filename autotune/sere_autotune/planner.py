@@ -66,7 +66,16 @@ class Plan:
         }  # fmt: skip
 
 
-def make_plan(spec: TuningSpec, items: int, cert_items: int, noise: float | None, openings: int, pace: dict[str, Any]) -> Plan:
+def make_plan(
+    spec: TuningSpec,
+    items: int,
+    cert_items: int,
+    noise: float | None,
+    openings: int,
+    pace: dict[str, Any],
+    *,
+    searches: bool = True,
+) -> Plan:
     """Judge whether the limit can certify, and estimate the time.
 
     Args:
@@ -74,6 +83,7 @@ def make_plan(spec: TuningSpec, items: int, cert_items: int, noise: float | None
         noise: discordant share of exact against exact, from an earlier study; None if never measured.
         openings: earlier studies that opened this CERT set.
         pace: {"startSeconds", "rate", "residence"} of an earlier study on this model, or {}.
+        searches: False where a given policy is certified and nothing is searched.
     """
     limit = spec.accuracy.max_drop_points / 100
     alpha = spec.accuracy.alpha / 2**openings
@@ -91,8 +101,8 @@ def make_plan(spec: TuningSpec, items: int, cert_items: int, noise: float | None
     return Plan(
         limit=limit, confidence=spec.accuracy.confidence, alpha=alpha, items=items, cert_items=usable, noise=noise,
         needs=needs, smallest=smallest, openings=openings, can_certify=not problem, problem=problem,
-        start_s=float(pace.get("startSeconds", ASSUMED_START_S)), trials=spec.search.trials, rungs=spec.search.rungs,
-        search_s=search_seconds(spec, pace), certify_s=spec.search.rungs * rung_seconds(spec, pace, levels),
+        start_s=float(pace.get("startSeconds", ASSUMED_START_S)), trials=spec.search.trials if searches else 0,
+        rungs=spec.search.rungs, search_s=search_seconds(spec, pace) if searches else 0.0, certify_s=spec.search.rungs * rung_seconds(spec, pace, levels),
         pace_known=bool(pace),
     )  # fmt: skip
 
@@ -171,12 +181,15 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
     lines.append("           " + ("this limit can certify" if plan.can_certify else f"CANNOT CERTIFY: {plan.problem}"))
     source = "at the pace of the last run" if plan.pace_known else "at most, pace not known before the first run"
     total = plan.start_s + plan.search_s + plan.certify_s
+    search = f"search {plan.trials} trials {duration(plan.search_s)}; " if plan.trials else ""
     lines.append(
-        f"Time       start {duration(plan.start_s)}, search {plan.trials} trials {duration(plan.search_s)}; certification "
+        f"Time       start {duration(plan.start_s)}; {search}certification "
         f"{plan.rungs} rung{'s' if plan.rungs > 1 else ''} {duration(plan.certify_s)}; {duration(total)} in all ({source})"
     )
     wall = f", {spec.search.wall_minutes:g} minutes on the clock" if spec.search.wall_minutes else ""
-    lines.append(f"Budget     {spec.search.device_hours:g} device-hours{wall}; it is never exceeded")
+    short = total * spec.engine.tensor_parallel_size > spec.search.device_hours * 3600
+    cut = "; less than the estimate above, so trials or rungs may be cut (search.deviceHours)" if short else ""
+    lines.append(f"Budget     {spec.search.device_hours:g} device-hours{wall}; it is never exceeded{cut}")
     return "\n".join(lines)
 
 

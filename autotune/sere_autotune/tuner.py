@@ -47,11 +47,15 @@ class Prepared:
         return Path(self.spec.out)
 
 
-def prepare(spec: TuningSpec) -> Prepared:
+def prepare(spec: TuningSpec, only: Policy | None = None) -> Prepared:
     """Read and check all input, and make the plan.
+
+    Args:
+        only: the policy to certify, where nothing is to be searched.
 
     Raises:
         UsageError: a missing or bad file, a similarity artefact of another model, too few items, a dense model.
+        PolicyError: `only` keeps more experts than the model's tokens have.
     """
     spec.check_files()
     items = load_items(spec.accuracy)
@@ -62,6 +66,8 @@ def prepare(spec: TuningSpec) -> Prepared:
     mine, held_out = split(items, spec.accuracy.search_items)
     config = read_config(spec)
     digest = model_config_digest(config)
+    if only is not None and (top_k := experts_per_token(config)):
+        only.check_model(top_k)  # before an engine is started for it
     similarity = read_meta(spec.similarity) if spec.similarity else None
     if similarity is not None and similarity.config_digest != digest:
         raise SimilarityError(
@@ -71,7 +77,8 @@ def prepare(spec: TuningSpec) -> Prepared:
     ledger = Ledger(Path(spec.out))
     known = ledger.known(digest)
     openings = ledger.openings(digest, set_digest(held_out), _study_name(spec, held_out, digest))
-    plan = planner.make_plan(spec, len(items), len(held_out), known.get("noise"), openings, known.get("pace", {}))
+    noise, pace = known.get("noise"), known.get("pace", {})
+    plan = planner.make_plan(spec, len(items), len(held_out), noise, openings, pace, searches=only is None)
     return Prepared(spec, items, mine, held_out, digest, similarity, plan)
 
 
@@ -89,6 +96,16 @@ def read_config(spec: TuningSpec) -> dict[str, object]:
     if not any(merged.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")):
         raise UsageError(f"model: {spec.model} is a dense model ({merged.get('model_type')}): it has no experts to re-route")
     return config
+
+
+def experts_per_token(config: dict[str, object]) -> int | None:
+    """top-k as config.json names it, None where it does not (the engine tells it later)."""
+    text = config.get("text_config")
+    merged = {**config, **text} if isinstance(text, dict) else config
+    found = next(
+        (merged[key] for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k") if key in merged), None
+    )
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _study_name(spec: TuningSpec, cert: Sequence[Item], config_digest: str) -> str:

@@ -9,7 +9,8 @@ from sere_autotune.items import Item, load_items, search_count, split
 from sere_autotune.ledger import Ledger, spent_alpha
 from sere_autotune.outcome import Ending, nearest_miss
 from sere_autotune.spec import AccuracySpec, TaskSpec
-from sere_ext.errors import UsageError
+from sere_ext.errors import PolicyError, UsageError
+from sere_ext.policy import Policy
 
 
 def prepared(tmp_path: Path, count: int, **changes) -> tuner.Prepared:
@@ -33,6 +34,25 @@ def test_a_stored_noise_floor_and_pace_are_used(tmp_path: Path) -> None:
     assert "exact against exact differed on 0.90% of items last time" in text
     assert "start about 31 s" in text
     assert "at the pace of the last run" in text
+
+
+def test_a_policy_to_certify_is_planned_without_a_search(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 8800)
+    policy = Policy.parse({"buckets": [{"minTokens": 2, "kind": "topk", "S": 2}]})
+    alone = tuner.prepare(ready.spec, policy)
+    text = planner.describe(alone.plan, alone.spec)
+    assert "search" not in text.split("Time", 1)[1].split("Budget")[0]
+    assert alone.plan.search_s == 0 < ready.plan.search_s
+    with pytest.raises(PolicyError, match=r"S = 9 .* above the model's top-k of 4"):
+        tuner.prepare(ready.spec, Policy.parse({"buckets": [{"minTokens": 2, "kind": "topk", "S": 9}]}))
+
+
+def test_a_budget_below_the_estimate_says_so(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 8800)
+    spec = ready.spec
+    for hours, short in ((0.01, True), (1000.0, False)):
+        raised = spec.model_copy(update={"search": spec.search.model_copy(update={"device_hours": hours})})
+        assert ("less than the estimate above" in planner.describe(ready.plan, raised)) is short
 
 
 def test_too_few_items_are_refused_before_anything_is_spent(tmp_path: Path) -> None:
