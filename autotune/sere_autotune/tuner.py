@@ -86,6 +86,9 @@ def read_config(spec: TuningSpec) -> dict[str, object]:
     """The model's config.json, decoded. Raises UsageError if there is none or it has no experts."""
     from sere_ext.artifact import model_config_dict
 
+    looks_local = spec.model.startswith(("/", ".", "~")) or spec.model.count("/") > 1  # a hub name has one slash at most
+    if looks_local and not Path(spec.model).exists():
+        raise UsageError(f"model: there is no folder {spec.model} (from {Path.cwd()}); check its spelling")
     try:
         config = model_config_dict(spec.model, spec.revision or None)
     except (OSError, ValueError) as error:

@@ -42,7 +42,7 @@ def calibrate_command(
     report: Annotated[Path | None, typer.Option(help="Also write heat maps of the layers (.html).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metadata as JSON.")] = False,
 ) -> None:
-    """Measure how alike a model's experts are; `serve` and `tune` need the file for SERE.
+    """Measure how alike a model's experts are; `serve` needs the file for SERE, `tune` makes one if none is given.
 
     Started again after it was stopped, it goes on where it was.
     """

@@ -120,6 +120,8 @@ def test_a_dense_model_and_a_missing_one_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UsageError, match="dense model"):
         tuner.prepare(spec)
+    with pytest.raises(UsageError, match="there is no folder"):  # at once: no hub is asked for a path
+        tuner.prepare(spec.model_copy(update={"model": str(tmp_path / "modle")}))
 
 
 @pytest.mark.parametrize(
