@@ -49,12 +49,7 @@ class Lanes(Reference):
 
     def moe(self, layer: int, x: Tensor, route: Mix) -> Tensor:  # type: ignore[override]
         mix = route(layer, functional.linear(x, self.weights[f"model.layers.{layer}.mlp.gate.weight"]))
-        out = torch.zeros_like(x)
-        for expert in range(self.experts):
-            rows = mix[:, expert].nonzero().flatten()
-            if len(rows):
-                out.index_add_(0, rows, mix[rows, expert, None] * self.expert(layer, expert, x[rows]))
-        return out
+        return self.mixed(layer, x, mix)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 
 from sere_ext.errors import SimilarityError, UsageError
 from sere_ext.policy import Policy
-from sere_ext.similarity import SimilarityMeta, model_config_digest, read_meta
+from sere_ext.similarity import SimilarityMeta, language_config, model_config_digest, read_meta
 
 from sere_autotune import certify, planner, results, search
 from sere_autotune.budget import Budget
@@ -94,8 +94,7 @@ def read_config(spec: TuningSpec) -> dict[str, object]:
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"model: cannot read the configuration of {spec.model} ({first}); check the name or folder") from error
-    text = config.get("text_config")
-    merged = {**config, **text} if isinstance(text, dict) else config
+    merged = language_config(config)
     if not any(merged.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")):
         raise UsageError(f"model: {spec.model} is a dense model ({merged.get('model_type')}): it has no experts to re-route")
     return config
@@ -103,8 +102,7 @@ def read_config(spec: TuningSpec) -> dict[str, object]:
 
 def experts_per_token(config: dict[str, object]) -> int | None:
     """top-k as config.json names it, None where it does not (the engine tells it later)."""
-    text = config.get("text_config")
-    merged = {**config, **text} if isinstance(text, dict) else config
+    merged = language_config(config)
     found = next(
         (merged[key] for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k") if key in merged), None
     )

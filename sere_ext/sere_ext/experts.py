@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sere_ext.errors import UnsupportedError
+from sere_ext.similarity import language_config
 
 Answers = Callable[[Any], Any]  # inputs [n, H] -> outputs of all experts [E, n, H'] float32
 
@@ -57,8 +58,7 @@ def find_experts(network: Any) -> dict[int, ExpertLayer]:
 
 def claims_experts(config: dict[str, object]) -> str | None:
     """Which setting of a decoded config.json says that the model has experts, None for a dense one."""
-    text = config.get("text_config")
-    source = {**config, **text} if isinstance(text, dict) else config
+    source = language_config(config)
     for key in _EXPERT_COUNTS:
         count = source.get(key)
         if isinstance(count, int) and count > 1:

@@ -76,10 +76,15 @@ _CONFIG_KEYS = (
 )  # fmt: skip
 
 
+def language_config(config: dict[str, object]) -> dict[str, object]:
+    """A decoded config.json with the settings of its language model on top, which multimodal models nest."""
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, dict) else config
+
+
 def model_config_digest(config: dict[str, object]) -> str:
     """Digest of the parts of a decoded config.json that similarity depends on. `sha256:` and 64 hex digits."""
-    text = config.get("text_config")
-    source = {**config, **text} if isinstance(text, dict) else config
+    source = language_config(config)
     return "sha256:" + hashlib.sha256(canonical_json({key: source.get(key) for key in _CONFIG_KEYS})).hexdigest()
 
 

@@ -77,6 +77,10 @@ class Reference:
         if self.config["norm_topk_prob"]:
             weights = weights / weights.sum(-1, keepdim=True)
         mix = torch.zeros_like(scores).scatter_add_(1, route(layer, ids), weights)  # [tokens, E]
+        return self.mixed(layer, x, mix)
+
+    def mixed(self, layer: int, x: Tensor, mix: Tensor) -> Tensor:
+        """Sum of the experts' outputs over [tokens, H], weighted by ``mix`` [tokens, E]; an expert runs on its own rows alone."""
         out = torch.zeros_like(x)
         for expert in range(self.experts):
             rows = mix[:, expert].nonzero().flatten()
