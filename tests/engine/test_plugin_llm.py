@@ -7,9 +7,7 @@ the same machine and mode. Engines behind a process border are in `test_plugin_s
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from inside import in_process
 from sere_ext.artifact import read_similarity
 from sere_ext.calibrate import Options, calibrate
 from sere_ext.errors import ConflictError, PolicyError, SereError, SimilarityError, UnsupportedError
@@ -33,23 +32,10 @@ PROMPTS = [f"item {i}: what is {i} plus {i * 7 % 13}?" for i in range(12)]
 
 @contextmanager
 def engine(model: Path, **options: Any) -> Iterator[Any]:
-    """An `LLM` in this process, taken down completely afterwards."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
+    """The trained model's engine: eager unless a test says otherwise."""
     options = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 16, "dtype": "float32"} | options
-    llm = None
-    try:
-        llm = LLM(model=str(model), distributed_executor_backend="uni", disable_log_stats=True, seed=0, **options)
+    with in_process(model, **options) as llm:
         yield llm
-    finally:  # also after a refused start: a half-made engine leaves process groups behind
-        if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
-            del llm
-        gc.collect()
-        torch._dynamo.reset()
-        cleanup_dist_env_and_memory()
 
 
 def answers(llm: Any) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:

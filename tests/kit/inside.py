@@ -71,18 +71,15 @@ def recording() -> Iterator[Recorder]:
 
 
 @contextmanager
-def engine(model: Path, **options: Any) -> Iterator[Any]:
+def in_process(model: Path, **options: Any) -> Iterator[Any]:
     """An `LLM` in this process, taken down completely afterwards."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    options = {"max_model_len": 64, "max_num_seqs": 8} | options
     llm = None
     try:
-        llm = LLM(
-            model=str(model), load_format=families.LOAD_FORMAT, skip_tokenizer_init=True, enforce_eager=True, seed=0,
-            dtype=families.dtype(model), distributed_executor_backend="uni", disable_log_stats=True, **options,
-        )  # fmt: skip
+        llm = LLM(model=str(model), distributed_executor_backend="uni", disable_log_stats=True, seed=0, **options)
         yield llm
     finally:  # also after a refused start: a half-made engine leaves process groups behind
         if llm is not None:
@@ -91,6 +88,21 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
         gc.collect()
         torch._dynamo.reset()
         cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def engine(model: Path, **options: Any) -> Iterator[Any]:
+    """An engine on a model of `families.py`, eager and small."""
+    options = {"max_model_len": 64, "max_num_seqs": 8} | options
+    with in_process(
+        model,
+        load_format=families.LOAD_FORMAT,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype=families.dtype(model),
+        **options,
+    ) as llm:
+        yield llm
 
 
 def answers(llm: Any, lengths: Any = PROMPT_LENGTHS) -> Answers:
