@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "policies.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "policies.md", ROOT / "docs" / "speed.md")
 SHORT = ("sere S=1 rho=0.00", "oea S=1", "budget N=6", "topk S=2", "sere S=2 rho=0.00", "oea S=2")
 BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 
@@ -93,10 +94,77 @@ def hybrid(result: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def ext_ops(result: dict[str, Any]) -> str:
+    """Re-routing and the experts' operator alone."""
+    part = result["ops"]
+    head = ["tokens", "top-k", "experts", "active", "slots", "stock ms", "unmerged", "merged", "packed", "re-routing µs"]
+    rows = [
+        [
+            str(row["tokens"]), str(row["topK"]), str(row["experts"]), f"{row['active']} -> {row['activeRerouted']}",
+            f"{row['slots']} -> {row['slotsKept']}", *(f"{row['expertsMs'][form]:.2f}" for form in ("stock", "unmerged", "merged", "packed")),
+            f"{1e3 * row['rerouteMs']['sere']:.0f}",
+        ]
+        for row in part["rows"]
+    ]  # fmt: skip
+    return _table(head, rows) + f"\nOne layer, 100 MB of expert weights, `sere S=2`; {_where(part['machine'])}.\n"
+
+
+def ext_decode(name: str, result: dict[str, Any]) -> str:
+    """TPOT of stock vLLM against each policy."""
+    part = result[name]
+    rows = []
+    for arm in part["arms"]:
+        active = f"{arm['activeBefore']:.1f} -> {arm['active']:.1f}" if "active" in arm else ""
+        ratio = "1" if arm["arm"] == "stock" else _interval(arm["ratio"], arm["ratioLow"], arm["ratioHigh"], 2) + "x"
+        slots = f"{arm['slots']:.2f}" if "slots" in arm else ""
+        rows.append([str(arm["concurrency"]), f"`{arm['arm']}`", f"{arm['tpotMs']:.1f}", ratio, active, slots])
+    return (
+        _table(["concurrency", "arm", "TPOT ms", "stock / arm, 95 %", "active experts", "experts per token"], rows)
+        + f"\n{part['rounds']} rounds in which the arms take turns; `stock` has no plug-in loaded; {_where(part['machine'])}.\n"
+    )
+
+
+def ext_short(result: dict[str, Any]) -> str:
+    """Concurrency 16, both models."""
+    models = [result["widened"], result["many"]]
+    arms = [{arm["arm"]: arm for arm in model["arms"] if arm["concurrency"] == 16} for model in models]
+
+    def cell(arm: dict[str, Any]) -> str:
+        if arm["arm"] == "stock":
+            return f"{arm['tpotMs']:.1f} ms"
+        ratio = _interval(arm["ratio"], arm["ratioLow"], arm["ratioHigh"], 2)
+        return f"{arm['tpotMs']:.1f} ms, {ratio}x, {arm['activeBefore']:.1f} -> {arm['active']:.1f}"
+
+    heads = ["16 experts, top-4, widened", f"{models[1]['experts']} random experts, top-{models[1]['topK']}"]
+    return _table(
+        ["TPOT, stock / arm with 95 % limits, active experts", *heads],
+        [[f"`{name}`", *(cell(model[name]) for model in arms)] for name in arms[0]],
+    )
+
+
+def ext_parts(name: str, result: dict[str, Any]) -> str:
+    """Where a decode step's time goes."""
+    part = result[name]
+    rows = []
+    for row in part["parts"]:
+        rest = row["stepMs"] - row["experts"] - row["attention"] - row["router"]
+        bound = row["stepMs"] / (row["stepMs"] - row["experts"])
+        names = [f"{row[name]:.1f}" for name in ("stepMs", "experts", "attention", "router")]
+        rows.append([f"`{row['arm']}`", *names, f"{rest:.1f}", f"{bound:.1f}x"])
+    head = ["arm", "step ms", "experts", "attention", "router and re-routing", "rest", "bound if experts cost nothing"]
+    return _table(head, rows)
+
+
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "policies": ("policies", policies),
     "policies-short": ("policies", policies_short),
     "hybrid": ("policies", hybrid),
+    "ext-short": ("ext", ext_short),
+    "ext-ops": ("ext", ext_ops),
+    "ext-decode": ("ext", partial(ext_decode, "widened")),
+    "ext-parts": ("ext", partial(ext_parts, "widened")),
+    "ext-decode-many": ("ext", partial(ext_decode, "many")),
+    "ext-parts-many": ("ext", partial(ext_parts, "many")),
 }
 
 
