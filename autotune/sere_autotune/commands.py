@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import signal
 import sys
@@ -12,33 +11,40 @@ from typing import Annotated, Any
 
 import optuna  # noqa: F401  (so that `sere` leaves these commands out where the extra is not installed)
 import typer
-import yaml
 from rich.console import Console
 from sere_ext.errors import SereError, UsageError
 from sere_ext.policy import Policy
 
-from sere_autotune.spec import Leaf, TuningSpec, leaves, load_spec, to_yaml
+from sere_autotune.options import LeavesCommand, overrides, with_leaves
+from sere_autotune.spec import TuningSpec, load_spec, to_yaml
 
 
 def register(app: typer.Typer) -> None:
     """Entry point of the group `sere.commands`."""
-    app.command("tune", help=_TUNE_HELP)(_with_leaves(tune_command))
-    app.command("certify", help=_CERTIFY_HELP)(_with_leaves(certify_command))
+    app.command("tune", cls=LeavesCommand, help=_TUNE_HELP)(with_leaves(tune_command))
+    app.command("certify", cls=LeavesCommand, help=_CERTIFY_HELP)(with_leaves(certify_command))
 
 
 _TUNE_HELP = """Search routing policies on a live engine and certify the best.
+
+The model, accuracy.tasks and one latency limit are needed; lists are YAML: --workload-load-concurrency "[4, 16]".
 
 Exit codes: 0 a certified policy, 2 bad input, 3 nothing feasible, 4 a budget ran out, 5 the items cannot certify.
 Stopped in any way, the same line again goes on where it was."""
 
 _CERTIFY_HELP = """Certify one policy against exact routing, without a search. Same options and exit codes as `tune`."""
 
-_File = Annotated[Path | None, typer.Option("--file", "-f", help="tuning.yaml; options below override it.")]
+_File = Annotated[
+    Path | None, typer.Option("--file", "-f", help="tuning.yaml; options below override it.", show_default="flags alone")
+]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and the whole tuning file; start nothing.")]
 _Advisory = Annotated[bool, typer.Option("--advisory", help="Go on although the items cannot certify; the profile is marked so.")]
 _Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew in `out` instead of going on there.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
-_Publish = Annotated[str | None, typer.Option("--publish", help="configmap/<namespace>/<name>: also write the result there.")]
+_Publish = Annotated[
+    str | None,
+    typer.Option("--publish", help="configmap/<namespace>/<name>: also write the result there.", show_default="nowhere"),
+]
 
 
 def tune_command(
@@ -50,7 +56,7 @@ def tune_command(
     publish: _Publish = None,
     **options: str | None,
 ) -> None:
-    _main(load_spec(file, _overrides(options)), None, dry_run, advisory, fresh, as_json, publish)
+    _main(load_spec(file, overrides(options)), None, dry_run, advisory, fresh, as_json, publish)
 
 
 def certify_command(
@@ -64,7 +70,7 @@ def certify_command(
     **options: str | None,
 ) -> None:
     only = read_policy(policy)
-    spec = load_spec(file, _overrides(options))
+    spec = load_spec(file, overrides(options))
     if not only.uses_rerouting():
         raise UsageError(f"{policy} is exact routing, which needs no certificate; name a policy that re-routes")
     if options.get("out") is None:
@@ -82,58 +88,6 @@ def read_policy(path: Path) -> Policy:
     if not isinstance(inside, dict):
         raise UsageError(f"{path} holds no policy; a policy is an object with `buckets`")
     return Policy.parse(inside)
-
-
-def _with_leaves(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option per leaf of the tuning file instead of its `**options`."""
-    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    extra = []
-    for leaf in leaves():
-        option = typer.Option(
-            leaf.flag, help=leaf.description or None, rich_help_panel="tuning.yaml: " + leaf.path[0], metavar="VALUE"
-        )
-        kind = inspect.Parameter.KEYWORD_ONLY
-        extra.append(inspect.Parameter(_name(leaf), kind, default=None, annotation=Annotated[str | None, option]))
-
-    def wrapper(**values: Any) -> None:
-        command(**values)
-
-    shown = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=_resolved(command, p)) for p in own]
-    wrapper.__signature__ = inspect.Signature([*shown, *extra])  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in [*shown, *extra]}
-    wrapper.__name__ = command.__name__
-    return wrapper
-
-
-def _resolved(command: Callable[..., None], parameter: inspect.Parameter) -> Any:
-    import typing
-
-    return typing.get_type_hints(command, include_extras=True)[parameter.name]
-
-
-def _name(leaf: Leaf) -> str:
-    return "_".join(leaf.path).lower()
-
-
-def _overrides(options: dict[str, str | None]) -> dict[tuple[str, ...], Any]:
-    """Values of the given options, read as YAML (so that lists and numbers work), by path."""
-    found: dict[tuple[str, ...], Any] = {}
-    for leaf in leaves():
-        text = options.get(_name(leaf))
-        if text is not None:
-            try:
-                found[leaf.path] = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise UsageError(f"{leaf.flag} {text}: {error}") from error
-            if isinstance(found[leaf.path], int | float) and leaf.path[-1] in (
-                "model",
-                "revision",
-                "out",
-                "similarity",
-                "dataset",
-            ):
-                found[leaf.path] = text
-    return found
 
 
 def _main(

@@ -1,20 +1,17 @@
 """The tuning file: what to tune, under which limits, with which budgets. Pure but for reading the file itself.
 
-The YAML uses camelCase like every other file of this project. Every leaf is also a flag of `sere tune`
-(`search.deviceHours` is `--search-device-hours`), see `leaves`.
+The YAML uses camelCase like every other file of this project. Every leaf is also a flag of `sere tune`, see `options.py`,
+whose help is made of the descriptions here.
 """
 
 from __future__ import annotations
 
-import typing
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
-from pydantic.alias_generators import to_camel
+from pydantic import Field, ValidationError, field_validator, model_validator
 from sere_ext.errors import UsageError
 from sere_ext.policy import MAX_TOKENS, Kind, Record, explain
 
@@ -31,10 +28,19 @@ TUNED_FLAGS = {
 }
 
 
+@dataclass(frozen=True)
+class Unset:
+    """What holds where an optional field is left out, for the help."""
+
+    text: str
+
+
 class EngineSpec(Record):
     """The engine that is started once, as `vllm serve` would be given it."""
 
-    max_model_len: Annotated[int | None, Field(ge=8, description="longest prompt plus answer, tokens; else the model's")] = None
+    max_model_len: Annotated[int | None, Field(ge=8, description="longest prompt plus answer, tokens"), Unset("the model's")] = (
+        None
+    )
     tensor_parallel_size: Annotated[int, Field(ge=1, description="devices per engine")] = 1
     extra_args: Annotated[tuple[str, ...], Field(description="further flags of `vllm serve`")] = ()
 
@@ -52,22 +58,26 @@ class EngineSpec(Record):
 class CalibrateSpec(Record):
     """How to make the similarity artefact before the search."""
 
-    data: Annotated[str, Field(description="JSONL of calibration prompts")]
+    data: Annotated[str, Field(description="JSONL of calibration prompts"), Unset("the search items' prompts")]
 
 
 class SyntheticSpec(Record):
     """Prompts of a given length, cut from the accuracy items' text (random tokens would route unlike text)."""
 
-    input_tokens: Annotated[int, Field(ge=1, description="tokens per prompt")]
-    output_tokens: Annotated[int, Field(ge=2, description="tokens per answer; EOS is ignored for these")]
+    input_tokens: Annotated[int, Field(ge=1, description="tokens per prompt"), Unset("no made-up prompts")]
+    output_tokens: Annotated[int, Field(ge=2, description="tokens per answer; EOS is ignored"), Unset("no made-up prompts")]
 
 
 class LoadSpec(Record):
     """Closed loop at each concurrency, or open loop with Poisson arrivals."""
 
-    arrivals: Annotated[Literal["poisson"] | None, Field(description="open loop: how requests arrive")] = None
-    requests_per_second: Annotated[float | None, Field(gt=0, description="open loop: mean rate")] = None
-    concurrency: Annotated[tuple[int, ...] | None, Field(max_length=8, description="closed loop: requests in flight")] = None
+    arrivals: Annotated[Literal["poisson"] | None, Field(description="open loop: how requests arrive"), Unset("poisson")] = None
+    requests_per_second: Annotated[
+        float | None, Field(gt=0, description="open loop: mean rate, requests/s"), Unset("closed loop")
+    ] = None
+    concurrency: Annotated[
+        tuple[int, ...] | None, Field(max_length=8, description="closed loop: requests in flight, one number per load level")
+    ] = None
 
     @field_validator("concurrency", mode="before")
     @classmethod
@@ -100,8 +110,10 @@ class LoadSpec(Record):
 class WorkloadSpec(Record):
     """The timed traffic. Without dataset or synthetic it is the accuracy items themselves."""
 
-    dataset: Annotated[str | None, Field(description="JSONL of prompts mixed into the labelled traffic")] = None
-    dataset_max_tokens: Annotated[int, Field(ge=1, description="answer length limit for the dataset's prompts")] = 128
+    dataset: Annotated[
+        str | None, Field(description="JSONL of prompts mixed into the labelled traffic"), Unset("the accuracy items alone")
+    ] = None
+    dataset_max_tokens: Annotated[int, Field(ge=1, description="longest answer to the dataset's prompts, tokens")] = 128
     synthetic: SyntheticSpec | None = None
     load: LoadSpec = LoadSpec(concurrency=(16,))
     seed: Annotated[int, Field(ge=0, description="arrivals and shuffles")] = 0
@@ -116,11 +128,11 @@ class WorkloadSpec(Record):
 class Quantiles(Record):
     """Limits in milliseconds on the mean or on percentiles of a request metric."""
 
-    mean: Annotated[float | None, Field(gt=0)] = None
-    p50: Annotated[float | None, Field(gt=0)] = None
-    p90: Annotated[float | None, Field(gt=0)] = None
-    p95: Annotated[float | None, Field(gt=0)] = None
-    p99: Annotated[float | None, Field(gt=0)] = None
+    mean: Annotated[float | None, Field(gt=0, description="limit on the mean, ms"), Unset("none")] = None
+    p50: Annotated[float | None, Field(gt=0, description="limit on the median, ms"), Unset("none")] = None
+    p90: Annotated[float | None, Field(gt=0, description="limit on the 90th percentile, ms"), Unset("none")] = None
+    p95: Annotated[float | None, Field(gt=0, description="limit on the 95th percentile, ms"), Unset("none")] = None
+    p99: Annotated[float | None, Field(gt=0, description="limit on the 99th percentile, ms"), Unset("none")] = None
 
     def limits(self) -> dict[str, float]:
         """{"p95": 20.0}: the limits that are set, by statistic."""
@@ -130,10 +142,10 @@ class Quantiles(Record):
 class SloSpec(Record):
     """Limits on request latencies, defined as `vllm bench serve` defines them."""
 
-    tpot_ms: Quantiles | None = None
-    ttft_ms: Quantiles | None = None
-    e2el_ms: Annotated[Quantiles | None, Field(alias="e2elMs")] = None
-    max_failure_share: Annotated[float, Field(ge=0, le=1, description="requests that may fail")] = 0.0
+    tpot_ms: Annotated[Quantiles | None, Field(description="time per output token")] = None
+    ttft_ms: Annotated[Quantiles | None, Field(description="time to first token")] = None
+    e2el_ms: Annotated[Quantiles | None, Field(description="whole request")] = None
+    max_failure_share: Annotated[float, Field(ge=0, le=1, description="share of requests that may fail")] = 0.0
 
     def limits(self) -> list[tuple[str, str, float]]:
         """[("tpot", "p95", 20.0), ...], milliseconds."""
@@ -170,9 +182,18 @@ class AccuracySpec(Record):
     """How much accuracy may be lost, and on what it is measured."""
 
     max_drop_points: Annotated[float, Field(ge=0, le=100, description="most accuracy that may be lost, points")] = 1.0
-    confidence: Annotated[float, Field(gt=0.5, lt=1, description="of the certificate")] = 0.95
-    tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1, max_length=16)]
-    search_items: Annotated[int | None, Field(ge=20, description="items kept for the search; else a sixth, 500 to 2,000")] = None
+    confidence: Annotated[float, Field(gt=0.5, lt=1, description="of the certificate, a share")] = 0.95
+    tasks: Annotated[
+        tuple[TaskSpec, ...],
+        Field(
+            min_length=1,
+            max_length=16,
+            description="JSONL files of prompt and answer, each a name or {file, metric, pattern, maxTokens, stop}",
+        ),
+    ]
+    search_items: Annotated[
+        int | None, Field(ge=20, description="items kept for the search, the rest certify"), Unset("a sixth, 500 to 2,000")
+    ] = None
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -195,21 +216,27 @@ class BucketEdges(Record):
 class SearchSpec(Record):
     """What is searched and what may be spent on it."""
 
-    policies: Annotated[tuple[Kind, ...], Field(min_length=1, description="kinds of routing to try")] = (
+    policies: Annotated[
+        tuple[Kind, ...], Field(min_length=1, description="kinds of routing to try, of sere, topk, oea and hybrid")
+    ] = (
         Kind.SERE, Kind.TOPK, Kind.OEA,
     )  # fmt: skip
     trials: Annotated[int, Field(ge=1, le=10_000, description="ranking trials, the exact one included")] = 60
     device_hours: Annotated[float, Field(gt=0, description="budget: hours times devices, engine start included")] = 4.0
-    wall_minutes: Annotated[float | None, Field(gt=0, description="budget: minutes on the clock")] = None
+    wall_minutes: Annotated[float | None, Field(gt=0, description="budget: minutes on the clock"), Unset("none")] = None
     sampler: Annotated[Literal["model", "tpe", "random"], Field(description="who proposes trials")] = "model"
     items_per_trial: Annotated[int, Field(ge=16, description="labelled items per trial and load level")] = 500
-    trial_seconds: Annotated[float, Field(gt=0, description="a trial's load is cut off here, per load level")] = 60.0
-    buckets: Annotated[tuple[BucketEdges, ...] | None, Field(max_length=8, description="else one per load level")] = None
+    trial_seconds: Annotated[float, Field(gt=0, description="longest load of a trial, seconds per load level")] = 60.0
+    buckets: Annotated[
+        tuple[BucketEdges, ...] | None,
+        Field(max_length=8, description="batch sizes to tune apart, each {minTokens, maxTokens}"),
+        Unset("one per load level"),
+    ] = None
     layer_groups: Annotated[
         bool, Field(description="S between two whole numbers too, the larger in the first layers; false: one S for all layers")
     ] = True
     rungs: Annotated[int, Field(ge=1, le=3, description="candidates that may be certified")] = 3
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, description="of the proposals")] = 0
 
     @field_validator("policies")
     @classmethod
@@ -225,18 +252,20 @@ class CertifySpec(Record):
     """How the finalists are measured."""
 
     pairs: Annotated[int, Field(ge=2, le=100, description="paired blocks, exact and candidate each once")] = 10
-    block_seconds: Annotated[float, Field(ge=1, description="least length of a block, of the faster arm")] = 60.0
+    block_seconds: Annotated[float, Field(ge=1, description="least length of a block of the faster arm, seconds")] = 60.0
     block_residences: Annotated[float, Field(ge=1, description="least length of a block in request durations")] = 15.0
-    items: Annotated[int | None, Field(ge=1, description="held-out items per arm; else as many as the blocks take")] = None
+    items: Annotated[int | None, Field(ge=1, description="held-out items per arm"), Unset("as many as the blocks take")] = None
 
 
 class TuningSpec(Record):
     """tuning.yaml, whole."""
 
     model: Annotated[str, Field(min_length=1, description="model name or folder")]
-    revision: Annotated[str, Field(description="model revision")] = ""
+    revision: Annotated[str, Field(description="model revision"), Unset("the newest")] = ""
     engine: EngineSpec = EngineSpec()
-    similarity: Annotated[str | None, Field(description="artefact of `sere calibrate`")] = None
+    similarity: Annotated[
+        str | None, Field(description="file of `sere calibrate`"), Unset("made where a kind needs it, from calibrate.data")
+    ] = None
     calibrate: CalibrateSpec | None = None
     workload: WorkloadSpec = WorkloadSpec()
     slo: SloSpec
@@ -270,31 +299,6 @@ class TuningSpec(Record):
         for field, path in self.input_files():
             if not Path(path).is_file():
                 raise UsageError(f"{field}: no file at {path}; check the path (it is taken from the folder you are in)")
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One option: where it stands in the file and its flag."""
-
-    path: tuple[str, ...]
-    description: str
-
-    @property
-    def flag(self) -> str:
-        return "--" + "-".join("".join("-" + c.lower() if c.isupper() else c for c in part) for part in self.path)
-
-
-def leaves(model: type[BaseModel] = TuningSpec, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
-    """Every option of the tuning file, sections descended into, lists taken whole."""
-    for name, field in model.model_fields.items():
-        here = (*path, field.alias or to_camel(name))
-        options = typing.get_args(field.annotation) or (field.annotation,)
-        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-        is_list = typing.get_origin(field.annotation) is tuple
-        if section is not None and not is_list:
-            yield from leaves(section, here)
-        else:
-            yield Leaf(here, field.description or "")
 
 
 def load_spec(path: str | Path | None, overrides: dict[tuple[str, ...], Any] | None = None) -> TuningSpec:

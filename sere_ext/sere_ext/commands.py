@@ -29,17 +29,17 @@ def calibrate_command(
     model: Annotated[str, typer.Argument(help="Model directory or hub name.")],
     data: Annotated[Path, typer.Option(help="JSONL with text, or prompt and answer; or plain lines.")],
     out: Annotated[Path, typer.Option(help="The similarity file to write (.safetensors).")],
-    revision: Annotated[str | None, typer.Option(help="Model revision.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Model revision.", show_default="the newest")] = None,
     metric: Annotated[str, typer.Option(help="frobenius, cosine or cka (linear; small models only).")] = "frobenius",
     sequences: Annotated[int, typer.Option(min=1, help="Texts to use.")] = 400,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Texts at a time.")] = 8,
     layers: Annotated[
-        str | None, typer.Option(help="A part of the model's layers, e.g. 0-11; added to what --out holds.")
+        str | None, typer.Option(help="A part of the model's layers, e.g. 0-11; added to what --out holds.", show_default="all")
     ] = None,
     device: Annotated[str, typer.Option(help="A torch device, e.g. cpu, cuda or cuda:1.")] = "cpu",
-    memory_gib: Annotated[float, typer.Option(min=0.001, help="What running sums may take.")] = 8.0,
-    report: Annotated[Path | None, typer.Option(help="Also write heat maps of the layers (.html).")] = None,
+    memory_gib: Annotated[float, typer.Option(min=0.001, help="Memory that running sums may take, GiB.")] = 8.0,
+    report: Annotated[Path | None, typer.Option(help="Also write heat maps of the layers (.html).", show_default="none")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metadata as JSON.")] = False,
 ) -> None:
     """Measure how alike a model's experts are; `serve` needs the file for SERE, `tune` makes one if none is given.
@@ -119,7 +119,9 @@ def status_command(
 def apply_command(
     url: Annotated[str, typer.Argument(help="The engine, e.g. http://127.0.0.1:8000.")],
     policy: Annotated[str, typer.Argument(help="A policy or SereProfile file, or `exact`.")],
-    similarity: Annotated[str | None, typer.Option(help="Similarity file, as the engine's workers see it.")] = None,
+    similarity: Annotated[
+        str | None, typer.Option(help="Similarity file, as the engine's workers see it.", show_default="the one it has")
+    ] = None,
     clean: Annotated[bool, typer.Option(help="Drain and drop the prefix cache first, for measuring.")] = False,
 ) -> None:
     """Change a running engine's policy; the token is taken from SERE_CONTROL_TOKEN."""

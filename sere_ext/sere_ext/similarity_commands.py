@@ -23,7 +23,7 @@ similarity_app = typer.Typer(
 @similarity_app.command("show")
 def show_command(
     file: Annotated[Path, typer.Argument(help="A similarity file, packed or not.")],
-    report: Annotated[Path | None, typer.Option(help="Also write heat maps of the layers (.html).")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write heat maps of the layers (.html).", show_default="none")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metadata as JSON.")] = False,
 ) -> None:
     """What a similarity file was made from, and how alike the experts are; a wrong file is refused with the reason."""

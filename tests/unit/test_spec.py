@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sere_autotune.spec import TuningSpec, leaves, load_spec, to_yaml
+from sere_autotune.options import leaves
+from sere_autotune.spec import TuningSpec, load_spec, to_yaml
 from sere_ext.errors import UsageError
 
 WHOLE = """
