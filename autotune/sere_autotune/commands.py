@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from sere_ext.errors import SereError, UsageError
 from sere_ext.policy import Policy
+from sere_ext.settings import read_policy_file
 
 from sere_autotune.options import LeavesCommand, overrides, with_leaves
 from sere_autotune.spec import TuningSpec, load_spec, to_yaml
@@ -69,25 +70,13 @@ def certify_command(
     publish: _Publish = None,
     **options: str | None,
 ) -> None:
-    only = read_policy(policy)
+    only = read_policy_file(policy)
     spec = load_spec(file, overrides(options))
     if not only.uses_rerouting():
         raise UsageError(f"{policy} is exact routing, which needs no certificate; name a policy that re-routes")
     if options.get("out") is None:
         spec = spec.model_copy(update={"out": str(Path(spec.out) / f"certify-{only.digest}")})
     _main(spec, only, dry_run, advisory, fresh, as_json, publish)
-
-
-def read_policy(path: Path) -> Policy:
-    """A policy file, or the policy inside a SereProfile manifest."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read the policy {path}: {error}") from error
-    inside = content.get("spec", {}).get("policy", content) if isinstance(content, dict) else content
-    if not isinstance(inside, dict):
-        raise UsageError(f"{path} holds no policy; a policy is an object with `buckets`")
-    return Policy.parse(inside)
 
 
 def _main(

@@ -54,7 +54,9 @@ def read_jsonl(path: str | Path, field: str) -> Iterator[tuple[int, dict[str, An
                 try:
                     record = json.loads(line)
                 except ValueError as error:
-                    raise UsageError(f"{field}: {path} line {number} is no JSON ({error}); write one object per line") from error
+                    raise UsageError(
+                        f"{field}: {path} line {number} cannot be read as JSON ({error}); write one object per line"
+                    ) from error
                 if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
                     raise UsageError(f'{field}: {path} line {number} needs a "prompt" string')
                 yield number, record
@@ -66,7 +68,7 @@ def load_items(accuracy: AccuracySpec) -> list[Item]:
     """All tasks' items in the order of their digests, which is the order of a fixed shuffle; repeated prompts once.
 
     Raises:
-        UsageError: a file is missing, a line is no JSON or lacks prompt or answer, or no item is there.
+        UsageError: a file is missing, a line cannot be read or lacks prompt or answer, or no item is there.
     """
     found: dict[str, Item] = {}
     for index, task in enumerate(accuracy.tasks):

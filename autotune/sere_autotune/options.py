@@ -26,7 +26,7 @@ from rich.text import Text
 from sere_ext.errors import UsageError
 from typer.core import TyperCommand
 
-from sere_autotune.spec import TuningSpec, Unset
+from sere_autotune.spec import TuningSpec, Unset, yaml_problem
 
 REQUIRED = "required"
 
@@ -178,7 +178,9 @@ def overrides(options: dict[str, str | None]) -> dict[tuple[str, ...], Any]:
             try:
                 found[leaf.path] = yaml.safe_load(text)
             except yaml.YAMLError as error:
-                raise UsageError(f"{leaf.flag} {text}: {error}") from error
+                raise UsageError(
+                    f"{leaf.flag} {text}: cannot be read as YAML ({yaml_problem(error)}); lists are [a, b], and quotes may help"
+                ) from error
             if leaf.type == "<str>" and isinstance(found[leaf.path], int | float):
                 found[leaf.path] = text  # a folder named 7, a revision of digits
     return found

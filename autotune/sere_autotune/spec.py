@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from sere_ext.errors import UsageError
-from sere_ext.policy import MAX_TOKENS, Kind, Record, explain
+from sere_ext.policy import MAX_TOKENS, Kind, Record
+from sere_ext.problems import explain
 
 # What the tuner itself sets. Given in extraArgs they would fight with it, so they are refused there.
 TUNED_FLAGS = {
@@ -309,16 +310,16 @@ def load_spec(path: str | Path | None, overrides: dict[tuple[str, ...], Any] | N
         overrides: values by path in the file, e.g. {("search", "trials"): 12}.
 
     Raises:
-        UsageError: the file is missing or no YAML, or one sentence per wrong field.
+        UsageError: the file is missing or cannot be read as YAML, or one sentence per wrong field.
     """
     raw: Any = {}
     if path is not None:
         try:
             raw = yaml.safe_load(Path(path).read_text()) or {}
-        except OSError as error:
-            raise UsageError(f"cannot read the tuning file {path}: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the tuning file {path}: {getattr(error, 'strerror', 'it is no text')}") from error
         except yaml.YAMLError as error:
-            raise UsageError(f"{path} is no YAML: {error}") from error
+            raise UsageError(f"{path} cannot be read as YAML ({yaml_problem(error)}); correct that place") from error
         if not isinstance(raw, dict):
             raise UsageError(f"{path} must be a mapping with `model`, `slo` and `accuracy`")
     for keys, value in (overrides or {}).items():
@@ -326,7 +327,13 @@ def load_spec(path: str | Path | None, overrides: dict[tuple[str, ...], Any] | N
     try:
         return TuningSpec.model_validate(raw)
     except ValidationError as error:
-        raise UsageError(f"{path or 'flags'}: {explain(error)}") from error
+        raise UsageError(f"{path or 'flags'}: {explain(error, TuningSpec)}") from error
+
+
+def yaml_problem(error: yaml.YAMLError) -> str:
+    """`line 3, column 5: mapping values are not allowed here`: pyyaml's own text has five lines."""
+    mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {what}" if mark else str(what)
 
 
 # A flag of one of these replaces what the file says of its rivals, instead of clashing with it.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Any
 
-from sere_ext.errors import ConflictError, PolicyError, ReadOnlyError, SereError, UnauthorizedError, UnsupportedError
+from sere_ext.errors import ConflictError, PolicyError, ReadOnlyError, SereError, UnauthorizedError, UnsupportedError, UsageError
 from sere_ext.policy import Policy
 
 _TIMEOUT_SECONDS = 300.0  # a clean switch waits for running requests
@@ -16,7 +18,7 @@ _TIMEOUT_SECONDS = 300.0  # a clean switch waits for running requests
 
 def get_state(url: str) -> dict[str, Any]:
     """`GET /sere`. Raises SereError with the server's sentence, or with why it cannot be reached."""
-    return _call(urllib.request.Request(f"{url.rstrip('/')}/sere"))
+    return _call(urllib.request.Request(f"{_base(url)}/sere"))
 
 
 def put_policy(
@@ -28,15 +30,27 @@ def put_policy(
         body["similarity"] = similarity
     token = token if token is not None else os.environ.get("SERE_CONTROL_TOKEN", "")
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-    address = f"{url.rstrip('/')}/sere/policy"
-    return _call(urllib.request.Request(address, json.dumps(body).encode(), headers, method="PUT"))
+    return _call(urllib.request.Request(f"{_base(url)}/sere/policy", json.dumps(body).encode(), headers, method="PUT"))
+
+
+def _base(url: str) -> str:
+    """The engine's address without a slash at its end; `127.0.0.1:8000` means http. Raises UsageError for no address."""
+    whole = (url if "://" in url else f"http://{url}").rstrip("/")
+    try:
+        parts = urllib.parse.urlsplit(whole)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not set(whole) & set(" \t\r\n")
+    except ValueError:  # a port that is none
+        good = False
+    if not good:
+        raise UsageError(f"{url!r} is no address of an engine; give one like http://127.0.0.1:8000")
+    return whole
 
 
 def _call(request: urllib.request.Request) -> dict[str, Any]:
+    address = f"{request.type}://{request.host}"
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:
-            decoded: dict[str, Any] = json.load(answer)
-            return decoded
+            content = answer.read()
     except urllib.error.HTTPError as error:
         text = error.read().decode("utf-8", "replace")
         if error.code == 404:
@@ -48,8 +62,15 @@ def _call(request: urllib.request.Request) -> dict[str, Any]:
         kinds = {401: UnauthorizedError, 403: ReadOnlyError, 409: ConflictError, 422: PolicyError, 503: UnsupportedError}
         kind = kinds.get(error.code, SereError)
         raise kind(message) from error
-    except (OSError, ValueError) as error:
-        raise SereError(f"no engine answers at {request.full_url}: {getattr(error, 'reason', error)}") from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        why = " ".join((getattr(reason, "strerror", None) or str(reason) or type(reason).__name__).split())
+        raise SereError(f"no engine answers at {address} ({why}); check that it runs, and its host and port") from error
+    try:
+        decoded: dict[str, Any] = json.loads(content)
+        return decoded
+    except ValueError as error:
+        raise UnsupportedError(f"what answers at {address} is no engine with live control; start it with `sere serve`") from error
 
 
 def render_state(state: dict[str, Any]) -> str:

@@ -26,7 +26,8 @@ from sere_ext.errors import (
     UnauthorizedError,
     UnsupportedError,
 )
-from sere_ext.policy import Policy, Record, explain
+from sere_ext.policy import Policy, Record
+from sere_ext.problems import explain
 from sere_ext.switch import States, ask_ranks, read_states, switch
 
 logger = logging.getLogger("vllm.sere")
@@ -187,7 +188,7 @@ def parse_change(body: bytes) -> PolicyChange:
     try:
         decoded = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise PolicyError(f"the body is no JSON ({error}); send one like {_EXAMPLE}") from error
+        raise PolicyError(f"the body cannot be read as JSON ({error}); send one like {_EXAMPLE}") from error
     if isinstance(decoded, dict) and "buckets" in decoded and "policy" not in decoded:
         raise PolicyError(f"the body is a bare policy; wrap it, like {_EXAMPLE}")
     if not isinstance(decoded, dict) or "policy" not in decoded:
@@ -198,7 +199,7 @@ def parse_change(body: bytes) -> PolicyChange:
     try:
         return PolicyChange.model_validate({**decoded, "policy": policy})
     except ValidationError as error:
-        raise PolicyError(explain(error)) from error
+        raise PolicyError(explain(error, PolicyChange)) from error
 
 
 class SereControl:

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sere_ext.errors import PolicyError
+from sere_ext.problems import explain
 
 MAX_BUCKETS = 16
 MAX_LAYER_GROUPS = 8
@@ -200,7 +201,7 @@ class Policy(Record):
         try:
             return cls.model_validate(data) if isinstance(data, dict) else cls.model_validate_json(data)
         except ValidationError as error:
-            raise PolicyError("policy: " + explain(error)) from error
+            raise PolicyError("policy: " + explain(error, cls)) from error
 
     @property
     def digest(self) -> str:
@@ -258,21 +259,3 @@ EXACT_POLICY = Policy()
 def canonical_json(data: Any) -> bytes:
     """The bytes that digests are taken of: sorted keys, no spaces, UTF-8."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def explain(error: ValidationError, where: str = "") -> str:
-    """Pydantic's problems as short sentences with the field's path: `buckets.0.rho: ... (got 7)`.
-
-    `where` is put before every path: with "spec", `spec.buckets.0.rho: ...`.
-    """
-    parts = []
-    for problem in error.errors():
-        path = ".".join(str(part) for part in ((where,) if where else ()) + problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = "unknown field; check its spelling or remove it"
-        message = message.replace("valid tuple", "list").replace("Tuple", "the list").replace(" after validation", "")
-        given = problem.get("input")
-        shown = f" (got {given!r})" if isinstance(given, int | float | str) and problem["type"] != "extra_forbidden" else ""
-        parts.append(f"{path}: {message}{shown}" if path else f"{message}{shown}")
-    return "; ".join(parts)

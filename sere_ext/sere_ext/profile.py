@@ -14,7 +14,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, ValidationError
 
 from sere_ext.errors import ProfileError
-from sere_ext.policy import Policy, Record, canonical_json, explain
+from sere_ext.policy import Policy, Record, canonical_json
+from sere_ext.problems import explain
 
 API_VERSION: Final = "serving.sere.dev/v1alpha1"
 
@@ -145,7 +146,7 @@ class Profile(Record):
         try:
             return cls.model_validate(data) if isinstance(data, dict) else cls.model_validate_json(data)
         except ValidationError as error:
-            raise ProfileError("profile: " + explain(error)) from error
+            raise ProfileError("profile: " + explain(error, cls)) from error
 
     @classmethod
     def read(cls, path: str | Path) -> Profile:

@@ -75,7 +75,9 @@ def check_config(arguments: Sequence[str]) -> None:
     try:
         decoded = json.loads(text) if text else None
     except ValueError as error:
-        raise UsageError(f"--additional-config is no JSON: {error}") from error
+        raise UsageError(
+            f"--additional-config cannot be read as JSON ({error}); write an object in quotes, like '{{\"sere\": {{}}}}'"
+        ) from error
     settings = resolve(decoded)
     if settings is not None and settings.similarity:
         read_meta(settings.similarity)

@@ -21,6 +21,7 @@ from sere_ext.profile import Profile, ProfileKey
 CONTROL_PLUGIN = "sere_control"
 GENERAL_PLUGIN = "sere"
 _KNOWN = {"policy", "similarity", "graph"}
+_EXAMPLE = '{"buckets": [{"minTokens": 8, "kind": "topk", "S": 2}]}'
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,13 @@ def read_policy_file(path: str | Path) -> Policy:
     try:
         decoded = json.loads(text)
     except ValueError as error:
-        raise PolicyError(f"{path} is no JSON: {error}") from error
+        raise PolicyError(
+            f"{path} cannot be read as JSON ({error}); write a policy like {_EXAMPLE}, or give a profile"
+        ) from error
     if isinstance(decoded, dict) and decoded.get("kind") == "SereProfile":
         return Profile.parse(decoded).spec.policy
     if not isinstance(decoded, dict):
-        raise PolicyError(f'{path}: a policy is a JSON object like {{"buckets": [...]}}')
+        raise PolicyError(f"{path}: a policy is a JSON object like {_EXAMPLE}")
     return Policy.parse(decoded)
 
 

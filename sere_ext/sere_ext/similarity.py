@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from sere_ext.errors import SimilarityError
-from sere_ext.policy import Record, canonical_json, explain
+from sere_ext.policy import Record, canonical_json
+from sere_ext.problems import explain
 
 SCHEMA_VERSION = 1
 _MAX_HEADER_BYTES = 16 * 1024 * 1024
@@ -127,7 +128,7 @@ def read_meta(path: str | Path) -> SimilarityMeta:
     try:
         return SimilarityMeta.model_validate(raw)
     except ValidationError as error:
-        raise SimilarityError(f"{path}: {explain(error)}") from error
+        raise SimilarityError(f"{path}: {explain(error, SimilarityMeta)}") from error
 
 
 def _described(path: Path, header: Any) -> tuple[dict[str, Any], int]:

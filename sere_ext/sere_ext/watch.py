@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from sere_ext.errors import PolicyError, SereError
-from sere_ext.policy import EXACT_POLICY, Policy, explain
+from sere_ext.policy import EXACT_POLICY, Policy
+from sere_ext.problems import explain
 from sere_ext.profile import ProfileKey
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _stale(text: bytes | None, key: ProfileKey | None, digest: str) -> str | Non
     try:
         made = ProfileKey.model_validate_json(text)
     except ValidationError as error:
-        return f"PolicyStale: {digest}.key.json: {explain(error)}; serving exact routing"
+        return f"PolicyStale: {digest}.key.json: {explain(error, ProfileKey)}; serving exact routing"
     mismatch = made.mismatch(key)
     return f"PolicyStale: {mismatch}; serving exact routing until the next tuning" if mismatch else None
 

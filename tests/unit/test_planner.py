@@ -102,7 +102,7 @@ def test_how_many_items_the_search_sees(total: int, count: int) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "line 1 is no JSON"),
+        ("{", "line 1 cannot be read as JSON"),
         ('{"answer": "1"}', 'needs a "prompt"'),
         ('{"prompt": "a"}', 'needs an "answer"'),
         ("", "no items"),

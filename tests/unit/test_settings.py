@@ -108,7 +108,7 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded() -> None:
 
 
 def test_serve_refuses_bad_settings_before_the_model_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is no JSON"):
+    with pytest.raises(UsageError, match=r"cannot be read as JSON .* write an object in quotes"):
         check_config(["--additional-config", "{"])
     buckets = [{"minTokens": 1, "maxTokens": 9, "kind": "exact"}, {"minTokens": 9, "kind": "exact"}]
     with pytest.raises(PolicyError, match="overlap"):

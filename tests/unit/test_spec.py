@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sere_autotune.options import leaves
+from sere_autotune.options import leaves, overrides
 from sere_autotune.spec import TuningSpec, load_spec, to_yaml
 from sere_ext.errors import UsageError
 
@@ -51,8 +51,14 @@ def test_only_model_tasks_and_one_limit_are_needed() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({("serch",): {}}, "serch: unknown field"),
-        ({("search", "trails"): 3}, "search.trails: unknown field"),
+        ({("serch",): {}}, "serch: unknown field; did you mean search?"),
+        ({("search", "trails"): 3}, "search.trails: unknown field; did you mean trials?"),
+        ({("search", "device_hours_"): 3}, "search.device_hours_: unknown field; did you mean deviceHours?"),
+        ({("accuracy", "tasks"): [{"fiel": "a"}]}, "accuracy.tasks.0.fiel: unknown field; did you mean file?"),
+        ({("slo", "tpotMs", "p96"): 3}, "slo.tpotMs.p96: unknown field; did you mean p90 or p95 or p99?"),
+        ({("calibrate", "zzz"): 3}, "calibrate.zzz: unknown field; remove it, or use one of data"),
+        ({("search", "policies"): ["seer"]}, "search.policies.0: .*; did you mean sere?"),
+        ({("search", "sampler"): "modle"}, "search.sampler: .*; did you mean model?"),
         ({("engine", "extraArgs"): ["--max-model-len=4096"]}, "--max-model-len is set by the tuner"),
         ({("engine", "extraArgs"): ["--additional-config", "{}"]}, "--additional-config is set by the tuner"),
         ({("engine", "extraArgs"): ["--additional_config.sere={}"]}, "--additional-config is set by the tuner"),
@@ -69,9 +75,26 @@ def test_only_model_tasks_and_one_limit_are_needed() -> None:
     ],
 )
 def test_bad_input_is_named(tmp_path: Path, change: dict, words: str) -> None:
-    with pytest.raises(UsageError, match=words.replace("(", r"\(")) as caught:
+    with pytest.raises(UsageError, match=words.replace("(", r"\(").replace("?", r"\?")) as caught:
         spec(tmp_path, change)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("tasks", [[{"file": "a", "metric": "exat"}], [{"file": "a"}, {"file": "b", "metric": "exat"}]])
+def test_a_bad_task_is_told_once(tmp_path: Path, tasks: list[dict]) -> None:
+    with pytest.raises(UsageError) as caught:
+        spec(tmp_path, {("accuracy", "tasks"): tasks})
+    assert str(caught.value).endswith(
+        f"accuracy.tasks.{len(tasks) - 1}.metric: Input should be 'exact', 'numeric', 'regex' or 'contains' (got 'exat'); "
+        "did you mean exact?"
+    )
+    assert str(caught.value).count("accuracy.tasks") == 1
+
+
+def test_a_flag_that_cannot_be_read_is_one_sentence() -> None:
+    with pytest.raises(UsageError, match=r"^--search-policies \[sere: cannot be read as YAML \(line 1, [^\n]*$"):
+        overrides({"search_policies": "[sere"})
+    assert overrides({"out": "7", "search_trials": "7"}) == {("out",): "7", ("search", "trials"): 7}
 
 
 def test_a_missing_file_is_named_with_its_field(tmp_path: Path) -> None:
@@ -82,8 +105,12 @@ def test_a_missing_file_is_named_with_its_field(tmp_path: Path) -> None:
 
 
 def test_no_yaml_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no YAML"):
-        spec(tmp_path, text="model: [")
+    with pytest.raises(UsageError, match=r"cannot be read as YAML \(line 2, column 1: .*\); correct that place$") as caught:
+        spec(tmp_path, text="model: [\n")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="it is no text"):
+        load_spec(tmp_path / "binary.yaml")
     with pytest.raises(UsageError, match="must be a mapping"):
         spec(tmp_path, text="- 1")
 

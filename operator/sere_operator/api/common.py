@@ -7,7 +7,8 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 from sere_ext.errors import UsageError
-from sere_ext.policy import Record, explain
+from sere_ext.policy import Record
+from sere_ext.problems import explain
 
 # Flags of `vllm serve` that the spec or the operator sets. In extraArgs they would fight with it.
 MANAGED_FLAGS: dict[str, str] = {
@@ -73,7 +74,7 @@ def parse_spec(model: type[T], data: Any, where: str = "spec") -> T:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise SpecError(explain(error, where)) from error
+        raise SpecError(explain(error, model, where)) from error
 
 
 def parse_pvc(uri: str) -> tuple[str, str] | None:

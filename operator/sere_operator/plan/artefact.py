@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from sere_ext.errors import SimilarityError
-from sere_ext.policy import explain
+from sere_ext.problems import explain
 from sere_ext.similarity import SimilarityMeta, similarity_digest
 
 
@@ -31,7 +31,9 @@ def verified_digest(encoded: str) -> str:
         body = data[8 + length :]
         spans = {int(name.removeprefix("layer.")): entry["data_offsets"] for name, entry in header.items()}
     except ValidationError as error:
-        raise SimilarityError(f"the similarity artefact is not of this release's form: {explain(error)}") from error
+        raise SimilarityError(
+            f"the similarity artefact is not of this release's form: {explain(error, SimilarityMeta)}"
+        ) from error
     except (binascii.Error, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SimilarityError(f"this is no similarity artefact ({error}); make one with `sere calibrate`") from error
     if max((end for _, end in spans.values()), default=0) != len(body):

@@ -1,0 +1,73 @@
+"""What is wrong with a file or body, as sentences that say what to do. Torch-free; shared by all three parts."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from difflib import SequenceMatcher
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+_NEAR = 0.6  # of 1: how alike two words are from where on one may be a slip for the other; difflib's own choice
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
+    """Pydantic's problems as short sentences with the field's path: `buckets.0.rho: ... (got 7)`.
+
+    Args:
+        model: what was read; a mistyped field is compared with its fields.
+        where: put before every path: with "spec", `spec.buckets.0.rho: ...`.
+    """
+    problems = error.errors()
+    places = [problem["loc"] for problem in problems]
+    parts = []
+    for problem in problems:
+        place = problem["loc"]
+        if problem["type"] == "too_short" and any(len(p) > len(place) and p[: len(place)] == place for p in places):
+            continue  # pydantic counts only the good members, so a bad one is told twice
+        path = ".".join(str(part) for part in ((where,) if where else ()) + place)
+        message = _sentence(problem, model)
+        parts.append(f"{path}: {message}" if path else message)
+    return "; ".join(parts)
+
+
+def _sentence(problem: Any, model: type[BaseModel]) -> str:
+    kind, given = problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        known = sorted(_known(model, problem["loc"]))
+        meant = did_you_mean(str(problem["loc"][-1]), known)
+        return "unknown field" + (meant or f"; remove it, or use one of {', '.join(known)}" if known else "; remove it")
+    if kind == "json_invalid":
+        return f"cannot be read as JSON ({problem['ctx']['error']}); correct that place"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message.replace("valid tuple", "list").replace("Tuple", "the list").replace(" after validation", "")
+    shown = f" (got {given!r})" if isinstance(given, int | float | str) else ""
+    words = re.findall(r"'([^']*)'", problem["ctx"]["expected"]) if kind in ("enum", "literal_error") else []
+    return message + shown + did_you_mean(str(given), words)
+
+
+def did_you_mean(given: str, known: Sequence[str]) -> str:
+    """`; did you mean trials?`, or nothing where no known word is near."""
+    likeness = {word: SequenceMatcher(None, given.lower(), word.lower()).ratio() for word in known}
+    best = max(likeness.values(), default=0.0)
+    near = [word for word in known if likeness[word] == best]
+    return f"; did you mean {' or '.join(near)}?" if best >= _NEAR else ""
+
+
+def _known(model: type[BaseModel], place: tuple[str | int, ...]) -> set[str]:
+    """The fields that the place's parent may have, by their outside names."""
+    here = [model]
+    for part in place[:-1]:
+        if isinstance(part, str):
+            fields = [f for m in here for name, f in m.model_fields.items() if part in (f.alias, name)]
+            here = [inner for field in fields for inner in _models(field.annotation)]
+    return {field.alias or name for m in here for name, field in m.model_fields.items()}
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from _models(inner)
