@@ -178,7 +178,7 @@ def show(answer: dict[str, Any], condition: str) -> None:
         table.add_column(column, justify="right" if column else "left")
     tpot, accuracy, active = answer["tpot_ms"], answer["accuracy"], answer["active_experts"]
     table.add_row("mean TPOT", f"{tpot['exact']:.2f} ms", f"{tpot['tuned']:.2f} ms  ({tpot['exact'] / tpot['tuned']:.2f}x)")
-    table.add_row("accuracy", f"{accuracy['exact']:.1%}", f"{accuracy['tuned']:.1%}")
+    table.add_row("accuracy", f"{accuracy['exact']:.2%}", f"{accuracy['tuned']:.2%}")
     if active:
         table.add_row("active experts per layer", f"{active['exact']:.1f}", f"{active['tuned']:.1f}")
     console.print(table)

@@ -9,6 +9,7 @@ from typing import Any
 
 from sere_ext.errors import SereError
 
+from sere_autotune.calibration import Source
 from sere_autotune.spec import TuningSpec
 from sere_autotune.stats import items_needed, smallest_limit
 
@@ -42,6 +43,8 @@ class Plan:
     alpha: float
     items: int
     cert_items: int
+    search_items: int
+    source: Source
     noise: float | None  # discordance of exact against exact last time
     needs: list[Need] = field(default_factory=list)
     smallest: float | None = None  # share that the items could certify at the least discordance in question
@@ -57,8 +60,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "maxDropPoints": self.limit * 100, "confidence": self.confidence, "alpha": self.alpha, "items": self.items,
+            "maxDropPoints": round(self.limit * 100, 6), "confidence": self.confidence, "alpha": self.alpha, "items": self.items,
             "certItems": self.cert_items, "noiseFloor": self.noise, "canCertify": self.can_certify, "problem": self.problem,
+            "similarity": self.source.to_dict(),
             "needs": [{"discordance": n.discordance, "trueDropZero": n.true_zero, "trueDropSome": n.true_some} for n in self.needs],
             "smallestLimitPoints": None if self.smallest is None else round(self.smallest * 100, 2),
             "openings": self.openings, "trials": self.trials, "rungs": self.rungs,
@@ -74,6 +78,7 @@ def make_plan(
     openings: int,
     pace: dict[str, Any],
     *,
+    source: Source,
     searches: bool = True,
 ) -> Plan:
     """Judge whether the limit can certify, and estimate the time.
@@ -83,6 +88,7 @@ def make_plan(
         noise: discordant share of exact against exact, from an earlier study; None if never measured.
         openings: earlier studies that opened this CERT set.
         pace: {"startSeconds", "rate", "residence"} of an earlier study on this model, or {}.
+        source: where the similarity artefact comes from.
         searches: False where a given policy is certified and nothing is searched.
     """
     limit = spec.accuracy.max_drop_points / 100
@@ -99,8 +105,9 @@ def make_plan(
     smallest = smallest_limit(usable, least, alpha)
     problem = _problem(spec, limit, usable, least, alpha, smallest)
     return Plan(
-        limit=limit, confidence=spec.accuracy.confidence, alpha=alpha, items=items, cert_items=usable, noise=noise,
-        needs=needs, smallest=smallest, openings=openings, can_certify=not problem, problem=problem,
+        limit=limit, confidence=spec.accuracy.confidence, alpha=alpha, items=items, cert_items=usable,
+        search_items=items - cert_items, source=source, noise=noise, needs=needs, smallest=smallest, openings=openings,
+        can_certify=not problem, problem=problem,
         start_s=float(pace.get("startSeconds", ASSUMED_START_S)), trials=spec.search.trials if searches else 0,
         rungs=spec.search.rungs, search_s=search_seconds(spec, pace) if searches else 0.0, certify_s=spec.search.rungs * rung_seconds(spec, pace, levels),
         pace_known=bool(pace),
@@ -117,9 +124,9 @@ def _problem(spec: TuningSpec, limit: float, usable: int, least: float, alpha: f
     if smallest is not None and smallest <= limit:
         return ""
     needed = items_needed(least, 0.0, limit, alpha)
-    wider = "no limit" if smallest is None else f"{math.ceil(smallest * 1000) / 10:g} points"
+    wider = "no limit" if smallest is None else f"{math.ceil(round(smallest * 10_000, 6)) / 100:g} points"
     return (
-        f"{usable:,} held-out items cannot certify a limit of {points} points at {spec.accuracy.confidence:.0%}: "
+        f"{usable:,} held-out items cannot certify a limit of {points} points at {percent(spec.accuracy.confidence)}: "
         f"{needed:,} would be needed even by a policy that costs nothing, and {wider} is the least that these can; "
         "give more items, widen accuracy.maxDropPoints, or add --advisory to tune without a certificate"
     )
@@ -154,7 +161,7 @@ def block_requests(spec: TuningSpec, rate: float, residence_s: float, labelled_s
 def describe(plan: Plan, spec: TuningSpec) -> str:
     """The lines of the dry run."""
     lines = [
-        f"Accuracy   limit {plan.limit * 100:g} point{'s' if plan.limit != 0.01 else ''} at {plan.confidence:.0%}; "
+        f"Accuracy   limit {plan.limit * 100:g} point{'s' if plan.limit != 0.01 else ''} at {percent(plan.confidence)}; "
         f"{plan.items:,} items, {plan.cert_items:,} of them kept for certification"
     ]
     if plan.openings:
@@ -171,7 +178,7 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
             start = f"at {need.discordance:.0%} difference "
         lines.append(
             f"           {start}{need.true_some:,} items certify a policy that truly costs "
-            f"{plan.limit * 100 * ASSUMED_TRUE_DROP:.1f} points, {need.true_zero:,} one that costs nothing"
+            f"{plan.limit * 100 * ASSUMED_TRUE_DROP:.2g} points, {need.true_zero:,} one that costs nothing"
         )
     if plan.smallest is not None:
         lines.append(
@@ -179,18 +186,24 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
             + ("" if plan.noise is not None else ", if no answer differs at all")
         )
     lines.append("           " + ("this limit can certify" if plan.can_certify else f"CANNOT CERTIFY: {plan.problem}"))
-    source = "at the pace of the last run" if plan.pace_known else "at most, pace not known before the first run"
+    lines.append(f"Similarity {plan.source.describe(plan.search_items)}")
+    basis = "at the pace of the last run" if plan.pace_known else "at most, pace not known before the first run"
     total = plan.start_s + plan.search_s + plan.certify_s
     search = f"search {plan.trials} trials {duration(plan.search_s)}; " if plan.trials else ""
     lines.append(
         f"Time       start {duration(plan.start_s)}; {search}certification "
-        f"{plan.rungs} rung{'s' if plan.rungs > 1 else ''} {duration(plan.certify_s)}; {duration(total)} in all ({source})"
+        f"{plan.rungs} rung{'s' if plan.rungs > 1 else ''} {duration(plan.certify_s)}; {duration(total)} in all ({basis})"
     )
     wall = f", {spec.search.wall_minutes:g} minutes on the clock" if spec.search.wall_minutes else ""
     short = total * spec.engine.tensor_parallel_size > spec.search.device_hours * 3600
     cut = "; less than the estimate above, so trials or rungs may be cut (search.deviceHours)" if short else ""
     lines.append(f"Budget     {spec.search.device_hours:g} device-hours{wall}; it is never exceeded{cut}")
     return "\n".join(lines)
+
+
+def percent(share: float) -> str:
+    """`95%`, and `97.5%` where that is what was asked for."""
+    return f"{round(share * 100, 6):g}%"
 
 
 def duration(seconds: float) -> str:

@@ -79,7 +79,7 @@ class Progress:
         broken = f"  breaks {', '.join(row['broken'])}" if row["broken"] else ""
         stopped = f"  ({row['stopped']})" if row["stopped"] else ""
         return (
-            f"  trial {row['number']:>3}  {row['policy']:<42} TPOT {row['tpotMs']:7.2f} ms  accuracy {row['accuracy']:6.1%}  "
+            f"  trial {row['number']:>3}  {row['policy']:<42} TPOT {row['tpotMs']:7.2f} ms  accuracy {row['accuracy']:7.2%}  "
             f"{-row['dropPoints'] + 0.0:+6.2f} points{broken}{stopped}"
         )
 
@@ -94,7 +94,7 @@ class Progress:
                 continue
             state = f"[red]breaks {', '.join(row['broken'])}[/red]" if row["broken"] else "[green]feasible[/green]"
             active = f"{row['active']:.1f}" if row.get("active") is not None else ""
-            table.add_row(str(row["number"]), row["policy"], f"{row['tpotMs']:.2f}", f"{row['accuracy']:.1%}",
+            table.add_row(str(row["number"]), row["policy"], f"{row['tpotMs']:.2f}", f"{row['accuracy']:.2%}",
                           f"{-row['dropPoints'] + 0.0:+.2f}", active, state)  # fmt: skip
         gone = time.monotonic() - self.began
         left = f", {duration(self.left_s)} left" if self.left_s > 0 else ""

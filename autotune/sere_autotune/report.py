@@ -150,7 +150,7 @@ def _trials(summary: dict[str, Any]) -> str:
         elif trial["stopped"]:
             state += f" <span class=soft>({_e(trial['stopped'])})</span>"
         active = trial["levels"][0]["active_after"] if trial["levels"] else None
-        rows.append([str(trial["number"]), trial["policy"], _number(trial["tpotMs"]), _number(trial["accuracy"], ".1%"),
+        rows.append([str(trial["number"]), trial["policy"], _number(trial["tpotMs"]), _number(trial["accuracy"], ".2%"),
                      _points(trial["dropPoints"]), f"{trial['differShare']:.1%}", _number(active, ".1f"), str(trial["items"]), state])  # fmt: skip
     head = ["trial", "policy", "mean TPOT ms", "accuracy", "points", "answers differ", "experts", "items", ""]
     return "<h2>Trials</h2>" + _table(head, rows, raw=frozenset({8}))

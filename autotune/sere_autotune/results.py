@@ -26,6 +26,7 @@ from sere_ext.similarity import read_meta
 from sere_autotune.ladder import Rung, RungResult
 from sere_autotune.measures import Answer
 from sere_autotune.outcome import Ending, Outcome
+from sere_autotune.planner import percent
 from sere_autotune.report import render
 from sere_autotune.search import Run, noise_floor
 from sere_autotune.spec import TuningSpec
@@ -258,9 +259,9 @@ def lines(summary: dict[str, Any]) -> str:
         left = f"{metric.upper()} {statistic}"
         found.append(f"{left:<11} {exact:>6.1f} ms  {chosen:>6.1f} ms  {f'{bound:g} ms' if bound else '':<9} {extra}".rstrip())
     accuracy = summary["accuracy"]
-    sure = "NOT certified (advisory)" if summary["advisory"] else f"certified at {accuracy['confidence']:.0%}"
+    sure = "NOT certified (advisory)" if summary["advisory"] else f"certified at {percent(accuracy['confidence'])}"
     found.append(
-        f"accuracy    {result['exact_accuracy']:>6.1%}     {result['chosen_accuracy']:>6.1%}    -{accuracy['maxDropPoints']:<8g} "
+        f"accuracy    {result['exact_accuracy']:>7.2%}    {result['chosen_accuracy']:>7.2%}    -{accuracy['maxDropPoints']:<8g} "
         f"{sure} on {result['items']:,} held-out items"
     )
     if result["active_before"] is not None:

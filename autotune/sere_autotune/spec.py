@@ -204,7 +204,7 @@ class AccuracySpec(Record):
 
     @property
     def alpha(self) -> float:
-        return 1.0 - self.confidence
+        return round(1.0 - self.confidence, 12)  # 0.05, not 0.050000000000000044
 
 
 class BucketEdges(Record):

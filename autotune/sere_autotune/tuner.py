@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +12,9 @@ from typing import Any
 
 from sere_ext.errors import SimilarityError, UsageError
 from sere_ext.policy import Policy
-from sere_ext.similarity import SimilarityMeta, language_config, model_config_digest, read_meta
+from sere_ext.similarity import language_config, model_config_digest, read_meta
 
-from sere_autotune import certify, planner, results, search
+from sere_autotune import calibration, certify, planner, results, search
 from sere_autotune.budget import Budget
 from sere_autotune.items import Item, load_items, set_digest, split
 from sere_autotune.ladder import MIN_SPEEDUP, Rung, RungResult
@@ -39,7 +37,7 @@ class Prepared:
     search: list[Item]
     cert: list[Item]
     config_digest: str
-    similarity: SimilarityMeta | None
+    source: calibration.Source
     plan: planner.Plan
 
     @property
@@ -78,8 +76,9 @@ def prepare(spec: TuningSpec, only: Policy | None = None) -> Prepared:
     known = ledger.known(digest)
     openings = ledger.openings(digest, set_digest(held_out), _study_name(spec, held_out, digest))
     noise, pace = known.get("noise"), known.get("pace", {})
-    plan = planner.make_plan(spec, len(items), len(held_out), noise, openings, pace, searches=only is None)
-    return Prepared(spec, items, mine, held_out, digest, similarity, plan)
+    source = calibration.find(spec, digest, only)
+    plan = planner.make_plan(spec, len(items), len(held_out), noise, openings, pace, source=source, searches=only is None)
+    return Prepared(spec, items, mine, held_out, digest, source, plan)
 
 
 def read_config(spec: TuningSpec) -> dict[str, object]:
@@ -151,7 +150,9 @@ def tune(
             # What a finished study found does not change; only a spent budget can be raised.
             return results.finish(Run(spec, study, _NoEngine(), budget, Traffic(spec.workload, prepared.items),
                                       prepared.search, prepared.cert, report), Outcome.from_dict(stored))  # fmt: skip
-        similarity = _similarity(prepared, report)
+        if prepared.source.origin is calibration.Origin.CALIBRATED:
+            report.stage("calibrating", 1)
+        similarity = calibration.provide(prepared.source, spec, prepared.search)
 
         def on_engine(running: bool) -> None:
             now = time.monotonic()
@@ -206,7 +207,7 @@ def _run(run: Run, ledger: Ledger, prepared: Prepared, only: Policy | None) -> O
         rung, result = ladder[chosen], done[chosen]
         message = (
             f"{rung.describe}: {_ratio_text(run, result)}, {-result.drop * 100:+.2f} points, certified at "
-            f"{run.spec.accuracy.confidence:.0%} on {result.items:,} held-out items"
+            f"{planner.percent(run.spec.accuracy.confidence)} on {result.items:,} held-out items"
         )
         return Outcome(Ending.CHOSEN, message, _counts(run), chosen=chosen)
     if run.advisory:
@@ -303,36 +304,6 @@ def _infeasible(run: Run, ladder: Sequence[Rung], done: Sequence[RungResult]) ->
             nearest = NearestMiss(best, "speed", 0.0, text, "accuracy.maxDropPoints, or the load (larger batches gain more)")
     message = f"nothing is feasible; closest: {nearest.text}; what would have to give: {nearest.give}; exact routing stays"
     return Outcome(Ending.INFEASIBLE, message, _counts(run), nearest)
-
-
-def _similarity(prepared: Prepared, report: Reporter) -> Path | None:
-    """The artefact to use: as given, or made now from `calibrate.data`, else from the search items' prompts."""
-    spec = prepared.spec
-    if spec.similarity:
-        return Path(spec.similarity).resolve()
-    if not any(kind.needs_similarity for kind in spec.search.policies):
-        return None
-    made = prepared.out.resolve() / "similarity.safetensors"
-    if made.exists():
-        if read_meta(made).config_digest == prepared.config_digest:
-            return made
-        made.unlink()
-    report.stage("calibrating", 1)
-    data = spec.calibrate.data if spec.calibrate else None
-    if data is None:
-        import json
-
-        text = prepared.out / "calibration.jsonl"
-        text.write_text("".join(json.dumps({"prompt": i.prompt, "answer": i.answer}) + "\n" for i in prepared.search))
-        data = str(text)
-    command = [sys.executable, "-m", "sere_ext.cli", "calibrate", spec.model, "--data", data, "--out", str(made)]
-    if spec.revision:
-        command += ["--revision", spec.revision]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise UsageError(f"calibration failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
-    return made
 
 
 class _NoEngine:

@@ -1,16 +1,20 @@
 """The plan: what certainty costs is said, and refused, before anything is spent."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from planted import PlantedEngine, run, spec_for, write_items
-from sere_autotune import planner, tuner
+from sere_autotune import calibration, planner, tuner
 from sere_autotune.items import Item, load_items, search_count, split
 from sere_autotune.ledger import Ledger, spent_alpha
 from sere_autotune.outcome import Ending, nearest_miss
 from sere_autotune.spec import AccuracySpec, TaskSpec
+from sere_ext.artifact import write_similarity
 from sere_ext.errors import PolicyError, UsageError
 from sere_ext.policy import Policy
+from sere_ext.similarity import SimilarityMeta
 
 
 def prepared(tmp_path: Path, count: int, **changes) -> tuner.Prepared:
@@ -45,6 +49,57 @@ def test_a_policy_to_certify_is_planned_without_a_search(tmp_path: Path) -> None
     assert alone.plan.search_s == 0 < ready.plan.search_s
     with pytest.raises(PolicyError, match=r"S = 9 .* above the model's top-k of 4"):
         tuner.prepare(ready.spec, Policy.parse({"buckets": [{"minTokens": 2, "kind": "topk", "S": 9}]}))
+
+
+SERE = ["sere", "topk"]
+
+
+def test_the_plan_says_where_the_similarity_comes_from(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 4000, search__policies=SERE)
+    text = planner.describe(ready.plan, ready.spec)
+    assert "Similarity none given; calibrated first, on prompts and answers of the 666 search items" in text
+    made = str(tmp_path / "out" / "similarity.safetensors")
+    assert ready.plan.to_dict()["similarity"] == {"origin": "calibrated", "path": made, "calibratedOn": "search items"}
+
+    (data := tmp_path / "c.jsonl").write_text("")
+    named = prepared(tmp_path, 4000, search__policies=SERE, calibrate__data=str(data))
+    assert f"calibrated first, on {data};" in planner.describe(named.plan, named.spec)
+    assert prepared(tmp_path, 4000, search__policies=["topk"]).source == calibration.Source(calibration.Origin.UNUSED)
+
+
+@pytest.mark.parametrize(("digest", "origin"), [("", "earlier"), ("sha256:other", "calibrated")])
+def test_an_artefact_of_an_earlier_run_is_used_again_for_the_same_model(tmp_path: Path, digest: str, origin: str) -> None:
+    ready = prepared(tmp_path, 4000, search__policies=SERE)
+    ready.out.mkdir()
+    meta = SimilarityMeta(
+        model_type="m", model_name="planted", config_digest=digest or ready.config_digest, data_digest="sha256:1", tokens=7,
+        layers=(0,), num_experts=4,
+    )  # fmt: skip
+    write_similarity(ready.out / "similarity.safetensors", meta, {0: np.eye(4, dtype=np.float32)})
+    assert tuner.prepare(ready.spec).source.origin == origin
+
+
+def test_a_policy_that_needs_no_similarity_is_certified_without_calibration(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 4000, search__policies=SERE)
+    bucket = {"minTokens": 2, "S": 2}
+    for kind, origin in (("topk", "unused"), ("sere", "calibrated")):
+        policy = Policy.parse({"buckets": [{**bucket, "kind": kind}]})
+        assert tuner.prepare(ready.spec, policy).source.origin == origin
+
+
+@pytest.mark.parametrize(
+    ("confidence", "shown", "alpha"), [(0.95, "95%", 0.05), (0.975, "97.5%", 0.025), (0.995, "99.5%", 0.005), (0.9, "90%", 0.1)]
+)
+def test_confidence_and_alpha_are_shown_as_they_were_given(tmp_path: Path, confidence: float, shown: str, alpha: float) -> None:
+    ready = prepared(tmp_path, 8800, accuracy__confidence=confidence, accuracy__maxDropPoints=0.7)
+    assert f"limit 0.7 points at {shown};" in planner.describe(ready.plan, ready.spec)
+    assert json.dumps(ready.plan.to_dict()["alpha"]) == str(alpha)
+    assert ready.plan.to_dict()["maxDropPoints"] == 0.7
+
+
+def test_the_least_limit_is_not_rounded_up_to_tenths(tmp_path: Path) -> None:
+    problem = prepared(tmp_path, 8800, accuracy__maxDropPoints=0.03).plan.problem
+    assert "0.05 points is the least that these can" in problem
 
 
 def test_a_budget_below_the_estimate_says_so(tmp_path: Path) -> None:

@@ -65,4 +65,5 @@ def test_the_closing_lines_name_policy_limits_condition_and_report(finished) -> 
     assert text.startswith("Chosen   ")
     assert re.search(r"TPOT p95 +[\d.]+ ms +[\d.]+ ms +40 ms +1\.\d\dx \[[\d.]+, [\d.]+\] at equal concurrency 16, 3 pairs", text)
     assert "certified at 95% on" in text
+    assert re.search(r"accuracy +\d\d\.\d\d% +\d\d\.\d\d% +-1", text)  # differences of some hundredths of a point decide
     assert text.endswith("report.html")

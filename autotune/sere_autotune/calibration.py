@@ -1,0 +1,95 @@
+"""Where a run's similarity artefact comes from: as given, left by an earlier run, or calibrated first, and on what."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from sere_ext.errors import UsageError
+from sere_ext.policy import Policy
+from sere_ext.similarity import read_meta
+
+from sere_autotune.items import Item
+from sere_autotune.spec import TuningSpec
+
+
+class Origin(StrEnum):
+    """Of an artefact."""
+
+    UNUSED = "unused"  # nothing that is tried looks for alike experts
+    GIVEN = "given"
+    EARLIER = "earlier"  # this folder's, of the same model
+    CALIBRATED = "calibrated"  # before the engine starts
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `--dry-run` says of it and `provide` does."""
+
+    origin: Origin
+    path: Path | None = None  # of the artefact, which is not there yet if it is to be calibrated
+    data: str | None = None  # JSONL to calibrate on; None: the search items
+
+    def describe(self, search_items: int) -> str:
+        if self.origin is Origin.UNUSED:
+            return "not needed by what is tried"
+        if self.origin is Origin.GIVEN:
+            return str(self.path)
+        if self.origin is Origin.EARLIER:
+            return f"{self.path}, calibrated by an earlier run"
+        texts = self.data or f"prompts and answers of the {search_items:,} search items (calibrate.data names others)"
+        return f"none given; calibrated first, on {texts}; the time for it is not in the estimate below"
+
+    def to_dict(self) -> dict[str, str | None]:
+        data = (self.data or "search items") if self.origin is Origin.CALIBRATED else None
+        return {"origin": self.origin.value, "path": str(self.path) if self.path else None, "calibratedOn": data}
+
+
+def find(spec: TuningSpec, config_digest: str, only: Policy | None = None) -> Source:
+    """Which artefact a run will use.
+
+    Args:
+        config_digest: the model's; an artefact of another model is not used again.
+        only: the policy to certify, where nothing is searched.
+    """
+    if spec.similarity:
+        return Source(Origin.GIVEN, Path(spec.similarity).resolve())
+    kinds = spec.search.policies
+    if not (only.needs_similarity() if only is not None else any(kind.needs_similarity for kind in kinds)):
+        return Source(Origin.UNUSED)
+    made = Path(spec.out).resolve() / "similarity.safetensors"
+    if made.exists() and read_meta(made).config_digest == config_digest:
+        return Source(Origin.EARLIER, made)
+    return Source(Origin.CALIBRATED, made, spec.calibrate.data if spec.calibrate else None)
+
+
+def provide(source: Source, spec: TuningSpec, items: Sequence[Item]) -> Path | None:
+    """The artefact, calibrated now if it has to be; None where none is needed.
+
+    Args:
+        items: the search items; never the held-out ones, which nothing may see before certification.
+
+    Raises:
+        UsageError: calibration failed.
+    """
+    if source.origin is not Origin.CALIBRATED or source.path is None:
+        return source.path
+    source.path.unlink(missing_ok=True)  # of another model
+    data = source.data
+    if data is None:
+        texts = Path(spec.out) / "calibration.jsonl"
+        texts.write_text("".join(json.dumps({"prompt": i.prompt, "answer": i.answer}) + "\n" for i in items))
+        data = str(texts)
+    command = [sys.executable, "-m", "sere_ext.cli", "calibrate", spec.model, "--data", data, "--out", str(source.path)]
+    if spec.revision:
+        command += ["--revision", spec.revision]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise UsageError(f"calibration failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
+    return source.path
