@@ -129,11 +129,17 @@ def compare(first: list[bool], second: list[bool]) -> tuple[float, float, float]
     return 100 * (losses - gains) / len(first), 100 * low, 100 * high
 
 
-def measure(model: Lanes, asked: Prompted, similarity: Tensor, batch: int, buckets: list[dict[str, Any]]) -> list[Cell]:
-    """All policies at one batch size; the first one is what the others are paired with."""
+def measure(
+    model: Lanes, asked: Prompted, similarity: Tensor, batch: int, buckets: list[dict[str, Any]], seconds: float = math.inf
+) -> list[Cell]:
+    """All policies at one batch size; the first one is what the others are paired with. None is begun after so many seconds."""
     cells: list[Cell] = []
     exact: list[str] = []
+    until = time.monotonic() + seconds
     for bucket in buckets:
+        if time.monotonic() > until:
+            print(f"batch {batch:2d}: out of time before {describe(bucket)}", file=sys.stderr)
+            break
         policy, began = describe(bucket), time.monotonic()
         route = Policied(model, similarity, bucket, batch)
         texts = answers(model, asked, route)

@@ -1,0 +1,158 @@
+"""One vLLM engine in this process, on random weights, whose decode steps are timed while the policy changes under them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import routing
+from shapes import Shape
+
+# In this process: the load format is known, and a wave is complete before its first step.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Padding rows must be marked (docs/compatibility.md); both are the default from 0.32 on.
+os.environ.setdefault("VLLM_MOE_SKIP_PADDING", "1")
+
+DISCARDED = 2  # steps after a switch: the one in flight, and the first under the new policy
+STOCK = "stock"
+
+
+@dataclass
+class Segment:
+    """Decode steps of one batch under one arm."""
+
+    tpot_ms: float
+    counters: dict[str, int] | None
+    switch_ms: float | None
+    context: float  # mean tokens in the cache per sequence
+
+
+@dataclass
+class Wave:
+    """So many sequences that run side by side."""
+
+    ids: list[str]
+    prompt: int
+    decoded: int = 0
+
+
+@dataclass
+class Engine:
+    """`policies` holds each arm's bucket without edges; without a similarity vLLM runs without the plug-in."""
+
+    shape: Shape
+    folder: Path
+    similarity: Path | None
+    policies: dict[str, dict[str, Any]]
+    batches: tuple[int, ...]
+    positions: int
+    eager: bool = False
+    started_s: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        if self.similarity is None:
+            os.environ["VLLM_PLUGINS"] = "none"  # a name that nothing has, so no plug-in is loaded
+        import torch
+        from vllm import LLM, __version__
+
+        on_gpu = torch.cuda.is_available()
+        if on_gpu and tuple(map(int, __version__.split(".")[:2])) < (0, 31):
+            os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")  # the first runner marks no padding before 0.31
+        graphs: dict[str, Any] = {"compilation_config": {"cudagraph_capture_sizes": list(self.batches)}} if on_gpu else {}
+        if on_gpu:
+            graphs["gpu_memory_utilization"] = 0.93
+        ours = {"additional_config": {"sere": {"similarity": str(self.similarity)}}} if self.similarity else {}
+        began = time.perf_counter()
+        self.llm = LLM(
+            model=str(self.shape.write(self.folder / "model", self.positions)), load_format=routing.register(self.shape),
+            skip_tokenizer_init=True, dtype="bfloat16", max_model_len=self.positions, max_num_seqs=max(self.batches),
+            max_num_batched_tokens=max(8192, self.positions), enable_prefix_caching=False, enforce_eager=self.eager,
+            **({} if self.eager else graphs), **ours,
+        )  # fmt: skip
+        self.started_s = time.perf_counter() - began
+        self.number = 0
+
+    def room(self) -> int:
+        """Tokens that the cache holds."""
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        return int(cache.num_gpu_blocks * cache.block_size)
+
+    def begin(self, kind: str, batch: int, prompt: int, tokens: int) -> Wave:
+        """Start a batch and run it until every sequence decodes; `tokens` is how many each may answer."""
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        self.number += 1
+        wave = Wave([], prompt)
+        for index, ids in enumerate(routing.prompts(self.shape, kind, batch, prompt, self.number)):
+            wave.ids.append(f"{self.number}-{index}")
+            engine.add_request(wave.ids[-1], {"prompt_token_ids": ids}, greedy)
+        while len(engine.step()) < batch:
+            pass
+        return wave
+
+    def end(self, wave: Wave) -> None:
+        self.llm.llm_engine.abort_request(wave.ids)
+        while self.llm.llm_engine.has_unfinished_requests():
+            self.llm.llm_engine.step()
+
+    def segment(self, wave: Wave, arm: str, steps: int) -> Segment:
+        """Switch to an arm while the wave runs, and time its steps."""
+        switch_ms = None if arm == STOCK else self.switch(arm, len(wave.ids))
+        self._steps(wave, DISCARDED)
+        before = None if arm == STOCK else self._counters(arm, len(wave.ids))
+        context = wave.prompt + wave.decoded + steps / 2
+        began = time.perf_counter()
+        self._steps(wave, steps)
+        taken = time.perf_counter() - began
+        after = None if before is None else self._counters(arm, len(wave.ids))
+        gained = {key: after[key] - before[key] for key in after} if after is not None and before is not None else None
+        return Segment(1e3 * taken / steps, gained, switch_ms, context)
+
+    def _steps(self, wave: Wave, count: int) -> None:
+        for _ in range(count):
+            answered = len(self.llm.llm_engine.step())
+            if answered != len(wave.ids):
+                raise RuntimeError(f"a step answered {answered} of {len(wave.ids)} sequences: the cache or a limit is too small")
+        wave.decoded += count
+
+    def switch(self, arm: str, batch: int) -> float:
+        """Put an arm in force for up to `batch` tokens a step, between two steps; returns ms until every rank confirmed."""
+        text = json.dumps(self._policy(arm, batch).to_json_dict())
+        began = time.perf_counter()
+        states = self.llm.collective_rpc("sere_try_apply", args=(text, None, None))
+        taken = 1e3 * (time.perf_counter() - began)
+        if "refused" in states[0]:
+            raise RuntimeError(f"{arm}: {states[0]['refused']['message']}")
+        return taken
+
+    def _policy(self, arm: str, batch: int) -> Any:
+        from sere_ext.policy import Policy
+
+        return Policy.parse({"buckets": [{"minTokens": 1, "maxTokens": batch, **self.policies[arm]}]})
+
+    def _counters(self, arm: str, batch: int) -> dict[str, int]:
+        found = self.llm.collective_rpc("sere_state")[0]["counters"]
+        name = f"{self._policy(arm, batch).digest}|1-{batch}"
+        nothing = dict.fromkeys(("calls", "tokens", "activeBefore", "activeAfter", "slots", "merged"), 0)
+        return {key: found.get(name, nothing)[key] for key in nothing}
+
+    def answers(self, arm: str, kind: str, batch: int, tokens: int) -> list[list[tuple[int, float]]]:
+        """Per sequence the greedy tokens and their log-probabilities under an arm; always the same prompts."""
+        from vllm import SamplingParams
+
+        self.switch(arm, batch)
+        greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=1)
+        asked = [{"prompt_token_ids": ids} for ids in routing.prompts(self.shape, kind, batch, 8, 0)]
+        outputs = self.llm.generate(asked, greedy, use_tqdm=False)
+        found = []
+        for output in outputs:
+            best = output.outputs[0]
+            found.append([(token, best.logprobs[at][token].logprob) for at, token in enumerate(best.token_ids)])
+        return found
