@@ -3,7 +3,8 @@
 Metrics and sources (arXiv 2602.07616 and its repository's calibration/utils.py; Ei [N, H] is expert i's output on N tokens):
 
 frobenius  1 - ||Ei - Ej||_F / the layer's largest such distance. Exact from the Gram matrix of the flattened outputs,
-           since ||Ei - Ej||^2 = Gii + Gjj - 2 Gij; summed in float64 because a distance is a small difference.
+           since ||Ei - Ej||^2 = Gii + Gjj - 2 Gij. The experts' mean is taken off each token's outputs first, which leaves
+           every distance as it is and makes the difference no small one, so that float32 products do.
 cosine     (mean over tokens of cos(Ei, Ej) + 1) / 2. Exact from the Gram matrix of the outputs scaled to length 1.
 cka        linear CKA, ||Yj' Yi||_F^2 / (||Yi' Yi||_F ||Yj' Yj||_F) with Y centred over tokens. Exact from the running
            cross-covariances of all pairs, which are H x H each: E (E + 1) / 2 * H^2 doubles a layer, so small models only.
@@ -22,6 +23,8 @@ from sere_ext.similarity import Metric
 
 HALVES = 2
 _DOUBLE_BYTES = 8
+_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of outputs per product: a core's share of cache; enough to fill a GPU
+_CLOSE = 1e-3  # a squared distance below this share of its squared norms is summed directly, since float32 would cost digits
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -54,7 +57,7 @@ def make_moments(metric: Metric, experts: int, device: Any) -> Moments:
 
 
 class GramMoments:
-    """Sum over tokens of <Ei(x), Ej(x)>, of the outputs (frobenius) or of their directions (cosine)."""
+    """Sum over tokens of <Ei(x), Ej(x)>, of the outputs less their mean over experts (frobenius) or of their directions (cosine)."""
 
     def __init__(self, metric: Metric, experts: int, device: Any) -> None:
         import torch
@@ -66,11 +69,16 @@ class GramMoments:
     def add(self, outputs: Any, half: int) -> None:
         import torch
 
-        if self.metric == "cosine":
-            outputs = torch.nn.functional.normalize(outputs.double(), dim=-1)
-        flat = outputs.double().reshape(outputs.shape[0], -1)  # [E, n * H]
-        self._gram[half].addmm_(flat, flat.T)
-        self.tokens[half] += outputs.shape[1]
+        experts, tokens, hidden = outputs.shape
+        block = max(1, _BLOCK_BYTES.get(outputs.device.type, 4 << 20) // (4 * experts * hidden))
+        for start in range(0, tokens, block):
+            part = outputs[:, start : start + block]
+            if self.metric == "cosine":
+                flat = torch.nn.functional.normalize(part, dim=-1).reshape(experts, -1)
+                self._gram[half] += flat @ flat.T
+            else:
+                self._gram[half] += _centred_gram((part - part.mean(0)).reshape(experts, -1))
+        self.tokens[half] += tokens
 
     def matrix(self, halves: tuple[int, ...] = (0, 1)) -> Matrix:
         gram = self._gram[list(halves)].sum(0).numpy(force=True)
@@ -87,6 +95,20 @@ class GramMoments:
 
         self._gram.copy_(torch.from_numpy(state["gram"]))
         self.tokens = state["tokens"].tolist()
+
+
+def _centred_gram(flat: Any) -> Any:
+    """float64 [E, E] Gram matrix of float32 rows [E, M], good to float32 in every distance that follows from it, however small."""
+    import torch
+
+    gram = (flat @ flat.T).double()
+    norms = gram.diagonal()
+    both = norms[:, None] + norms
+    close = ((both - gram - gram.T) < _CLOSE * both).triu(1).nonzero()
+    for i, j in close.tolist():
+        squares = torch.sub(flat[i], flat[j]).square_().sum(dtype=torch.float64)
+        gram[i, j] = gram[j, i] = (both[i, j] - squares) / 2
+    return gram
 
 
 class CrossMoments:

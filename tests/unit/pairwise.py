@@ -25,6 +25,16 @@ def cka(outputs: torch.Tensor) -> torch.Tensor:
     return _pairs(outputs, linear, 1.0)
 
 
+def kernel_cka(outputs: torch.Tensor) -> torch.Tensor:
+    """Linear CKA from centred kernel matrices [N, N], the form that other kernels (RBF, polynomial) need too."""
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        k, m = (y @ y.T for y in (a - a.mean(0), b - b.mean(0)))
+        return (k * m).sum() / (torch.linalg.norm(k) * torch.linalg.norm(m))
+
+    return _pairs(outputs, kernel, 1.0)
+
+
 def _pairs(outputs: torch.Tensor, measure, diagonal: float) -> torch.Tensor:
     experts = outputs.shape[0]
     found = torch.full((experts, experts), diagonal, dtype=outputs.dtype)
@@ -35,3 +45,4 @@ def _pairs(outputs: torch.Tensor, measure, diagonal: float) -> torch.Tensor:
 
 
 METRICS = {"frobenius": frobenius, "cosine": cosine, "cka": cka}
+LOOPS = {**METRICS, "cka, kernel matrices": kernel_cka}

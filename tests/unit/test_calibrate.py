@@ -94,6 +94,18 @@ def test_running_sums_meet_the_definition(metric: str) -> None:
     assert sum(total.tokens) == 40
 
 
+def test_copies_are_exactly_alike_among_many_experts_of_very_different_size() -> None:
+    """Float32 products alone would put copies a thousandth apart, and a near copy nowhere."""
+    made = torch.randn(32, 300, 96, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 20, 32)[:, None, None]
+    made[5] = made[30]
+    made[6] = made[30] + 1e-4 * made[7]
+    total = make_moments("frobenius", 32, "cpu")
+    total.add(made, 0)
+    got = total.matrix()
+    assert got[5, 30] == 1.0
+    np.testing.assert_allclose(got, pairwise.frobenius(made.double()).numpy(), atol=1e-6)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_sums_survive_a_checkpoint_and_do_not_grow(metric: str) -> None:
     one, other = make_moments(metric, 5, "cpu"), make_moments(metric, 5, "cpu")
