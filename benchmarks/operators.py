@@ -62,18 +62,21 @@ def _row(T: int, k: int, E: int, repetitions: int) -> dict[str, Any]:
     similarity = torch.rand(E, E, generator=source)
     similarity = (similarity + similarity.T) / 2
 
-    state, reroute = _plug_in(E, k, similarity), torch.ops.sere.reroute
+    (state, slot), reroute = _plug_in(E, k, similarity), torch.ops.sere.reroute
     reroute_ms = {}
     for name, bucket in REROUTES.items():
         _apply(state, bucket)
-        reroute_ms[name] = medians({name: lambda: reroute(weights, ids, logits, 0)}, repetitions, calls=20)[name]
+        reroute_ms[name] = medians({name: lambda: reroute(weights, ids, logits, slot)}, repetitions, calls=20)[name]
     _apply(state, REROUTES["sere"])
-    merged_weights, merged_ids = reroute(weights, ids, logits, 0)
+    merged_weights, merged_ids = reroute(weights, ids, logits, slot)
     mix = torch.zeros(1, T, E).scatter_(2, ids[None].long(), weights[None])
     primary = torch.zeros(1, E, dtype=torch.bool)
     primary[0, ids.gather(1, weights.topk(2, -1).indices).flatten().long()] = True
     target, _ = dense._stand_ins(primary, similarity)
     unmerged_ids = target[0][ids.long()].to(ids.dtype)
+
+    if set(unmerged_ids.unique().tolist()) != set(merged_ids[merged_weights != 0].unique().tolist()):
+        raise SystemExit("the operator and the dense form disagree on the active experts: no time would mean anything")
 
     inner = LAYER_FLOATS // (3 * HIDDEN * E)
     x, out = torch.randn(T, HIDDEN, generator=source), torch.empty(T, HIDDEN)
@@ -97,8 +100,8 @@ def _row(T: int, k: int, E: int, repetitions: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _plug_in(E: int, k: int, similarity: torch.Tensor) -> Any:
-    """The plug-in's state of one layer, with these matrices."""
+def _plug_in(E: int, k: int, similarity: torch.Tensor) -> tuple[Any, int]:
+    """The plug-in's state of one layer, with these matrices, and the layer's slot: every row binds one more."""
     from sere_ext.artifact import Similarity
     from sere_ext.policy import EXACT_POLICY
     from sere_ext.similarity import SimilarityMeta
@@ -107,14 +110,14 @@ def _plug_in(E: int, k: int, similarity: torch.Tensor) -> Any:
     from sere_ext import kernel, ops
 
     layer = LayerState(number=0, experts=E, top_k=k, renormalise=True, scoring=kernel.SOFTMAX)
-    ops.bind([layer])
+    slot = ops.bind([layer])
     state = WorkerState([layer], {})
     meta = SimilarityMeta(
         model_type="none", model_name="none", config_digest="", data_digest="", tokens=0, layers=(0,), num_experts=E,
         digest=f"random-{E}",
     )  # fmt: skip
     state.apply(EXACT_POLICY, None, Similarity(meta, {0: similarity.numpy()}))
-    return state
+    return state, slot
 
 
 def _apply(state: Any, bucket: dict[str, Any]) -> None:

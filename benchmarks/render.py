@@ -155,6 +155,20 @@ def ext_parts(name: str, result: dict[str, Any]) -> str:
     return _table(head, rows)
 
 
+def ext_calibration(result: dict[str, Any]) -> str:
+    """Running sums against loops over pairs."""
+    part = result["calibration"]
+    rows = [
+        [
+            f"`{metric}`", str(found["tokens"]), str(found["hiddenSize"]), f"{found['pairwiseSeconds']:.2f}",
+            f"{found['runningSumsSeconds']:.3f}", f"{found['ratio']:.1f}x", f"{found['largestDifference']:.0e}",
+        ]
+        for metric, found in part["metrics"].items()
+    ]  # fmt: skip
+    head = ["metric", "tokens", "hidden size", "loops s", "running sums s", "ratio", "largest difference"]
+    return _table(head, rows) + f"\n{part['experts']} experts, one layer; {_where(part['machine'])}.\n"
+
+
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "policies": ("policies", policies),
     "policies-short": ("policies", policies_short),
@@ -165,6 +179,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "ext-parts": ("ext", partial(ext_parts, "widened")),
     "ext-decode-many": ("ext", partial(ext_decode, "many")),
     "ext-parts-many": ("ext", partial(ext_parts, "many")),
+    "ext-calibration": ("ext", ext_calibration),
 }
 
 

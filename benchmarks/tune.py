@@ -2,7 +2,7 @@
 
     python benchmarks/tune.py [--trials N] [--factor F] [--folder DIR] [--fresh]
 
-Runs `sere tune` once: ranking trials of 300 items at concurrency 16, then one rung certified at a limit of 1 point with
+Runs `sere tune` once: ranking trials of 200 items at concurrency 16, then one rung certified at a limit of 1 point with
 10 pairs of blocks of at least 10 s and 15 residences. Both sides of each ratio are in the output, with the machine and versions.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 MAKE = ROOT / "tests" / "assets" / "make"
 TARGET_TRIALS, TARGET_CERTIFY_S = 40, 240.0
-ITEMS_PER_TRIAL = 300  # the model pools over trials: more of them teach more than longer ones
+ITEMS_PER_TRIAL = 200  # the model pools over trials: more of them teach more than longer ones
 
 
 def run(*command: str | Path) -> None:

@@ -101,7 +101,7 @@ def prepare(args: argparse.Namespace) -> Path:
             "trials": args.trials,
             "rungs": 1,
             "deviceHours": 0.25,
-            "itemsPerTrial": 300,
+            "itemsPerTrial": 200,
         },
         "certify": {"pairs": 6, "blockSeconds": 10},
         "out": str(BUILD / "run"),
