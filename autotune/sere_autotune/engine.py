@@ -17,6 +17,7 @@ from typing import Any
 
 from sere_ext.errors import SereError, UnsupportedError
 from sere_ext.policy import EXACT_POLICY, Policy
+from sere_ext.switch import States, agree, read_states, switch, total_counters
 
 from sere_autotune.load import Block, Load, Request, Sent, run_block
 from sere_autotune.measures import Answer
@@ -68,7 +69,6 @@ class EngineHost:
         os.environ.pop("OMP_NUM_THREADS", None)
         self.engine: Any = None
         self.requests = 0
-        self.generation = 0
         self.similarity: str | None = None
         self.digest = "exact"
 
@@ -76,7 +76,7 @@ class EngineHost:
         return os.getpid()
 
     async def start(self, arguments: list[str], similarity: str | None) -> dict[str, Any]:
-        """Start the engine with exact routing. Returns what `sere_state` says of every rank, as {"ranks": [...]}."""
+        """Start the engine with exact routing. Returns what `sere_state` says of every rank of every engine: {"ranks": [...]}."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -101,27 +101,35 @@ class EngineHost:
         args.additional_config = {**(args.additional_config or {}), "sere": ours}
         self.similarity = similarity
         self.engine = AsyncLLM.from_engine_args(args)
-        ranks = await self.engine.collective_rpc("sere_state")
-        self.generation = max(int(rank.get("generation", 0)) for rank in ranks)
-        return {"ranks": ranks}
+        return {"ranks": await self.states()}
 
     async def apply(self, policy_json: str) -> None:
-        """Switch cleanly: drain, set, read back from every rank, drop the prefix cache, resume."""
+        """Switch every engine cleanly: drain, set, read back from every rank, drop the prefix cache, go on.
+
+        Raises:
+            EngineCrashError: an engine is dead, ranks differ afterwards, or answers would mix two policies.
+            SereError: the engine refuses the policy; it would refuse it again.
+        """
         wanted = Policy.parse(policy_json)
-        await self.engine.pause_generation(mode="wait", clear_cache=True)
         try:
-            self.generation += 1
-            await self.engine.collective_rpc("sere_apply", args=(policy_json, self.generation, self.similarity))
-            for index, rank in enumerate(await self.engine.collective_rpc("sere_state")):
-                if rank["policyDigest"] != wanted.digest or rank["generation"] != self.generation:
-                    raise EngineCrashError(
-                        f"rank {index} runs policy {rank['policyDigest']} after {wanted.digest} was set on all"
-                    )
-            if not await self.engine.reset_prefix_cache():
-                raise EngineCrashError("the prefix cache could not be dropped, so answers would mix two policies")
-        finally:
-            await self.engine.resume_generation()
+            states = await switch(self.engine, wanted, similarity=self.similarity, clean=True)
+        except SereError as error:
+            if self.engine.errored:
+                raise EngineCrashError(f"the engine died: {error}") from error
+            raise
+        if (digest := _alike(states)[0]["policyDigest"]) != wanted.digest:
+            raise EngineCrashError(f"the engine runs policy {digest} after {wanted.digest} was set")
+        # Nothing runs between two blocks, so this holds; an engine that cannot do it would answer from the old policy's cache.
+        if not await self.engine.reset_prefix_cache():
+            raise EngineCrashError("the prefix cache could not be dropped, so answers would mix two policies")
         self.digest = wanted.digest
+
+    async def states(self) -> States:
+        """`sere_state` of every rank of every data-parallel engine, which must all have the same in force."""
+        try:
+            return _alike(await read_states(self.engine))
+        except UnsupportedError as error:
+            raise EngineCrashError(str(error)) from error
 
     async def block(
         self, requests: Sequence[Request], load: Load, fillers: Sequence[Request], deadline_s: float | None, reject: Reject | None
@@ -136,19 +144,15 @@ class EngineHost:
                 return f"accuracy: rejected after {rejector.items} items"
             return None
 
-        before = await self._counters()
+        before = total_counters(await self.states())
         block = await run_block(
             self.send, requests, load, fillers=fillers, watch=watch if reject else None, deadline_s=deadline_s
         )
         dead = next((s.error for s in block.sent if s.error and "Dead" in s.error), None)
         if dead:
             raise EngineCrashError(f"the engine died under load: {dead}")
-        after = await self._counters()
+        after = total_counters(await self.states())
         return self._report(block, before, after)
-
-    async def _counters(self) -> dict[str, dict[str, int]]:
-        ranks = await self.engine.collective_rpc("sere_state")
-        return ranks[0].get("counters", {})
 
     def _report(self, block: Block, before: dict[str, Any], after: dict[str, Any]) -> BlockReport:
         totals: dict[str, int] = {}
@@ -196,6 +200,13 @@ class EngineHost:
         if self.engine is not None:
             self.engine.shutdown()
             self.engine = None
+
+
+def _alike(states: States) -> States:
+    if agree(states):
+        return states
+    said = ", ".join(f"{s['engine']}/{s['rank']}: {s['policyDigest']}, generation {s['generation']}" for s in states)
+    raise EngineCrashError(f"the engine's ranks differ in what is in force (engine/rank: policy): {said}")
 
 
 def engine_arguments(spec: TuningSpec) -> list[str]:

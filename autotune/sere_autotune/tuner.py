@@ -53,7 +53,7 @@ def prepare(spec: TuningSpec, only: Policy | None = None) -> Prepared:
 
     Raises:
         UsageError: a missing or bad file, a similarity artefact of another model, too few items, a dense model.
-        PolicyError: `only` keeps more experts than the model's tokens have.
+        PolicyError: `only` keeps more experts than the model's tokens have, or names layers that it does not have.
     """
     spec.check_files()
     items = load_items(spec.accuracy)
@@ -64,8 +64,11 @@ def prepare(spec: TuningSpec, only: Policy | None = None) -> Prepared:
     mine, held_out = split(items, spec.accuracy.search_items)
     config = read_config(spec)
     digest = model_config_digest(config)
-    if only is not None and (top_k := experts_per_token(config)):
-        only.check_model(top_k)  # before an engine is started for it
+    if only is not None:  # before an engine is started for it
+        if top_k := experts_per_token(config):
+            only.check_model(top_k)
+        if layers := language_config(config).get("num_hidden_layers"):
+            only.check_layers(range(int(str(layers))), "layers")
     similarity = read_meta(spec.similarity) if spec.similarity else None
     if similarity is not None and similarity.config_digest != digest:
         raise SimilarityError(
@@ -187,6 +190,8 @@ def _run(run: Run, ledger: Ledger, prepared: Prepared, only: Policy | None) -> O
         study.put("topK", run.facts.top_k)
         if only is not None:
             only.check_model(run.facts.top_k)
+            if run.facts.layers:
+                only.check_layers(run.facts.layers)
             ladder = _probe(run, only)
         else:
             with _timed(run, "search"):

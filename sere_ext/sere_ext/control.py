@@ -28,12 +28,11 @@ from sere_ext.errors import (
 )
 from sere_ext.policy import Policy, Record
 from sere_ext.problems import explain
-from sere_ext.switch import States, ask_ranks, read_states, switch
+from sere_ext.switch import READ_BACK, States, agree, ask_ranks, read_states, switch, total_counters
 
 logger = logging.getLogger("vllm.sere")
 
 Source = Literal["http", "file"]
-_READ_BACK = ("policyDigest", "similarityDigest", "generation")  # what no two ranks may differ in
 DISAGREE = "ranks disagree about the policy; set it again"
 
 
@@ -66,7 +65,7 @@ class LiveControl:
     async def state(self) -> dict[str, Any]:
         """The body of `GET /sere`, read from every rank now."""
         states = await read_states(self.engine)
-        if not _agree(states) and self._changing.locked():  # data-parallel engines were asked amid a change
+        if not agree(states) and self._changing.locked():  # data-parallel engines were asked amid a change
             async with self._changing:
                 states = await read_states(self.engine)
         return self.render(states)
@@ -117,9 +116,9 @@ class LiveControl:
         note = first["note"]
         self.policy = Policy.parse(first["policy"])
         self.ready = self.ready or note.get("source") == "file"
-        agree = _agree(states)
+        same = agree(states)
         return {
-            "ready": self.ready and agree,
+            "ready": self.ready and same,
             "source": note.get("source") or ("file" if self.directory else "static"),
             "policy": first["policy"],
             "policyDigest": first["policyDigest"],
@@ -127,10 +126,10 @@ class LiveControl:
             "generation": first["generation"],
             "switches": first["switches"],
             "override": note.get("override", False),
-            "error": note.get("error") or first["error"] or (None if agree else DISAGREE),
+            "error": note.get("error") or first["error"] or (None if same else DISAGREE),
             "key": first["key"],
             "model": first["model"],
-            "ranks": [{name: state[name] for name in ("engine", "rank", *_READ_BACK)} for state in states],
+            "ranks": [{name: state[name] for name in ("engine", "rank", *READ_BACK)} for state in states],
             "counters": total_counters(states),
         }
 
@@ -151,25 +150,6 @@ class LiveControl:
                 "that is not the token; send the engine's SERE_CONTROL_TOKEN as `Authorization: Bearer <token>`"
             )
         return None
-
-
-def _agree(states: States) -> bool:
-    return len({tuple(state[name] for name in _READ_BACK) for state in states}) == 1
-
-
-def total_counters(states: States) -> dict[str, dict[str, int]]:
-    """Counters of all engines: of one rank each, since the ranks of an engine route the same tokens, summed over engines."""
-    total: dict[str, dict[str, int]] = {}
-    seen = set()
-    for state in states:
-        if state["engine"] in seen:
-            continue
-        seen.add(state["engine"])
-        for name, row in state["counters"].items():
-            sums = total.setdefault(name, dict.fromkeys(row, 0))
-            for field, value in row.items():
-                sums[field] += value
-    return total
 
 
 def status_of(error: SereError) -> int:

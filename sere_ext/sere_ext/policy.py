@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Collection
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
@@ -243,6 +244,20 @@ class Policy(Record):
                         f"use S between 1 and {top_k}"
                     )
 
+    def check_layers(self, layers: Collection[int], what: str = "MoE layers") -> None:
+        """Raise PolicyError if a layer group names none of the model's layers: it would never hold.
+
+        Args:
+            layers: model layer numbers.
+            what: they are.
+        """
+        for group in self.layer_groups:
+            if not any(group.first_layer <= layer <= group.last_layer for layer in layers):
+                raise PolicyError(
+                    f"policy: layerGroups has buckets for {group.layers_text()}, but this model has {what} {_spans(layers)}; "
+                    "layers count from 0, as in the checkpoint"
+                )
+
     def describe(self) -> str:
         """As people read it: `topk 3 for 8-64 tokens, exact elsewhere; in layers 1-3 topk 2 for 8-64 tokens`."""
         base = ", ".join(bucket.describe() for bucket in self.buckets) + ", exact elsewhere" if self.buckets else "exact"
@@ -251,6 +266,17 @@ class Policy(Record):
             for group in self.layer_groups
         )
         return base + "".join(groups)
+
+
+def _spans(numbers: Collection[int]) -> str:
+    """`0-2, 4, 6-31`."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in found)
 
 
 EXACT_POLICY = Policy()

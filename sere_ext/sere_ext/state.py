@@ -113,7 +113,7 @@ class WorkerState:
 
         Raises:
             ConflictError: a newer generation, or another policy under this one, is in force.
-            PolicyError: S above top-k, similarity missing or of another digest.
+            PolicyError: S above top-k, a layer group without a layer, similarity missing or of another digest.
             UnsupportedError: kind oea or hybrid on a router whose scores are not a plain softmax or sigmoid.
         """
         generation = self.generation + 1 if generation is None else generation
@@ -123,6 +123,7 @@ class WorkerState:
                 "read GET /sere and send a generation above it, or none to take the next"
             )
         policy.check_model(self.top_k)
+        policy.check_layers([layer.number for layer in self.layers])
         digest = similarity.meta.digest if similarity else self.similarity_digest
         if policy.needs_similarity():
             if digest is None:

@@ -19,6 +19,7 @@ from sere_ext.errors import ConflictError, SereError, UnsupportedError
 from sere_ext.policy import EXACT_POLICY, Policy
 
 States = list[dict[str, Any]]
+READ_BACK = ("policyDigest", "similarityDigest", "generation")  # what no two ranks may differ in
 _ASK_ALL = "call_utility_all_async"  # of vLLM's engine client; absent in 0.26
 
 
@@ -68,6 +69,26 @@ async def read_states(engine: Any) -> States:
         UnsupportedError: the engine was started without the plug-in, or without settings.
     """
     return await ask_ranks(engine, "sere_state")
+
+
+def agree(states: States) -> bool:
+    """Whether all ranks of all engines have the same policy, similarity and generation in force."""
+    return len({tuple(state[name] for name in READ_BACK) for state in states}) == 1
+
+
+def total_counters(states: States) -> dict[str, dict[str, int]]:
+    """Counters of all engines: of one rank each, since the ranks of an engine route the same tokens, summed over engines."""
+    total: dict[str, dict[str, int]] = {}
+    seen = set()
+    for state in states:
+        if state["engine"] in seen:
+            continue
+        seen.add(state["engine"])
+        for name, row in state["counters"].items():
+            sums = total.setdefault(name, dict.fromkeys(row, 0))
+            for field, value in row.items():
+                sums[field] += value
+    return total
 
 
 def engines_of(engine: Any) -> int:

@@ -32,7 +32,9 @@ def write_items(path: Path, count: int) -> Path:
 
 def write_model(path: Path) -> Path:
     path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_experts": 16, "num_experts_per_tok": 4}))
+    (path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_moe", "num_experts": 16, "num_experts_per_tok": 4, "num_hidden_layers": 8})
+    )
     return path
 
 

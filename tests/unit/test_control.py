@@ -11,57 +11,17 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from ranks import Engine, Engines
 from sere_ext.control import LiveControl, SereControl
 from sere_ext.errors import SereError
 from sere_ext.policy import MAX_BUCKETS, Policy
 from sere_ext.state import LayerState, WorkerState
 from sere_ext.switch import switch
-from sere_ext.worker import SereWorker
 
 from sere_ext import kernel
 
 POLICY = {"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 2}]}
 TOKEN = {"Authorization": "Bearer secret"}
-
-
-class Engine:
-    """Two ranks with the real worker state behind `collective_rpc`."""
-
-    def __init__(self) -> None:
-        def layer() -> LayerState:
-            return LayerState(number=0, experts=4, top_k=2, renormalise=True, scoring=0)
-
-        key = {"modelName": "m", "configDigest": "c", "engineVersion": "0.32.0", "pluginVersion": "0.1.0", "device": "cpu"}
-        self.workers = [SimpleNamespace(rank=rank, sere=WorkerState([layer()], key)) for rank in (0, 1)]
-        for worker in self.workers:
-            worker.sere.apply(Policy(), 0, None)
-        self.calls: list[str] = []
-
-    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
-        self.calls.append(method)
-        return [getattr(SereWorker, method)(worker, *args) for worker in self.workers]
-
-    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
-        self.calls.append(f"pause {mode} {clear_cache}")
-
-    async def resume_generation(self) -> None:
-        self.calls.append("resume")
-
-
-class Engines(Engine):
-    """Two data-parallel engines of two ranks; `collective_rpc` answers for the first alone, as in vLLM."""
-
-    def __init__(self, **parallel: Any) -> None:
-        super().__init__()
-        self.groups = [self.workers, Engine().workers]
-        fields = {"data_parallel_external_lb": False, "data_parallel_hybrid_lb": False, "_api_process_count": 1}
-        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=2, **fields | parallel))
-        self.engine_core = SimpleNamespace(call_utility_all_async=self.all)
-
-    async def all(self, utility: str, method: str, seconds: None, args: tuple[Any, ...], kwargs: None) -> list[list[Any]]:
-        assert utility == "collective_rpc"
-        self.calls.append(method)
-        return [[getattr(SereWorker, method)(worker, *args) for worker in group] for group in self.groups]
 
 
 def served(engine: Any, token: str | None = "secret", directory: str | None = None) -> TestClient:
@@ -315,6 +275,15 @@ def test_a_change_that_would_not_reach_all_engines_is_refused(parallel: dict[str
     assert says in answer.json()["error"]["message"]
     assert "--additional-config" in answer.json()["error"]["message"]
     assert engine.calls == []
+
+
+def test_a_layer_group_without_a_layer_is_refused_and_nothing_changes() -> None:
+    engine = Engine()
+    group = {"firstLayer": 4, "lastLayer": 7, "buckets": []}
+    answer = served(engine).put("/sere/policy", json={"policy": POLICY | {"layerGroups": [group]}}, headers=TOKEN)
+    assert answer.status_code == 422
+    assert "layers 4-7, but this model has MoE layers 0;" in answer.json()["error"]["message"]
+    assert [worker.sere.policy.digest for worker in engine.workers] == ["exact", "exact"]
 
 
 def test_layer_groups_are_counted_apart() -> None:

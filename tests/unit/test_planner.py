@@ -49,6 +49,9 @@ def test_a_policy_to_certify_is_planned_without_a_search(tmp_path: Path) -> None
     assert alone.plan.search_s == 0 < ready.plan.search_s
     with pytest.raises(PolicyError, match=r"S = 9 .* above the model's top-k of 4"):
         tuner.prepare(ready.spec, Policy.parse({"buckets": [{"minTokens": 2, "kind": "topk", "S": 9}]}))
+    group = {"firstLayer": 8, "lastLayer": 9, "buckets": []}
+    with pytest.raises(PolicyError, match=r"layers 8-9, but this model has layers 0-7;"):
+        tuner.prepare(ready.spec, Policy.parse({**policy.to_json_dict(), "layerGroups": [group]}))
 
 
 SERE = ["sere", "topk"]

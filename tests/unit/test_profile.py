@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from sere_ext.errors import ProfileError
+from sere_ext.errors import PolicyError, ProfileError
 from sere_ext.policy import Policy
 from sere_ext.profile import Profile, ProfileKey
 
@@ -76,6 +77,24 @@ def test_bad_profiles_name_the_field(tmp_path: Path) -> None:
         Profile.parse(broken)
     with pytest.raises(ProfileError, match="cannot read the profile"):
         Profile.read(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("layers", "refused"),
+    [
+        (range(4), None),
+        ((1, 2, 3), None),
+        ((4, 5, 7), "has buckets for layers 1-3, but this model has MoE layers 4-5, 7; layers count from 0"),
+        (range(1), "has buckets for layers 1-3, but this model has MoE layers 0;"),
+    ],
+)
+def test_a_layer_group_that_names_no_layer_of_the_model_is_refused(layers: Sequence[int], refused: str | None) -> None:
+    policy = Policy.parse({"layerGroups": [{"firstLayer": 1, "lastLayer": 3, "buckets": []}]})
+    if refused is None:
+        policy.check_layers(layers)
+        return
+    with pytest.raises(PolicyError, match=refused):
+        policy.check_layers(layers)
 
 
 def test_a_policy_says_what_its_layer_groups_do() -> None:
