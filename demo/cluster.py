@@ -89,7 +89,7 @@ def tune() -> None:
         nonlocal shown
         jobs = kube.items("seretune", NAMESPACE)
         status = (jobs[0].get("status") or {}) if jobs else {}
-        line = f"{status.get('progress') or '0'} trials  {status.get('stage') or 'starting'}"
+        line = f"{status.get('progress') or '0'} trials  {status.get('stage') or 'waiting for its pod'}"
         if line != shown:
             shown = line
             console.print(f"  {time.strftime('%H:%M:%S')}  {line}")

@@ -23,7 +23,7 @@ class Progress:
         self.console, self.title, self._publish = console, title, publish
         self.rows: list[dict[str, Any]] = []
         self.now, self.left_s, self.name = "", 0.0, ""
-        self.total = 0
+        self.done = 0  # trials of before a restart, until they are drawn again
         self.began = time.monotonic()
         self._live: Live | None = None
 
@@ -39,7 +39,7 @@ class Progress:
             self._live = None
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
-        self.name, self.total, self.now = name, total, ""
+        self.name, self.done, self.now = name, max(done, self.done), ""
         if self._live is None:
             self.console.print(f"{name}" + (f" ({done} of {total} done before)" if done else ""), highlight=False, soft_wrap=True)
         self._tell()
@@ -63,7 +63,7 @@ class Progress:
         return {
             "stage": self.name,
             "now": self.now,
-            "trials": len(self.rows),
+            "trials": max(len(self.rows), self.done),
             "secondsLeft": round(self.left_s),
             "bestTpotMs": best,
         }

@@ -64,17 +64,18 @@ class Access:
 
 
 class Publisher:
-    """Applies the ConfigMap. Progress is best effort and at most every few seconds, the end is tried for five minutes."""
+    """Applies the ConfigMap. Progress is best effort and within a stage seldom, the end is tried for five minutes."""
 
     def __init__(self, target: Target, access: Access) -> None:
         self.target, self.access = target, access
         self._last = 0.0
+        self._stage: Any = None
 
     def progress(self, snapshot: dict[str, Any]) -> None:
         now = time.monotonic()
-        if now - self._last < _PROGRESS_EVERY_S:
-            return
-        self._last = now
+        if now - self._last < _PROGRESS_EVERY_S and snapshot.get("stage") == self._stage:
+            return  # but never a new stage: it may be the last that is told for minutes
+        self._last, self._stage = now, snapshot.get("stage")
         try:
             self._apply({"progress.json": json.dumps(snapshot)}, {})
         except (httpx2.HTTPError, PublishError):

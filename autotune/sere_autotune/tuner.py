@@ -182,7 +182,7 @@ def tune(
 def _run(run: Run, ledger: Ledger, prepared: Prepared, only: Policy | None) -> Outcome:
     """The engine's part. Every ending but a broken engine is an outcome."""
     study = run.study
-    run.report.stage("starting the engine", 1)
+    run.report.stage("starting the engine", run.spec.search.trials, len(study.complete()))
     try:
         with _timed(run, "start"):
             run.facts = run.engine.start()

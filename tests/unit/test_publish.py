@@ -81,6 +81,8 @@ def test_progress_is_best_effort_and_seldom(server: Server) -> None:
     some.progress({"stage": "search"})
     some.progress({"stage": "search"})
     assert len(server.requests) == 1
+    some.progress({"stage": "certify rung 1"})
+    assert len(server.requests) == 2, "a stage may last for minutes without another word"
 
 
 def test_an_overloaded_server_is_tried_again_and_a_refusal_is_not(server: Server) -> None:

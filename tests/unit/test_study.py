@@ -1,5 +1,6 @@
 """The study as the only truth: a whole run on a planted engine, killed, resumed, out of budget, refused."""
 
+import io
 import json
 import os
 import signal
@@ -7,10 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from planted import PlantedEngine, Quiet, run, spec_for, truth, write_items
+from rich.console import Console
 from sere_autotune.outcome import Ending
+from sere_autotune.progress import Progress
 from sere_autotune.study import TuningStudy
 from sere_ext.errors import SereError, UsageError
 from sere_ext.policy import Kind, Policy
@@ -122,9 +126,14 @@ def test_a_spent_budget_ends_with_4_and_a_raised_one_goes_on(tmp_path: Path, ite
     assert "deviceHours" in finished.outcome.message
     more = spec_for(tmp_path / "out", items, search__deviceHours=1, certify__pairs=6)
     before = len(finished.summary["trials"])
-    again = run(more, PlantedEngine())
+    told: list[dict[str, Any]] = []
+    again = run(more, PlantedEngine(), Progress(Console(file=io.StringIO()), "", told.append))
     assert again.outcome.ending is Ending.CHOSEN
     assert again.summary["trials"][:before] == finished.summary["trials"]
+    counts = [progress["trials"] for progress in told]
+    assert told[0]["stage"] == "starting the engine"
+    assert counts[0] == before
+    assert counts == sorted(counts), "a count that was told is never taken back"
 
 
 def test_no_block_may_outlive_the_budget(tmp_path: Path, items: Path) -> None:

@@ -71,7 +71,7 @@ class Reason(Documented):
     INCONCLUSIVE = "Inconclusive", "The canary saw too little to judge; the policy went back and is tried again later."
     ROLLED_BACK = "RolledBack", "Somebody gave this policy up; the one before it is in force."
     POLICY_STALE = "PolicyStale", "The profile was made for something else than what runs; routing is exact."
-    PROFILE_MISSING = "ProfileMissing", "routing.profileRef names a profile that does not exist or has another digest."
+    PROFILE_MISSING = "ProfileMissing", "The wanted profile does not exist, or the one of that name has another digest."
     AWAITING_PROFILE = "AwaitingProfile", "Routing is exact until tuning has made a profile."
     APPLY_FAILED = "ApplyFailed", "A pod refused the policy; the message is the pod's own."
     # Tuned

@@ -9,7 +9,7 @@ from sere_operator.api import meta
 from sere_operator.api.conditions import ConditionType, Reason, set_condition
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
 from sere_operator.plan.children import selector
-from sere_operator.plan.routing import EXACT, Wanted, overridden, tuning_job_of
+from sere_operator.plan.routing import EXACT, Wanted, overridden, tuning_job_name, tuning_job_of
 from sere_operator.plan.snapshot import Object, PodView, Resource, Snapshot
 from sere_operator.plan.step import Step, seconds
 
@@ -141,6 +141,9 @@ def tuned(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted) -> Judge
         if not wanted.profile.evidence.certified:
             return False, Reason.UNCERTIFIED, f"profile {wanted.profile_name} is advisory; it is promoted only when approved"
         return True, Reason.CERTIFIED, f"profile {wanted.profile_name} is certified"
+    if outcome == "Chosen" and status.get("profile") not in snapshot.profiles:
+        gone = f"profile {status.get('profile')} of this spec's tuning is gone"
+        return False, Reason.PROFILE_MISSING, f"{gone}; delete SereTuningJob {tuning_job_name(snapshot.name, spec)} to tune again"
     if outcome and outcome != "Chosen":
         reason = next((r for r in Reason if r.value == outcome), Reason.FAILED)
         return False, reason, str((running or {}).get("message") or outcome) + kept

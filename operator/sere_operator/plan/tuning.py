@@ -17,7 +17,7 @@ POLL_S = 60.0
 
 
 def decide_tuning(snapshot: TuningSnapshot, defaults: Defaults) -> Plan:
-    """What to write now for one SereTuningJob. Once it has ended, nothing but a lost profile is made again."""
+    """What to write now for one SereTuningJob. Once it has ended, nothing."""
     if snapshot.object["metadata"].get("deletionTimestamp"):
         return Plan()
     try:
@@ -64,12 +64,14 @@ def _report(snapshot: TuningSnapshot, spec: SereTuningJobSpec, result: Result, p
     ):
         conditions = status.with_condition(snapshot, conditions, kind, judgement)
     job_status = (snapshot.child("Job", snapshot.name) or {}).get("status") or {}
+    # A run that fails may tell no counters; what was counted before stays true.
+    trials = {**(snapshot.status.get("trials") or {}), **result.trials}
     new = status.without_none({
         "observedGeneration": snapshot.generation,
         "conditions": conditions,
-        "trials": result.trials or None,
-        "progress": f"{result.trials.get('completed', 0)}/{spec.tuning.trials}",
-        "stage": result.stage or None,
+        "trials": trials or None,
+        "progress": f"{trials.get('completed', 0)}/{spec.tuning.trials}",
+        "stage": result.stage,
         "outcome": result.outcome,
         "startTime": job_status.get("startTime") or snapshot.status.get("startTime"),
         "completionTime": stamp(snapshot.now) if done else None,

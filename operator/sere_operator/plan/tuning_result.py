@@ -22,17 +22,22 @@ from sere_operator.plan.snapshot import Object, TuningSnapshot
 from sere_operator.plan.tuning_children import labels
 
 SIMILARITY_KEY = "similarity.safetensors"
+ENDED = "ended"
 
 
 @dataclass(frozen=True)
 class Result:
-    """How the run stands. `outcome` None: not over. Objects are made only of a checked, chosen result."""
+    """How the run stands. `outcome` None: not over. Objects are made only of a checked, chosen result.
+
+    trials  counters as far as they are told, may be empty
+    stage   what the run is doing, in the tuner's words while it works
+    """
 
     outcome: str | None
     reason: Reason
     message: str
     trials: Object
-    stage: str | None = None
+    stage: str = ENDED
     objects: tuple[Object, ...] = ()
     profile: str | None = None
 
@@ -57,7 +62,7 @@ def read_result(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> Result:
             objects, name = chosen_objects(snapshot, spec)
         except SereError as error:
             return Result("Failed", Reason.FAILED, f"the tuner's result was refused: {error}", trials)
-        return Result("Chosen", Reason.CHOSEN, message or "a policy was chosen", trials, None, tuple(objects), name)
+        return Result("Chosen", Reason.CHOSEN, message or "a policy was chosen", trials, ENDED, tuple(objects), name)
     if said:
         reason = next((r for r in Reason if r.value == said), Reason.FAILED)
         return Result(reason.value, reason, message or said, trials)
@@ -67,16 +72,18 @@ def read_result(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> Result:
         words = _last_words(snapshot) or str(conditions.get("Failed", {}).get("message") or "the tuner ended without a result")
         return Result("Failed", Reason.FAILED, words[:1000], trials)
     if spec.suspend:
-        return Result(None, Reason.SUSPENDED, "spec.suspend is true", trials, progress.get("stage"))
+        return Result(None, Reason.SUSPENDED, "spec.suspend is true", trials, "suspended")
     blocked = _unschedulable(snapshot)
     if blocked is not None:
-        return Result(None, Reason.TUNING_BLOCKED, blocked, trials)
+        return Result(None, Reason.TUNING_BLOCKED, blocked, trials, "waiting for a node")
     if progress:
-        return Result(None, Reason.RUNNING, str(progress.get("now") or "running"), trials, str(progress.get("stage") or ""))
+        return Result(
+            None, Reason.RUNNING, str(progress.get("now") or "running"), trials, str(progress.get("stage") or "running")
+        )
     running = any((pod.get("status") or {}).get("phase") == "Running" for pod in snapshot.pods)
     if running:
         return Result(None, Reason.RUNNING, "the tuner is starting its engine", trials, "starting")
-    return Result(None, Reason.PENDING, "the tuning pod has not begun", trials)
+    return Result(None, Reason.PENDING, "the tuning pod has not begun", trials, "waiting for its pod")
 
 
 def chosen_objects(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> tuple[list[Object], str]:

@@ -375,6 +375,20 @@ def test_tuning_begins_once_a_pod_answers_and_never_holds_ready() -> None:
     assert world.condition("Tuned")["reason"] == "Tuning"
 
 
+def test_a_profile_that_is_gone_is_said_and_not_taken_for_tuning() -> None:
+    world = settled(**TUNED)
+    world.jobs[0]["status"] = {"outcome": "Chosen", "profile": "p", "stage": "ended", "progress": "8/8"}
+    world.profiles["p"] = profile_body(POLICY)
+    world.settle()
+    assert world.condition("Tuned")["reason"] == "Certified"
+    del world.profiles["p"]
+    world.settle()
+    tuned = world.condition("Tuned")
+    assert (tuned["status"], tuned["reason"]) == ("False", "ProfileMissing")
+    assert f"delete SereTuningJob {world.jobs[0]['metadata']['name']}" in tuned["message"]
+    assert {pod.digest for pod in world.pods} == {DIGEST}, "what serves stays"
+
+
 def test_a_changed_spec_asks_for_another_run_and_ends_the_one_that_is_not_wanted() -> None:
     world = settled(**TUNED)
     (first,) = world.jobs

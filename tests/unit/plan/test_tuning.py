@@ -176,6 +176,28 @@ def test_progress_is_shown_and_an_ended_run_is_left_alone() -> None:
     assert tuning.decide_tuning(snapshot(status={"outcome": "Infeasible"}), Defaults()).writes == 0
 
 
+RUNNING = ({"metadata": {"name": "p"}, "status": {"phase": "Running"}},)
+
+
+def stage_of(world: TuningSnapshot) -> tuple[str, str, dict[str, int]]:
+    plan = tuning.decide_tuning(world, Defaults())
+    assert plan.status is not None
+    seen = {**world.status, **plan.status}
+    return seen["progress"], seen["stage"], seen.get("trials", {})
+
+
+def test_the_stage_is_true_from_the_first_look_to_the_last_and_counters_never_go_back() -> None:
+    assert stage_of(snapshot({})) == ("0/8", "waiting for its pod", {})
+    assert stage_of(snapshot({}, pods=RUNNING)) == ("0/8", "starting", {})
+    certify = {"progress.json": {"stage": "certify rung 1", "now": "block 3", "trials": 8}}
+    assert stage_of(snapshot(certify, pods=RUNNING)) == ("8/8", "certify rung 1", {"completed": 8})
+    known = {"progress": "8/8", "stage": "certify rung 1", "trials": {"completed": 8}}
+    assert stage_of(snapshot(**chosen(), status=known)) == ("8/8", "ended", {"completed": 8})
+    died = {"outcome.json": {"outcome": "Failed", "message": "boom", "trials": {}}}
+    assert stage_of(snapshot(died, status=known)) == ("8/8", "ended", {"completed": 8})
+    assert stage_of(snapshot(certify, status=known, spec={"suspend": True}))[:2] == ("8/8", "suspended")
+
+
 def test_suspend_reaches_a_running_job_without_touching_its_template() -> None:
     job = {"kind": "Job", "metadata": {"name": "m-tune-1"}, "spec": {"suspend": False, "template": {"x": 1}}, "status": {}}
     plan = tuning.decide_tuning(snapshot({}, children={("Job", "m-tune-1"): job}, spec={"suspend": True}), Defaults())
