@@ -99,6 +99,9 @@ def _why_not_better(deployment: Object) -> list[str]:
         sentences.append(f"It is tried again after {again}.")
     if applied is not None and applied["status"] != "True" and applied["reason"] != Reason.OVERRIDDEN:
         sentences.append(_sentence(name, applied))
+    progressing = find_condition(status.get("conditions") or [], ConditionType.PROGRESSING)
+    if progressing is not None and progressing["reason"] in (Reason.TUNING_FIRST, Reason.PROFILE_REQUIRED):
+        sentences.append(_sentence(name, progressing))
     for rejection in status.get("rejected") or []:
         sentences.append(
             f"Policy {rejection['digest']} is not tried again for this model revision: {rejection.get('message', '')}".rstrip()
@@ -152,7 +155,7 @@ def _sentence(name: str, condition: Object) -> str:
     reason = next((known for known in Reason if known.value == condition["reason"]), None)
     text = condition.get("message") or (reason.doc if reason else condition["reason"])
     way_out = _WAY_OUT.get(reason, "").format(name=name) if reason else ""
-    if "kubectl sere" in text or "approve by" in text:
+    if any(own in text for own in ("kubectl sere", "approve by", "delete SereTuningJob")):
         way_out = ""
     return f"{condition['type']} is {condition['status']} ({condition['reason']}): {text.rstrip('.')}. {way_out}".rstrip()
 

@@ -156,6 +156,61 @@ def test_a_quiet_night_is_inconclusive_and_bans_nothing(world: World) -> None:
     world.ready()
 
 
+def test_a_new_model_is_tuned_before_the_pods_of_the_old_one_go(world: World) -> None:
+    world.apply(manifest(replicas=2, **TUNED))
+    world.ready()
+    first = tuning_job(world)
+    publish(world, first, "Chosen", **{"profile.json": profile()})
+    eventually(lambda: world.condition("PolicyApplied")["reason"] == "Applied", 60, "promoted")
+    pods, generation = {pod.uid for pod in world.pods()}, world.get("Deployment", "m")["metadata"]["generation"]
+    digests = world.digests()
+
+    newer = {"model": {"name": "fake/model", "revision": "v2"}, **TUNED}
+    world.apply(manifest(replicas=2, **newer))
+    eventually(lambda: world.condition("Ready")["reason"] == "TuningFirst", 20)
+    second = eventually(lambda: next(j["metadata"]["name"] for j in world.items("Job") if j["metadata"]["name"] != first), 30)
+    given = json.loads(world.get("ConfigMap", f"{second}-input")["data"]["tuning.yaml"])
+    assert given["revision"] == "v2"
+    world.operator.kill()  # what holds the pods is in the cluster, not in a process
+    world.operator.start()
+    world.apply(manifest(replicas=3, **newer))
+    eventually(lambda: len(world.pods()) == 3 and all(pod.ready for pod in world.pods()), 60, "scaled while held")
+    assert pods < {pod.uid for pod in world.pods()}
+    assert {pod.key["modelRevision"] for pod in world.pods()} == {""}
+    eventually(lambda: world.digests() == [*digests, digests[0]])
+    assert world.get("Deployment", "m")["metadata"]["generation"] == generation + 1, "the replicas, once; never the template"
+
+    publish(world, second, "Chosen", **{"profile.json": profile(key={**KEY, "modelRevision": "v2"})})
+    fewest = 3
+
+    def replaced() -> bool:
+        nonlocal fewest
+        fewest = min(fewest, sum(pod.ready for pod in world.pods()))
+        return {pod.key["modelRevision"] for pod in world.pods()} == {"v2"}
+
+    eventually(replaced, 60, "pods of the new model")
+    assert fewest == 3
+    eventually(lambda: world.condition("PolicyApplied")["reason"] == "Applied" and "exact" not in world.digests(), 60, "promoted")
+    world.ready()
+    assert world.get("SereTuningJob", second)["status"]["stage"] == "ended"
+
+    world.apply(manifest(replicas=3, engine={"image": "engine:2"}, **newer))
+    third = eventually(
+        lambda: next(j["metadata"]["name"] for j in world.items("Job") if j["metadata"]["name"] not in (first, second)), 30
+    )
+    publish(world, third, "Infeasible", "nearest miss: topk 4")
+    eventually(lambda: world.condition("Ready")["reason"] == "ProfileRequired", 20)
+    assert "nearest miss: topk 4" in world.condition("Ready")["message"]
+
+    def image() -> str:
+        return str(world.get("Deployment", "m")["spec"]["template"]["spec"]["containers"][0]["image"])
+
+    assert image() == "engine:1"
+    waived = {**newer, "rollout": {**TUNED["rollout"], "requireProfile": False}}
+    world.apply(manifest(replicas=3, engine={"image": "engine:2"}, **waived))
+    eventually(lambda: image() == "engine:2", 20)
+
+
 def test_one_pod_alone_is_both_sides(world: World) -> None:
     world.apply(manifest(**TUNED))
     world.ready()

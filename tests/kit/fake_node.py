@@ -20,6 +20,7 @@ from typing import Any
 from kubernetes import client as kube
 from kubernetes import config as kube_config
 from kubernetes.dynamic import DynamicClient
+from sere_ext.profile import ProfileKey
 
 MANAGED = "app.kubernetes.io/managed-by=sere-operator"
 BOUNDS_MS = (5.0, 10.0, 20.0, 50.0, 100.0, 500.0)
@@ -54,6 +55,7 @@ class FakePod:
     tokens: int = 0
     ready: bool = False
     switches: list[str] = field(default_factory=list)
+    key: dict[str, Any] = field(default_factory=dict)  # the ProfileKey that it says it runs
 
 
 class FakeNode:
@@ -63,7 +65,7 @@ class FakeNode:
     traffic      finished requests per second and pod that the histograms show
     load_s       from a pod's birth to Ready
     project_s    from a changed annotation or ConfigMap to its application
-    key          the ProfileKey that pods say they run
+    key          the ProfileKey that pods say they run, with the model revision of their arguments
     """
 
     def __init__(self, kubeconfig: str, load_s: float = 0.5, project_s: float = 0.3) -> None:
@@ -196,6 +198,8 @@ class FakeNode:
         self._address(address)
         meta = pod["metadata"]
         known = FakePod(meta["name"], meta["namespace"], meta["uid"], address, time.monotonic())
+        args = pod["spec"]["containers"][0]["args"]
+        known.key = {**self.key, **({"modelRevision": args[args.index("--revision") + 1]} if "--revision" in args else {})}
         self.pods[meta["uid"]] = known
         self._report(known)
         return known
@@ -240,6 +244,10 @@ class FakeNode:
         known.error = None
         if digest != "exact" and f"{digest}.json" not in data:
             known.error, digest = f"policy {digest} is not in the ConfigMap", known.digest
+        made = json.loads(data.get(f"{digest}.key.json", "null"))
+        stale = made and ProfileKey.model_validate(made).mismatch(ProfileKey.model_validate(known.key))
+        if stale:
+            known.error, digest = f"PolicyStale: {stale}", "exact"
         refusal = self.behaviours.get(digest, self.default).refuse
         if refusal is not None:
             known.error, digest = refusal, known.digest
@@ -287,7 +295,7 @@ class FakeNode:
             return {"choices": [{"text": text}], "usage": {"completion_tokens": 1}}
         return {
             "ready": True, "source": "file", "policy": {}, "policyDigest": pod.digest, "similarityDigest": None,
-            "generation": pod.generation, "override": pod.override, "error": pod.error, "key": self.key,
+            "generation": pod.generation, "override": pod.override, "error": pod.error, "key": pod.key,
             "model": {"numExperts": 16, "topK": 4, "moeLayers": [0]},
             "ranks": [{"rank": 0, "policyDigest": pod.digest, "similarityDigest": None, "generation": pod.generation}],
             "counters": {},

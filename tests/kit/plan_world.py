@@ -43,9 +43,14 @@ class Pod:
     counts: dict[str, list[float]] = field(default_factory=dict)  # digest -> [requests, seconds, over 20 ms]
     ran: list[str] = field(default_factory=list)
     ready: bool = True
+    revision: str = ""  # of the model, as its template's arguments say
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {**KEY, "modelRevision": self.revision}
 
 
-def profile_body(policy: dict[str, Any], *, certified: bool = True, golden: int = GOLDEN) -> dict[str, Any]:
+def profile_body(policy: dict[str, Any], *, certified: bool = True, golden: int = GOLDEN, revision: str = "") -> dict[str, Any]:
     accuracy = {
         "exact": 0.8, "chosen": 0.8, "items": 1000, "maxDropPoints": 1.0, "confidence": 0.95, "dropPoints": 0.1,
         "discordantShare": 0.01, "noiseFloor": 0.01,
@@ -53,7 +58,7 @@ def profile_body(policy: dict[str, Any], *, certified: bool = True, golden: int 
     return {
         "apiVersion": meta.API_VERSION, "kind": "SereProfile", "metadata": {"name": "p", "namespace": "ns"},
         "spec": {
-            "policy": policy, "key": KEY,
+            "policy": policy, "key": {**KEY, "modelRevision": revision},
             "evidence": {
                 "certified": certified, "tpotMs": {"exact": 20, "chosen": 15, "limit": 20},
                 "speedup": {"value": 1.3, "condition": "equal concurrency 16"}, "accuracy": accuracy,
@@ -82,6 +87,7 @@ class World:
         }  # fmt: skip
         self.children: dict[str, Any] = {}
         self.pods = [Pod(f"m-{i}", f"uid-{i}") for i in range(replicas)]
+        self._made = 100
         self.profiles: dict[str, Any] = {}
         self.jobs: list[dict[str, Any]] = []
         self.harmful: set[str] = set()
@@ -122,8 +128,8 @@ class World:
         state = {
             "ready": True,
             "policyDigest": pod.digest,
-            "key": KEY,
-            "error": self.errors.get(pod.name),
+            "key": pod.key,
+            "error": self.errors.get(pod.name) or self._refusal(pod),
             "ranks": [{"rank": 0, "policyDigest": pod.digest}],
         }
         series = {  # as if every latency of one policy were the same
@@ -173,11 +179,34 @@ class World:
         if body["kind"] == "Deployment":
             live["metadata"]["generation"] = 1
             count = body["spec"]["replicas"]
-            live["status"] = {
-                "observedGeneration": 1, "replicas": count, "updatedReplicas": count, "availableReplicas": count,
-            }  # fmt: skip
-            self.pods = self.pods[:count] + [Pod(f"m-{i}", f"uid-{i}") for i in range(len(self.pods), count)]
+            revision = _revision(live)
+            self.pods = self.pods[:count] + [self._pod(revision) for _ in range(len(self.pods), count)]
         self.children[body["kind"]] = live
+        self._deployment_status()
+
+    def _pod(self, revision: str) -> Pod:
+        self._made += 1
+        return Pod(f"m-{self._made}", f"uid-{self._made}", revision=revision)
+
+    def _replace_one(self) -> None:
+        """The Deployment controller's part: a new pod beside the old ones, then one of those goes."""
+        live = self.children.get("Deployment")
+        old = [pod for pod in self.pods if live is not None and pod.revision != _revision(live)]
+        if live is None or not old:
+            return
+        if len(self.pods) > live["spec"]["replicas"]:
+            self.pods.remove(old[0])
+        else:
+            self.pods.append(self._pod(_revision(live)))
+        self._deployment_status()
+
+    def _deployment_status(self) -> None:
+        if (live := self.children.get("Deployment")) is not None:
+            updated = sum(pod.revision == _revision(live) for pod in self.pods)
+            live["status"] = {
+                "observedGeneration": 1, "replicas": len(self.pods), "updatedReplicas": updated,
+                "availableReplicas": sum(pod.ready for pod in self.pods),
+            }  # fmt: skip
 
     def _annotate(self, patch: Any) -> None:
         for pod in self.pods:
@@ -218,12 +247,22 @@ class World:
         if "exact" in (pod.annotations.get(meta.OVERRIDE_ANNOTATION), data.get("override")):
             return "exact"
         digest = pod.annotations.get(meta.POLICY_ANNOTATION) or data["stable"]
+        if digest != "exact" and self._refusal(pod):
+            return "exact"
         return str(digest) if digest == "exact" or f"{digest}.json" in data else None
+
+    def _refusal(self, pod: Pod) -> str | None:
+        """What the plug-in says of a policy that was made for another model."""
+        data = (self.children.get("ConfigMap") or {}).get("data") or {}
+        digest = pod.annotations.get(meta.POLICY_ANNOTATION) or data.get("stable")
+        made = json.loads(data.get(f"{digest}.key.json") or "null")
+        return None if made in (None, pod.key) else "PolicyStale: serving exact routing until the next tuning"
 
     def tick(self, seconds: float = 1.0) -> None:
         self.now += seconds
         if seconds > 60:
             self.watching_since = self.now
+        self._replace_one()
         for pod in self.pods:
             wanted = self._projected(pod)
             if wanted is None or wanted == pod.digest or pod.name in self.errors:
@@ -251,6 +290,11 @@ class World:
                 return plan
             self.tick(400.0 if waiting and quiet >= 3 else 1.0)
         return plan
+
+
+def _revision(deployment: dict[str, Any]) -> str:
+    args = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+    return str(args[args.index("--revision") + 1]) if "--revision" in args else ""
 
 
 def _merge(live: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:

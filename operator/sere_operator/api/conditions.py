@@ -58,6 +58,14 @@ class Reason(Documented):
         "RolloutBlocked",
         "New pods cannot start; the message names the cause (InsufficientGPU) and the way out.",
     )
+    TUNING_FIRST = (
+        "TuningFirst",
+        "The new model or engine is being tuned; the pods of the old one serve on until its profile is certified.",
+    )
+    PROFILE_REQUIRED = (
+        "ProfileRequired",
+        "The new model or engine has no certified profile, so the pods of the old one serve on; the message names the way out.",
+    )
     ROLLOUT_COMPLETE = "RolloutComplete", "Pods and policy are as the spec wants them."
     POLICY_ROLLING_OUT = "PolicyRollingOut", "A policy is on its way: canary, analysis or promotion."
     # PolicyApplied

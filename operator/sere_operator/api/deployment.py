@@ -120,8 +120,8 @@ class Rollout(Record):
     require_profile: Annotated[
         bool | None,
         Field(
-            description="tune a new engine or model revision before the old goes; not acted on yet: the new one serves exactly "
-            "until it is tuned. Default: true when Tuned."
+            description="mode Tuned: pods that serve by a tuned policy are replaced by ones of a changed model or engine only "
+            "once that is tuned and its profile certified; false: at once, with exact routing until it is tuned. Default: true."
         ),
     ] = None
     strategy: Annotated[Strategy, Field(description="Surge or DrainFirst. Default: Surge.")] = Strategy.SURGE
@@ -191,9 +191,8 @@ class SereDeploymentSpec(Record):
 
     @property
     def profile_required(self) -> bool:
-        """Whether a new engine or model revision waits for a profile of its own."""
-        wanted = self.rollout.require_profile
-        return self.routing.mode is RoutingMode.TUNED if wanted is None else wanted
+        """Whether a new model or engine waits for a profile of its own."""
+        return self.routing.mode is RoutingMode.TUNED and self.rollout.require_profile is not False
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -7,6 +7,7 @@ annotations, so it can never restart a pod.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from sere_ext.policy import Policy
@@ -16,6 +17,7 @@ from sere_operator.api import meta
 from sere_operator.api.common import Percentiles
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan import pods
+from sere_operator.plan.engine import revision
 
 Object = dict[str, Any]
 
@@ -79,6 +81,12 @@ def metadata(owner: Object, name: str, component: str = meta.ENGINE_COMPONENT) -
 def served_name(name: str, spec: SereDeploymentSpec) -> str:
     """The `model` that clients send: the hub's name, or the resource's own where the model is a path."""
     return spec.model.name or name
+
+
+def served_by(pod: Object, otherwise: str) -> str:
+    """The `model` that this pod answers to. It may be of a spec before."""
+    args = next((c.get("args") or [] for c in pod["spec"]["containers"] if c["name"] == "engine"), [])
+    return next((value for flag, value in pairwise(args) if flag == "--served-model-name"), otherwise)
 
 
 def _limits(percentiles: Percentiles | None) -> str:
@@ -179,7 +187,8 @@ def deployment(owner: Object, spec: SereDeploymentSpec, defaults: Defaults) -> O
     }
     if spec.wanted_replicas is not None:
         body["replicas"] = spec.wanted_replicas
-    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata(owner, deployment_name(name)), "spec": body}
+    annotated = {**metadata(owner, deployment_name(name)), "annotations": {meta.REVISION_ANNOTATION: revision(spec)}}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": annotated, "spec": body}
 
 
 def deployment_name(name: str) -> str:

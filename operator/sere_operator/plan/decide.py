@@ -14,7 +14,7 @@ from sere_operator.api import meta
 from sere_operator.api.common import SpecError, parse_spec
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
-from sere_operator.plan import children, drift, rollout, routing, status
+from sere_operator.plan import children, drift, engine, rollout, routing, status, tuning_first
 from sere_operator.plan.children import Defaults, PolicyEntry
 from sere_operator.plan.routing import EXACT, Wanted
 from sere_operator.plan.snapshot import Event, Object, Plan, PodPatch, PodView, Snapshot
@@ -92,8 +92,13 @@ def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults)
     wanted = routing.wanted(snapshot, spec)
     known = {EXACT: PolicyEntry(EXACT_POLICY), **({} if wanted.hold else {wanted.digest: wanted.entry})}
     stable = stable_digest(snapshot)
-    if stable not in known and recovered_entry(snapshot, stable) is None:
+    recovered = recovered_entry(snapshot, stable)
+    if stable not in known and recovered is None:
         stable = EXACT  # the ConfigMap was lost: exact is always right, and the wanted policy comes by its canary again
+    refused = recovered is not None and recovered.key is not None and routing.stale_reason(snapshot, recovered.key) is not None
+    if refused and not wanted.hold and wanted.digest != EXACT:
+        stable = EXACT  # of the engine before, so all pods refuse it, and a policy of the same digest needs its canary here
+    hold = tuning_first.held(snapshot, spec, wanted, stable)
     step = rollout.advance(snapshot, spec, wanted, stable)
 
     entries: dict[str, PolicyEntry] = {}
@@ -106,10 +111,13 @@ def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults)
         step = replace(step, stable=EXACT)  # `stable` must never name what is not there: pods would keep what they have
 
     owner, plan = snapshot.object, Plan()
+    deployment = children.deployment(owner, spec, defaults)
+    if hold is not None:
+        deployment = engine.kept(deployment, snapshot.children["Deployment"])
     config_map = drift.stamped(children.policy_config_map(owner, step.stable, routing.overridden(snapshot), entries))
     bodies = [
         config_map,
-        drift.stamped(children.deployment(owner, spec, defaults)),
+        drift.stamped(deployment),
         drift.stamped(children.service(owner)),
         drift.stamped(children.disruption_budget(owner, spec)),
     ]
@@ -136,10 +144,10 @@ def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults)
                 plan.events.append(Event("Normal", "Healed", f"{body['kind']} {body['metadata']['name']}: {where} was put back"))
     plan.pods = [patch for pod in snapshot.live_pods if (patch := pod_patch(snapshot, step, config_map, pod)) is not None]
     _tune(snapshot, spec, plan)
-    new = status.without_none(status.build(snapshot, spec, wanted, step))
+    new = status.without_none(status.build(snapshot, spec, wanted, step, hold))
     plan.status = status.merge_patch(new, snapshot.status)
     plan.events += [*step.events, *_transitions(snapshot, new)]
-    plan.requeue_after = _requeue(snapshot, new, step)
+    plan.requeue_after = IDLE_POLL_S if hold is not None and step.requeue_after is None else _requeue(snapshot, new, step)
     return plan
 
 
@@ -223,6 +231,7 @@ _SILENT = frozenset({
 })  # fmt: skip
 _WARNINGS = frozenset({
     Reason.ROLLOUT_BLOCKED, Reason.FAILED, Reason.INFEASIBLE, Reason.NOT_ROUTABLE, Reason.POLICY_STALE, Reason.TUNING_BLOCKED,
+    Reason.PROFILE_REQUIRED,
 })  # fmt: skip
 
 

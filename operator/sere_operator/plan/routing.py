@@ -13,6 +13,7 @@ from sere_ext.profile import Profile, ProfileKey, ProfileSpec
 from sere_operator.api import meta
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
+from sere_operator.plan import engine
 from sere_operator.plan.children import PolicyEntry
 from sere_operator.plan.snapshot import Object, Similarity, Snapshot
 
@@ -52,12 +53,6 @@ def overridden(snapshot: Snapshot) -> bool:
     return snapshot.annotations.get(meta.OVERRIDE_ANNOTATION) == meta.OVERRIDE_EXACT
 
 
-def revision(spec: SereDeploymentSpec) -> str:
-    """What a rejection is remembered for: the model and engine. 12 hex digits."""
-    state = {"model": spec.model.to_json_dict(), "engine": spec.engine.to_json_dict()}
-    return hashlib.sha256(canonical_json(state)).hexdigest()[:12]
-
-
 def tuning_hash(spec: SereDeploymentSpec) -> str:
     """What a tuning run is for. Any change asks for another run; replicas, rollout and routing do not. 8 hex digits."""
     state = {
@@ -84,7 +79,8 @@ def wanted(snapshot: Snapshot, spec: SereDeploymentSpec) -> Wanted:
     2. Static                 the given policy; held while its similarity artefact cannot be had.
     3. Profile                the named profile; missing or of another digest: held, and said.
     4. Tuned                  the newest profile that this spec's tuning made, else an earlier one; none yet: exact.
-    5. a profile made for another model, engine or plug-in than runs: exact, PolicyStale.
+    5. a profile made for another model, engine or plug-in than runs: held while pods are being replaced, since those of
+       the one revision may still serve and each refuses what is not for it; then exact, PolicyStale.
     """
     routing = spec.routing
     if routing.mode is RoutingMode.EXACT:
@@ -103,20 +99,48 @@ def wanted(snapshot: Snapshot, spec: SereDeploymentSpec) -> Wanted:
 
 
 def profile_name(snapshot: Snapshot, spec: SereDeploymentSpec) -> str | None:
-    """Profile mode: the named one. Tuned: what this spec's tuning job made, else what an earlier one made."""
+    """Profile mode: the named one. Tuned: what this spec's tuning job made, else what an earlier one made.
+
+    While the pods are of the model or engine before, the profile that they serve by comes first.
+    """
     if spec.routing.mode is RoutingMode.PROFILE:
         return spec.routing.profile_ref.name if spec.routing.profile_ref else None
     if spec.routing.mode is not RoutingMode.TUNED:
         return None
-    job = tuning_job_of(snapshot, spec)
-    made = (job or {}).get("status", {}).get("profile")
-    return made or (snapshot.status.get("policy") or {}).get("profile")
+    made, served = made_profile(snapshot, spec), (snapshot.status.get("policy") or {}).get("profile")
+    return served or made if engine.changing(snapshot, spec) else made or served
+
+
+def made_profile(snapshot: Snapshot, spec: SereDeploymentSpec) -> str | None:
+    """The name of what this spec's tuning made."""
+    return ((tuning_job_of(snapshot, spec) or {}).get("status") or {}).get("profile")
+
+
+def profiles_needed(snapshot: Snapshot, spec: SereDeploymentSpec) -> list[str]:
+    """The profiles that `observe` must read for this spec."""
+    names = [profile_name(snapshot, spec)]
+    if spec.routing.mode is RoutingMode.TUNED:
+        names.append(made_profile(snapshot, spec))
+    return sorted({name for name in names if name})
+
+
+def read_profile(snapshot: Snapshot, name: str | None) -> ProfileSpec | None:
+    """None where there is no such profile, or none that this release can read."""
+    found = snapshot.profiles.get(name or "")
+    try:
+        return _parse(found) if found is not None else None
+    except ProfileError:
+        return None
+
+
+def _parse(found: Object) -> ProfileSpec:
+    return Profile.parse({key: found[key] for key in ("apiVersion", "kind", "spec") if key in found}).spec
 
 
 def _from_profile(snapshot: Snapshot, spec: SereDeploymentSpec, name: str, found: Object) -> Wanted:
     mode = spec.routing.mode
     try:
-        profile = Profile.parse({key: found[key] for key in ("apiVersion", "kind", "spec") if key in found}).spec
+        profile = _parse(found)
     except ProfileError as error:
         return _exact(mode, Reason.PROFILE_MISSING, f"profile {name} cannot be read: {error}", hold=True)
     pinned = spec.routing.profile_ref.digest if spec.routing.profile_ref else None
@@ -124,6 +148,10 @@ def _from_profile(snapshot: Snapshot, spec: SereDeploymentSpec, name: str, found
         message = f"profile {name} has digest {profile.digest}, spec.routing.profileRef asks for {pinned}"
         return _exact(mode, Reason.PROFILE_MISSING, message, hold=True)
     stale = stale_reason(snapshot, profile.key)
+    rolling = engine.replacing(snapshot)
+    if stale is not None and rolling is not None:
+        message = f"{stale}, but pods are being replaced ({rolling}); the policy in force stays until they are"
+        return Wanted(PolicyEntry(EXACT_POLICY), EXACT, mode, name, profile, Reason.POLICY_PENDING, message, hold=True)
     if stale is not None:
         message = f"{stale}; serving exact routing until the next tuning"
         return Wanted(PolicyEntry(EXACT_POLICY), EXACT, mode, name, profile, Reason.POLICY_STALE, message)

@@ -9,9 +9,11 @@ from sere_operator.api import meta
 from sere_operator.api.conditions import ConditionType, Reason, set_condition
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
 from sere_operator.plan.children import selector
-from sere_operator.plan.routing import EXACT, Wanted, overridden, tuning_job_name, tuning_job_of
+from sere_operator.plan.engine import replacing
+from sere_operator.plan.routing import EXACT, Wanted, overridden, read_profile, tuning_job_name, tuning_job_of
 from sere_operator.plan.snapshot import Object, PodView, Resource, Snapshot
 from sere_operator.plan.step import Step, seconds
+from sere_operator.plan.tuning_first import Hold
 
 SCHEDULING_GRACE_S = 10.0
 
@@ -53,21 +55,14 @@ def rollout_problem(snapshot: Snapshot) -> str | None:
     return None
 
 
-def pods_current(snapshot: Snapshot, spec: SereDeploymentSpec) -> str | None:
+def pods_current(snapshot: Snapshot) -> str | None:
     """None if the Deployment has rolled out this very spec, else what is missing."""
-    deployment = snapshot.children.get("Deployment")
-    if deployment is None:
-        return "the Deployment is being created"
-    status, meta_ = deployment.get("status") or {}, deployment["metadata"]
-    wanted = deployment["spec"].get("replicas", 1)
-    if status.get("observedGeneration", 0) < meta_.get("generation", 0):
-        return "the newest pod template has not been seen yet"
-    updated, there = status.get("updatedReplicas", 0), status.get("replicas", 0)
-    if updated < wanted or there > updated:
-        return f"{updated} of {wanted} pods are of the current spec"
-    if status.get("availableReplicas", 0) < wanted:
-        return f"{status.get('availableReplicas', 0)} of {wanted} pods are ready"
-    return None
+    rolling = replacing(snapshot)
+    if rolling is not None:
+        return rolling
+    deployment = snapshot.children["Deployment"]
+    ready, wanted = (deployment.get("status") or {}).get("availableReplicas", 0), deployment["spec"].get("replicas", 1)
+    return f"{ready} of {wanted} pods are ready" if ready < wanted else None
 
 
 def available(snapshot: Snapshot) -> Judgement:
@@ -77,9 +72,14 @@ def available(snapshot: Snapshot) -> Judgement:
     return False, Reason.NO_POD_ANSWERING, "no pod passes its readiness probe"
 
 
-def ready(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, step: Step) -> Judgement:
-    """The checklist, in order. It never waits for tuning: in mode Tuned what is stable is what the spec asks for."""
-    behind = pods_current(snapshot, spec)
+def ready(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, step: Step, hold: Hold | None) -> Judgement:
+    """The checklist, in order. It never waits for tuning: in mode Tuned what is stable is what the spec asks for.
+
+    But where pods of another model or engine are kept until the spec's is tuned, it is not the spec that answers.
+    """
+    if hold is not None:
+        return False, hold.reason, hold.message
+    behind = pods_current(snapshot)
     if behind is not None:
         blocked = rollout_problem(snapshot)
         if blocked is not None:
@@ -116,8 +116,10 @@ def _serving_message(snapshot: Snapshot, wanted: Wanted, step: Step) -> str:
     return f"serving policy {step.stable}"
 
 
-def progressing(snapshot: Snapshot, spec: SereDeploymentSpec, step: Step) -> Judgement:
-    behind = pods_current(snapshot, spec)
+def progressing(snapshot: Snapshot, step: Step, hold: Hold | None) -> Judgement:
+    if hold is not None:
+        return hold.reason is Reason.TUNING_FIRST, hold.reason, hold.message
+    behind = pods_current(snapshot)
     if behind is not None:
         blocked = rollout_problem(snapshot)
         if blocked is not None:
@@ -135,16 +137,9 @@ def tuned(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted) -> Judge
     status = (job or {}).get("status") or {}
     outcome, running = status.get("outcome"), _condition(status, ConditionType.COMPLETE)
     kept = "" if wanted.profile is None else f"; profile {wanted.profile_name} of an earlier run serves on"
-    if outcome == "Chosen" and status.get("profile") == wanted.profile_name and wanted.profile is not None:
-        if wanted.problem is Reason.POLICY_STALE:
-            return False, Reason.POLICY_STALE, wanted.message
-        if not wanted.profile.evidence.certified:
-            return False, Reason.UNCERTIFIED, f"profile {wanted.profile_name} is advisory; it is promoted only when approved"
-        return True, Reason.CERTIFIED, f"profile {wanted.profile_name} is certified"
-    if outcome == "Chosen" and status.get("profile") not in snapshot.profiles:
-        gone = f"profile {status.get('profile')} of this spec's tuning is gone"
-        return False, Reason.PROFILE_MISSING, f"{gone}; delete SereTuningJob {tuning_job_name(snapshot.name, spec)} to tune again"
-    if outcome and outcome != "Chosen":
+    if outcome == "Chosen":
+        return _tuned_by(snapshot, spec, wanted, status.get("profile"))
+    if outcome:
         reason = next((r for r in Reason if r.value == outcome), Reason.FAILED)
         return False, reason, str((running or {}).get("message") or outcome) + kept
     if job is None:
@@ -155,17 +150,29 @@ def tuned(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted) -> Judge
     return False, Reason.TUNING, f"{stage}, {status.get('progress') or 'not begun'}" + kept
 
 
+def _tuned_by(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, made: str | None) -> Judgement:
+    profile = read_profile(snapshot, made)
+    if profile is None:
+        again = f"delete SereTuningJob {tuning_job_name(snapshot.name, spec)} to tune again"
+        return False, Reason.PROFILE_MISSING, f"profile {made} of this spec's tuning is gone or cannot be read; {again}"
+    if made == wanted.profile_name and wanted.problem is Reason.POLICY_STALE:
+        return False, Reason.POLICY_STALE, wanted.message
+    if not profile.evidence.certified:
+        return False, Reason.UNCERTIFIED, f"profile {made} is advisory; it is promoted only when approved"
+    return True, Reason.CERTIFIED, f"profile {made} is certified"
+
+
 def _condition(status: Object, kind: ConditionType) -> Object | None:
     return next((c for c in status.get("conditions") or [] if c.get("type") == kind.value), None)
 
 
-def build(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, step: Step) -> Object:
+def build(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, step: Step, hold: Hold | None) -> Object:
     """The whole status as it is to be; None values mean: not there."""
     conditions = list(snapshot.status.get("conditions") or [])
     for kind, judgement in (
-        (ConditionType.READY, ready(snapshot, spec, wanted, step)),
+        (ConditionType.READY, ready(snapshot, spec, wanted, step, hold)),
         (ConditionType.AVAILABLE, available(snapshot)),
-        (ConditionType.PROGRESSING, progressing(snapshot, spec, step)),
+        (ConditionType.PROGRESSING, progressing(snapshot, step, hold)),
         (ConditionType.POLICY_APPLIED, (step.applied, step.reason, step.message)),
         (ConditionType.TUNED, tuned(snapshot, spec, wanted)),
     ):

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import MAX_REJECTED, SereDeploymentSpec
+from sere_operator.plan.engine import revision
 from sere_operator.plan.evidence import Stage
-from sere_operator.plan.routing import Wanted, revision
+from sere_operator.plan.routing import Wanted
 from sere_operator.plan.snapshot import Event, Object, Snapshot
 from sere_operator.plan.step import POLL_S, Step, seconds, stamp
 

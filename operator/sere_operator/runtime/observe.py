@@ -67,9 +67,9 @@ async def observe(client: Client, prober: Prober, namespace: str, name: str) -> 
 
 
 async def _profiles(client: Client, snapshot: Snapshot, spec: SereDeploymentSpec) -> dict[str, Object]:
-    name = routing.profile_name(snapshot, spec)
-    profile = await _ours(client, meta.PROFILE_KIND, snapshot.namespace, name) if name else None
-    return {name: profile} if name and profile else {}
+    names = routing.profiles_needed(snapshot, spec)
+    found = [await _ours(client, meta.PROFILE_KIND, snapshot.namespace, name) for name in names]
+    return {name: profile for name, profile in zip(names, found, strict=True) if profile}
 
 
 def pod_base(pod: Object) -> str | None:
@@ -84,7 +84,6 @@ def pod_base(pod: Object) -> str | None:
 async def _ask(
     prober: Prober, snapshot: Snapshot, spec: SereDeploymentSpec, pods: list[Object]
 ) -> tuple[list[PodView], str | None]:
-    model = children.served_name(snapshot.name, spec)
     with_metrics, limits = evidence.metrics_needed(snapshot.status), slo_limits(spec)
 
     async def one(pod: Object) -> PodView:
@@ -95,6 +94,7 @@ async def _ask(
         if state is None:
             return view
         view = replace(view, state=state)
+        model = children.served_by(pod, children.served_name(snapshot.name, spec))
         proven = await prober.proven(base, model, (view.uid, str(view.restarts)), view.digest) if view.ready else None
         metrics: PodMetrics | None = await prober.metrics(base, limits) if with_metrics else None
         return replace(view, proven=proven, metrics=metrics)
@@ -108,6 +108,7 @@ async def _ask(
     # Proven anew whenever the pods behind it, or what they run, are others.
     key = (service["metadata"]["uid"], *sorted(f"{view.uid}/{view.restarts}/{view.proven}" for view in ready))
     host = f"[{address}]" if ":" in address else address
+    model = children.served_by(ready[0].object, children.served_name(snapshot.name, spec))
     return views, await prober.through_service(f"http://{host}:{children.PORT}", model, key)
 
 
@@ -128,7 +129,7 @@ async def _golden(prober: Prober, snapshot: Snapshot, spec: SereDeploymentSpec) 
         if base is not None:
             results.append(
                 await prober.golden(
-                    base, children.served_name(snapshot.name, spec), wanted.profile.golden_prompts,
+                    base, children.served_by(pod.object, children.served_name(snapshot.name, spec)), wanted.profile.golden_prompts,
                     golden_concurrency(wanted.profile.policy), pod.uid, digest,
                 )
             )  # fmt: skip

@@ -50,6 +50,16 @@ def test_a_certified_policy() -> None:
     ]
 
 
+def test_a_rollout_that_waits_for_its_tuning() -> None:
+    held = condition(
+        "Progressing", "True", "TuningFirst", "search, 3/8 trials; to replace them now, set rollout.requireProfile: false"
+    )
+    assert (
+        "Progressing is True (TuningFirst): search, 3/8 trials; to replace them now, set rollout.requireProfile: false."
+        in told(deployment(conditions=[held]))
+    )
+
+
 def test_the_kill_switch_on_the_resource() -> None:
     first = told(deployment(annotations={meta.OVERRIDE_ANNOTATION: "exact"}))[0]
     assert "because the kill switch is on" in first

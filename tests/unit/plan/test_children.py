@@ -46,6 +46,12 @@ def test_the_policy_is_nowhere_in_the_pod_template() -> None:
     assert children.pod_template("m", spec(), Defaults()) == children.pod_template("m", spec(routing=static), Defaults())
 
 
+def test_a_pod_is_asked_by_the_name_that_it_serves_under() -> None:
+    """Pods of the model before may serve on for hours, and know nothing of the new one's name."""
+    assert children.served_by(children.pod_template("m", spec(), Defaults()), "other/model") == "org/model"
+    assert children.served_by({"spec": {"containers": [{"name": "engine", "args": ["serve"]}]}}, "other/model") == "other/model"
+
+
 def test_the_pod_passes_the_restricted_profile() -> None:
     """https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted"""
     pod = children.pod_template("m", spec(), Defaults())["spec"]
