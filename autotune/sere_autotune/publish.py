@@ -27,7 +27,9 @@ _MAX_BYTES = 1_000_000  # of all data; the API server's limit is 1 MiB
 
 
 class PublishError(SereError):
-    """The result could not be written to the API server."""
+    """The result could not be written to the API server. Run again, a finished study is told again."""
+
+    exit_code = 6
 
 
 @dataclass(frozen=True)

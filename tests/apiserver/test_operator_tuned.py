@@ -224,9 +224,15 @@ def test_one_pod_alone_is_both_sides(world: World) -> None:
 
 
 def test_outcomes_without_a_policy_keep_exact_and_say_why(world: World) -> None:
-    world.apply(manifest(**TUNED))
+    kept = {**TUNED, "tuning": {**TUNED["tuning"], "storage": {"claimName": "studies"}}}
+    world.apply(manifest(**kept))
     world.ready()
     job = tuning_job(world)
+    pod = world.get("Job", job)["spec"]["template"]["spec"]
+    assert next(v for v in pod["volumes"] if v["name"] == "run")["persistentVolumeClaim"] == {"claimName": "studies"}
+    (mount,) = (m for m in pod["containers"][0]["volumeMounts"] if m["name"] == "run")
+    given = json.loads(world.get("ConfigMap", f"{job}-input")["data"]["tuning.yaml"])
+    assert (given["out"], mount.get("readOnly")) == (f"{mount['mountPath']}/{job}", None)
     publish(world, job, "Infeasible", "nearest miss: topk 4 has TPOT p95 20.8 ms, 4 % over the limit of 20 ms")
     eventually(lambda: world.condition("Tuned")["reason"] == "Infeasible")
     assert "nearest miss" in world.condition("Tuned")["message"]

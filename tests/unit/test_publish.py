@@ -90,8 +90,9 @@ def test_an_overloaded_server_is_tried_again_and_a_refusal_is_not(server: Server
     publisher(server).failed("x", 1)
     assert len(server.requests) == 3
     server.statuses = [403]
-    with pytest.raises(PublishError, match=r"refused for good configmap models/qwen3-tuning \(403\): told why"):
+    with pytest.raises(PublishError, match=r"refused for good configmap models/qwen3-tuning \(403\): told why") as refused:
         publisher(server).failed("x", 1)
+    assert refused.value.exit_code == 6, "not an answer that was told: the Job may run it again"
 
 
 def test_an_artefact_too_large_for_a_configmap_is_refused(server: Server, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from sere_ext.policy import Record
 
 from sere_operator.api.common import (
+    Claim,
     DnsName,
     Engine,
     Model,
@@ -161,6 +162,14 @@ class Tuning(Record):
     ] = None
     resources: Annotated[Resources | None, Field(description="of the tuning pod. Default: spec.resources.")] = None
     volumes: Annotated[tuple[VolumeMount, ...], Field(max_length=16, description="further claims, beside spec.volumes")] = ()
+    storage: Annotated[
+        Claim | None,
+        Field(
+            description="writable claim that keeps the study: a run whose pod was evicted, crashed or suspended goes on where it was, "
+            "and later runs know which items were opened. Several runs may share one. Default: an emptyDir, so that such a run "
+            "fails, or begins anew after suspend"
+        ),
+    ] = None
 
 
 class SereTuningJobSpec(Record):
@@ -177,7 +186,9 @@ class SereTuningJobSpec(Record):
     node_selector: Annotated[dict[str, str] | None, Field(max_length=16, description="labels that a node must have")] = None
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16, description="taints that the pod tolerates")] = ()
     runtime_class_name: Annotated[DnsName | None, Field(description="such as nvidia")] = None
-    suspend: Annotated[bool, Field(description="true stops the run; it goes on where it was when set back")] = False
+    suspend: Annotated[
+        bool, Field(description="true stops the run; set back it goes on where it was, without tuning.storage it begins anew")
+    ] = False
 
 
 class TrialCounts(Record):

@@ -15,8 +15,9 @@ from sere_operator.plan.snapshot import Object, TuningSnapshot
 
 TUNING_DIR = "/etc/sere-tuning"
 RUN_DIR = "/var/lib/sere"
-# Exit codes of `sere tune` that are answers (ARCHITECTURE.md); running again would say the same.
-FINAL_EXIT_CODES = [2, 3, 4, 5]
+# Exit codes of `sere tune` that are answers and were told (ARCHITECTURE.md); running again would say the same.
+FINAL_EXIT_CODES = [1, 2, 3, 4, 5]
+RETRIES = 6  # pods after one that crashed, where the study is kept
 
 
 def input_name(name: str) -> str:
@@ -27,8 +28,12 @@ def result_name(name: str) -> str:
     return meta.child_name(name, "result")
 
 
-def tuning_file(spec: SereTuningJobSpec, storage: pods.Storage) -> Object:
-    """tuning.yaml as `sere tune` reads it, with every URI turned into the path at which it is mounted."""
+def tuning_file(spec: SereTuningJobSpec, storage: pods.Storage, folder: str = "run") -> Object:
+    """tuning.yaml as `sere tune` reads it, with every URI turned into the path at which it is mounted.
+
+    Args:
+        folder: of this run's study; the folder above it holds what runs share (`sere-ledger.json`).
+    """
     tuning, accuracy = spec.tuning, spec.accuracy
     engine: Object = {"tensorParallelSize": spec.engine.tensor_parallel_size, "extraArgs": list(spec.engine.extra_args)}
     if spec.engine.max_model_len is not None:
@@ -58,7 +63,7 @@ def tuning_file(spec: SereTuningJobSpec, storage: pods.Storage) -> Object:
     whole["search"] = search
     if tuning.certify:
         whole["certify"] = tuning.certify
-    whole["out"] = f"{RUN_DIR}/run"
+    whole["out"] = f"{RUN_DIR}/{folder}"
     return whole
 
 
@@ -73,7 +78,7 @@ def build(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaults)
     owner, name, namespace = snapshot.object, snapshot.name, snapshot.namespace
     metadata = {"namespace": namespace, "labels": labels(snapshot, spec), "ownerReferences": [children.owner_reference(owner)]}
     storage = pods.Storage()
-    text = json.dumps(tuning_file(spec, storage), indent=2)  # JSON is YAML
+    text = json.dumps(tuning_file(spec, storage, name), indent=2)  # JSON is YAML
     rules = [{"apiGroups": [""], "resources": ["configmaps"], "resourceNames": [result_name(name)], "verbs": ["create", "patch"]}]
     rbac = "rbac.authorization.k8s.io"
     return [
@@ -103,10 +108,18 @@ def build(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaults)
 
 
 def job_spec(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaults, storage: pods.Storage) -> Object:
-    """One pod of the tuner's own container; an answer ends the Job, a crash is tried again twice."""
+    """One pod of the tuner's own container. An answer ends the Job.
+
+    Where the study is kept, a pod that was lost is replaced by one that goes on; where it goes with its pod, another pod
+    would spend the budget anew, so the Job fails instead.
+    """
     storage.extra((*spec.volumes, *spec.tuning.volumes))
     storage.scratch()
-    storage.empty("run", RUN_DIR)
+    kept = spec.tuning.storage
+    if kept is None:
+        storage.empty("run", RUN_DIR)
+    else:
+        storage.claim(kept.claim_name, RUN_DIR, name="run", read_only=False)
     storage.volumes.append({"name": "tuning", "configMap": {"name": input_name(snapshot.name)}})
     storage.mounts.append({"name": "tuning", "mountPath": TUNING_DIR, "readOnly": True})
     target = f"configmap/{snapshot.namespace}/{result_name(snapshot.name)}"
@@ -124,12 +137,13 @@ def job_spec(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaul
     wanted = spec.tuning.resources or spec.resources
     if wanted is not None:
         container["resources"] = pods.resources(wanted)
-    rules = [
-        {"action": "FailJob", "onExitCodes": {"containerName": "tuner", "operator": "In", "values": FINAL_EXIT_CODES}},
-        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    rules: list[Object] = [
+        {"action": "FailJob", "onExitCodes": {"containerName": "tuner", "operator": "In", "values": FINAL_EXIT_CODES}}
     ]
+    if kept is not None:
+        rules.append({"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]})
     return {
-        "backoffLimit": 2,
+        "backoffLimit": 0 if kept is None else RETRIES,
         "suspend": spec.suspend,
         "podFailurePolicy": {"rules": rules},
         "template": {

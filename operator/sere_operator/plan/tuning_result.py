@@ -70,7 +70,8 @@ def read_result(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> Result:
     conditions = {c["type"]: c for c in (job.get("status") or {}).get("conditions") or [] if c.get("status") == "True"}
     if "Failed" in conditions or "Complete" in conditions:
         words = _last_words(snapshot) or str(conditions.get("Failed", {}).get("message") or "the tuner ended without a result")
-        return Result("Failed", Reason.FAILED, words[:1000], trials)
+        lost = "" if spec.tuning.storage else "; with tuning.storage a run outlives its pod"
+        return Result("Failed", Reason.FAILED, words[: 1000 - len(lost)] + lost, trials)
     if spec.suspend:
         return Result(None, Reason.SUSPENDED, "spec.suspend is true", trials, "suspended")
     blocked = _unschedulable(snapshot)

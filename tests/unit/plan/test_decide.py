@@ -394,7 +394,9 @@ def test_a_changed_spec_asks_for_another_run_and_ends_the_one_that_is_not_wanted
     (first,) = world.jobs
     world.edit(replicas=3)
     world.settle()
-    assert world.jobs == [first], "replicas are not what is tuned"
+    world.edit(tuning={**TUNED["tuning"], "storage": {"claimName": "studies"}})
+    world.settle()
+    assert world.jobs == [first], "neither replicas nor where studies are kept are what is tuned"
     world.edit(slo={"tpotMs": {"p95": 10}})
     world.settle()
     (second,) = world.jobs

@@ -80,9 +80,32 @@ def test_children_are_valid_and_the_rights_end_at_the_result() -> None:
     ]
     job = by_kind["Job"]["spec"]
     assert job["template"]["spec"]["restartPolicy"] == "Never"
-    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2, 3, 4, 5]
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2, 3, 4, 5]
     names = [body["metadata"]["name"] for body in bodies if body["kind"] == "ConfigMap"]
     assert names == ["m-tune-1-input", "m-tune-1-result"]
+
+
+def test_a_lost_pod_is_replaced_only_where_the_study_outlives_it() -> None:
+    """Else another pod would spend the whole budget once more."""
+
+    def job_of(**tuning: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        spec = parse_spec(SereTuningJobSpec, {**SPEC, "tuning": {**SPEC["tuning"], **tuning}})  # type: ignore[dict-item]
+        bodies = tuning_children.build(snapshot(), spec, Defaults())
+        for body in bodies:
+            kubernetes_validate.validate(body, "1.34", strict=True)
+        given = next(body for body in bodies if body["metadata"]["name"] == "m-tune-1-input")
+        return bodies[-1]["spec"], json.loads(given["data"]["tuning.yaml"])
+
+    job, given = job_of()
+    assert {"name": "run", "emptyDir": {}} in job["template"]["spec"]["volumes"]
+    assert (job["backoffLimit"], len(job["podFailurePolicy"]["rules"])) == (0, 1)
+    job, given = job_of(storage={"claimName": "studies"})
+    assert {"name": "run", "persistentVolumeClaim": {"claimName": "studies"}} in job["template"]["spec"]["volumes"]
+    mounts = job["template"]["spec"]["containers"][0]["volumeMounts"]
+    assert {"name": "run", "mountPath": tuning_children.RUN_DIR} in mounts
+    assert given["out"] == f"{tuning_children.RUN_DIR}/m-tune-1", "several runs share the claim, each its own folder"
+    assert job["backoffLimit"] == tuning_children.RETRIES
+    assert job["podFailurePolicy"]["rules"][1]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
 
 
 def test_uris_become_paths_that_are_mounted() -> None:
@@ -152,11 +175,14 @@ def test_the_tuners_own_message_is_what_people_read(outcome: str) -> None:
 
 def test_a_job_that_died_without_a_word_is_failed_with_its_last_lines() -> None:
     job = {"kind": "Job", "metadata": {}, "spec": {}, "status": {"conditions": [{"type": "Failed", "status": "True"}]}}
-    ended = {"state": {"terminated": {"exitCode": 1, "message": "boom"}}}
+    ended = {"state": {"terminated": {"exitCode": 137, "message": "boom"}}}
     pod = {"metadata": {"name": "p"}, "status": {"containerStatuses": [ended]}}
     plan = tuning.decide_tuning(snapshot({}, children={("Job", "m-tune-1"): job}, pods=(pod,)), Defaults())
     assert plan.status is not None
-    assert plan.status["conditions"][0]["message"] == "the tuner ended with exit code 1: boom"
+    assert (
+        plan.status["conditions"][0]["message"]
+        == "the tuner ended with exit code 137: boom; with tuning.storage a run outlives its pod"
+    )
 
 
 def test_no_gpu_for_the_tuner_is_said_and_touches_nothing_else() -> None:
