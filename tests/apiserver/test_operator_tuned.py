@@ -162,7 +162,7 @@ def test_a_new_model_is_tuned_before_the_pods_of_the_old_one_go(world: World) ->
     first = tuning_job(world)
     publish(world, first, "Chosen", **{"profile.json": profile()})
     eventually(lambda: world.condition("PolicyApplied")["reason"] == "Applied", 60, "promoted")
-    pods, generation = {pod.uid for pod in world.pods()}, world.get("Deployment", "m")["metadata"]["generation"]
+    pods, before = {pod.uid for pod in world.pods()}, world.get("Deployment", "m")["spec"]
     digests = world.digests()
 
     newer = {"model": {"name": "fake/model", "revision": "v2"}, **TUNED}
@@ -178,7 +178,8 @@ def test_a_new_model_is_tuned_before_the_pods_of_the_old_one_go(world: World) ->
     assert pods < {pod.uid for pod in world.pods()}
     assert {pod.key["modelRevision"] for pod in world.pods()} == {""}
     eventually(lambda: world.digests() == [*digests, digests[0]])
-    assert world.get("Deployment", "m")["metadata"]["generation"] == generation + 1, "the replicas, once; never the template"
+    assert world.get("Deployment", "m")["spec"] == {**before, "replicas": 3}
+    assert len(world.items("ReplicaSet")) == 1
 
     publish(world, second, "Chosen", **{"profile.json": profile(key={**KEY, "modelRevision": "v2"})})
     fewest = 3

@@ -140,6 +140,7 @@ class World:
         return PodView(body, state if pod.ready else None, pod.digest if pod.ready else None, metrics)
 
     def observe(self) -> Snapshot:
+        self._deployment_status()
         snapshot = Snapshot(
             now=self.now, object=copy.deepcopy(self.object), children=copy.deepcopy(self.children),
             pods=tuple(self.view(pod) for pod in self.pods), service_digest=self.pods[0].digest if self.pods else None,
@@ -182,7 +183,6 @@ class World:
             revision = _revision(live)
             self.pods = self.pods[:count] + [self._pod(revision) for _ in range(len(self.pods), count)]
         self.children[body["kind"]] = live
-        self._deployment_status()
 
     def _pod(self, revision: str) -> Pod:
         self._made += 1
@@ -198,7 +198,6 @@ class World:
             self.pods.remove(old[0])
         else:
             self.pods.append(self._pod(_revision(live)))
-        self._deployment_status()
 
     def _deployment_status(self) -> None:
         if (live := self.children.get("Deployment")) is not None:

@@ -96,7 +96,7 @@ def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults)
     if stable not in known and recovered is None:
         stable = EXACT  # the ConfigMap was lost: exact is always right, and the wanted policy comes by its canary again
     refused = recovered is not None and recovered.key is not None and routing.stale_reason(snapshot, recovered.key) is not None
-    if refused and not wanted.hold and wanted.digest != EXACT:
+    if refused and engine.replacing(snapshot) is None and (wanted.hold or wanted.digest != EXACT):
         stable = EXACT  # of the engine before, so all pods refuse it, and a policy of the same digest needs its canary here
     hold = tuning_first.held(snapshot, spec, wanted, stable)
     step = rollout.advance(snapshot, spec, wanted, stable)
