@@ -2,9 +2,13 @@
 
 Per bucket and kind, with s = 3 (S - 1) / (top_k - 1):
 
-    excess discordance  e = exp(a[kind, bucket] - bS s - bR rho)      falls in S and rho
-    drop                q e                                            q: net loss per excess discordant item
-    log speed-up        g = exp(h[kind, bucket] - cS s - cR rho)      falls in S and rho
+    excess discordance  e = exp(a[kind, bucket] - bS s exp(-bM m) - bR rho)   falls in S and rho, rises in m
+    drop                q e                                                    q: net loss per excess discordant item
+    log speed-up        g = exp(h[kind, bucket] - cS s exp(-cM m) - cR rho)   falls in S and rho, rises in m
+
+with m = minShare, which acts on what S keeps beyond the first expert: the larger it is, the fewer are kept. How many that are
+(cM) and what they were worth (bM) is learnt apart, since those of least weight go first. Both are there only where minShare
+is searched.
 
 Discordant items are Poisson with mean n (d0 + e), losses among them binomial, log speed-ups normal. The slopes are
 shared, so 12 trials of 500 items are enough to rank. Posterior draws come from differential-evolution MCMC
@@ -27,7 +31,7 @@ Floats = NDArray[np.float64]
 _CHAINS, _STEPS, _KEPT = 64, 400, 5
 _CELLS = 400
 _SPEED_NOISE = 0.04  # of a trial's log speed-up; short blocks on a busy machine are no better
-_SCALARS = 5  # log bS, log bR, logit q, log cS, log cR
+_SCALARS = 5  # log bS, log bR, logit q, log cS, log cR; then log bM and log cM where minShare is searched
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Observation:
     log_speed: float  # log(exact TPOT / this TPOT); nan where it was not measured
 
 
-Features = tuple[NDArray[np.intp], Floats, Floats, Floats]  # cell, s, rho, whether it re-routes
+Features = tuple[NDArray[np.intp], Floats, Floats, Floats, Floats]  # cell, s, rho, minShare, whether it re-routes
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class MonotoneModel:
         self.floor = max(noise_floor, 1e-4)
         # Always the three of the default search, so that a seed gives the same draws whichever of them a study names.
         self.kinds = list(dict.fromkeys([Kind.SERE, Kind.TOPK, Kind.OEA, *(c.kind for c in choices if c.kind is not Kind.EXACT)]))
+        self._shares = any(choice.share for choice in choices)
+        self._scalars = _SCALARS + 2 * self._shares
         self._draws: Floats | None = None
         self._grid = [self._features(bucket, self.choices) for bucket in range(buckets)]
 
@@ -115,45 +121,56 @@ class MonotoneModel:
     def sample_table(self, max_drop: float, rng: np.random.Generator) -> Table:
         """Thompson sampling: the fastest table that stays within `max_drop` (a share) in one draw from the posterior."""
         draw = int(rng.integers(len(self.draws)))
-        drops = np.stack([self.drop(b)[draw] for b in range(self.buckets)])
-        speeds = np.stack([self.log_speed(b)[draw] for b in range(self.buckets)])
+        x = self.draws[draw : draw + 1]
+        drops = np.concatenate([self._excess(x, grid) * _sigmoid(x[:, 2:3]) for grid in self._grid])
+        speeds = np.concatenate([self._speed(x, grid) for grid in self._grid])
         return tuple(self.choices[i] for i in best_table(speeds, drops, max_drop))
 
     def _features(self, bucket: int, choices: Sequence[Choice]) -> Features:
         kinds = np.array([0 if c.kind is Kind.EXACT else self.kinds.index(c.kind) for c in choices])
         s = np.array([3.0 * (c.S - 1) / max(self.top_k - 1, 1) for c in choices])
         rho = np.array([c.rho for c in choices])
+        share = np.array([c.share for c in choices])
         alive = np.array([0.0 if c.kind is Kind.EXACT else 1.0 for c in choices])
-        return kinds * self.buckets + bucket, s, rho, alive
+        return kinds * self.buckets + bucket, s, rho, share, alive
 
     def _split(self, x: Floats) -> tuple[Floats, Floats]:
         cells = len(self.kinds) * self.buckets
-        return x[:, _SCALARS : _SCALARS + cells], x[:, _SCALARS + cells :]
+        return x[:, self._scalars : self._scalars + cells], x[:, self._scalars + cells :]
+
+    def _kept(self, x: Floats, s: Floats, share: Floats, scalar: int) -> Floats:
+        """What minShare leaves of s."""
+        return s * np.exp(-np.exp(x[:, scalar : scalar + 1]) * share) if self._shares else s
 
     def _excess(self, x: Floats, features: Features) -> Floats:
-        cell, s, rho, alive = features
+        cell, s, rho, share, alive = features
         offset = self._split(x)[0][:, cell]
+        s = self._kept(x, s, share, _SCALARS)
         return alive * np.exp(np.clip(offset - np.exp(x[:, 0:1]) * s - np.exp(x[:, 1:2]) * rho, -20, 0))
 
     def _speed(self, x: Floats, features: Features) -> Floats:
-        cell, s, rho, alive = features
+        cell, s, rho, share, alive = features
         offset = self._split(x)[1][:, cell]
+        s = self._kept(x, s, share, _SCALARS + 1)
         return alive * np.exp(np.clip(offset - np.exp(x[:, 3:4]) * s - np.exp(x[:, 4:5]) * rho, -20, 2))
 
     # Priors: medians and spreads (log scale) chosen wide; at S = 1 without protection 5 % of items differ, 1.4x speed.
-    _MEDIANS = np.array([0.0, 1.0, 0.5, -0.5, 0.0])
-    _SPREADS = np.array([0.6, 0.8, 1.0, 0.6, 0.8])
+    # bM and cM: near what oea does at S = 2 in docs/policies.md, where minShare 0.5 is half of the way to S = 1 in active experts.
+    _MEDIANS = np.array([0.0, 1.0, 0.5, -0.5, 0.0, 0.0, 0.3])
+    _SPREADS = np.array([0.6, 0.8, 1.0, 0.6, 0.8, 0.6, 0.6])
 
     def _prior_draws(self, rng: np.random.Generator, count: int) -> Floats:
         cells = len(self.kinds) * self.buckets
-        scalars = self._MEDIANS + self._SPREADS * rng.normal(size=(count, _SCALARS))
+        n = self._scalars
+        scalars = self._MEDIANS[:n] + self._SPREADS[:n] * rng.normal(size=(count, n))
         a = np.log(0.05) + 1.5 * rng.normal(size=(count, cells))
         h = np.log(0.35) + 0.8 * rng.normal(size=(count, cells))
         return np.concatenate([scalars, a, h], axis=1)
 
     def _log_prior(self, x: Floats) -> Floats:
         a, h = self._split(x)
-        found = -0.5 * (((x[:, :_SCALARS] - self._MEDIANS) / self._SPREADS) ** 2).sum(axis=1)
+        n = self._scalars
+        found = -0.5 * (((x[:, :n] - self._MEDIANS[:n]) / self._SPREADS[:n]) ** 2).sum(axis=1)
         found -= 0.5 * (((a - np.log(0.05)) / 1.5) ** 2).sum(axis=1) + 0.5 * (((h - np.log(0.35)) / 0.8) ** 2).sum(axis=1)
         for cells, spread in ((a, 0.7), (h, 0.5)):  # buckets of one kind are alike
             by_kind = cells.reshape(len(x), len(self.kinds), self.buckets)
@@ -164,9 +181,10 @@ class MonotoneModel:
         if not seen:
             return None
         parts = [self._features(o.bucket, [o.choice]) for o in seen]
-        cells, s, rho, alive = (np.concatenate([part[i] for part in parts]) for i in range(4))
+        cells, *rest = (np.concatenate([part[i] for part in parts]) for i in range(5))
         n, losses, gains = np.array([(o.items, o.losses, o.gains) for o in seen], dtype=float).T
-        return _Data((cells, s, rho, alive), n, losses, gains, np.array([o.log_speed for o in seen]))
+        s, rho, share, alive = rest
+        return _Data((cells, s, rho, share, alive), n, losses, gains, np.array([o.log_speed for o in seen]))
 
     def _log_posterior(self, x: Floats, data: _Data | None) -> Floats:
         found = self._log_prior(x)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import optuna
 
 from sere_autotune.space import Space, Table
@@ -39,7 +38,3 @@ def make_sampler(kind: str, space: Space, propose: Propose, seed: int, number: i
     if kind == "tpe":
         return optuna.samplers.TPESampler(seed=seed + number, n_startup_trials=5)
     return optuna.samplers.RandomSampler(seed=seed + number)
-
-
-def rng_for(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)

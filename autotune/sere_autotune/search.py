@@ -105,7 +105,9 @@ class Run:
         else:
             edges = tuple(BucketEdges(min_tokens=1) for _ in levels)  # until exact routing has shown the batch sizes
         layers = self.facts.layers if self.spec.search.layer_groups else ()
-        return Space(edges, self.spec.search.policies, self.facts.top_k, self.similarity_digest, layers)
+        return Space(
+            edges, self.spec.search.policies, self.facts.top_k, self.similarity_digest, layers, self.spec.search.min_share
+        )
 
 
 def window(items: Sequence[Item], number: int, size: int) -> list[Item]:

@@ -1,7 +1,7 @@
-"""The search space: per batch-size bucket a kind, S and rho. Pure.
+"""The search space: per batch-size bucket a kind, S and rho, and minShare where it is searched. Pure.
 
 Optuna sees one flat space of fixed shape (`b0.kind`, `b0.S`, `b0.rho`, `b1.kind`, ...), so that every sampler can
-work on it; rho is ignored where the kind has none.
+work on it; rho is ignored where the kind has none, minShare at S = 1, where a token keeps its largest weight anyway.
 
 S moves in quarters: 2.25 is S = 3 in the first quarter of the MoE layers and S = 2 in the rest. What is lost in an early
 layer is carried through all later ones, and between S and S + 1 lies most of what a budget of a point can buy. That
@@ -36,6 +36,7 @@ class Choice:
     kind: Kind
     S: float = 1  # whole, or between two whole numbers by layers
     rho: float = 0.0
+    share: float = 0.0  # minShare: of its top S a token keeps those with this share of its largest weight
 
 
 EXACT = Choice(Kind.EXACT)
@@ -69,6 +70,7 @@ class Space:
     top_k: int
     similarity_digest: str | None = None
     layers: tuple[int, ...] = ()  # the model's numbers of its MoE layers; () searches whole S alone
+    shares: tuple[float, ...] = (0.0,)  # to be tried for minShare; 0 keeps all of the top S
 
     def __post_init__(self) -> None:
         assert list(self.layers) == sorted(self.layers)
@@ -84,7 +86,8 @@ class Space:
         rhos = [round(i * RHO_STEP, 2) for i in range(round(RHO_MAX / RHO_STEP) + 1)]
         for kind in self.kinds:
             for S in np.arange(1.0, self.top_k, self.step).tolist():
-                found += [Choice(kind, S, rho) for rho in (rhos if kind.needs_similarity else [0.0])]
+                for rho in rhos if kind.needs_similarity else [0.0]:
+                    found += [Choice(kind, S, rho, share) for share in (self.shares if S > 1 else (0.0,))]
         return found
 
     def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
@@ -94,20 +97,25 @@ class Space:
             found[f"b{index}.kind"] = optuna.distributions.CategoricalDistribution(names)
             found[f"b{index}.S"] = optuna.distributions.FloatDistribution(1.0, max(1.0, self.top_k - self.step), step=self.step)
             found[f"b{index}.rho"] = optuna.distributions.FloatDistribution(0.0, RHO_MAX, step=RHO_STEP)
+            if self.shares != (0.0,):
+                found[f"b{index}.share"] = optuna.distributions.CategoricalDistribution(self.shares)
         return found
 
     def params(self, table: Table) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for index, choice in enumerate(table):
             found |= {f"b{index}.kind": choice.kind.value, f"b{index}.S": choice.S, f"b{index}.rho": choice.rho}
+            if self.shares != (0.0,):
+                found[f"b{index}.share"] = choice.share if choice.share in self.shares else self.shares[0]
         return found
 
     def table(self, params: dict[str, Any]) -> Table:
         found = []
         for index in range(len(self.edges)):
-            kind = Kind(params[f"b{index}.kind"])
+            kind, S = Kind(params[f"b{index}.kind"]), float(params[f"b{index}.S"])
             rho = round(float(params[f"b{index}.rho"]), 2) if kind.needs_similarity else 0.0
-            found.append(EXACT if kind is Kind.EXACT else Choice(kind, float(params[f"b{index}.S"]), rho))
+            share = float(params.get(f"b{index}.share", 0.0)) if S > 1 else 0.0
+            found.append(EXACT if kind is Kind.EXACT else Choice(kind, S, rho, share))
         return tuple(found)
 
     def policy(self, table: Table) -> Policy:
@@ -130,17 +138,14 @@ class Space:
 
     def _buckets(self, table: Table, index: int) -> tuple[Bucket, ...]:
         """The buckets that hold for the MoE layer at `index`."""
-        return tuple(
-            Bucket(
-                min_tokens=edge.min_tokens,
-                max_tokens=edge.max_tokens,
-                kind=c.kind,
-                S=int(c.S) + (index < self._spared(c)),
-                rho=c.rho,
-            )
-            for edge, c in zip(self.edges, table, strict=True)
-            if c.kind is not Kind.EXACT
-        )
+        found = []
+        for edge, c in zip(self.edges, table, strict=True):
+            if c.kind is not Kind.EXACT:
+                S = int(c.S) + (index < self._spared(c))
+                share = c.share if c.share and S > 1 else None
+                low, high = edge.min_tokens, edge.max_tokens
+                found.append(Bucket(min_tokens=low, max_tokens=high, kind=c.kind, S=S, min_share=share, rho=c.rho))
+        return tuple(found)
 
     def exact(self) -> Table:
         return (EXACT,) * len(self.edges)

@@ -236,6 +236,10 @@ class SearchSpec(Record):
     layer_groups: Annotated[
         bool, Field(description="S between two whole numbers too, the larger in the first layers; false: one S for all layers")
     ] = True
+    min_share: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=1)], ...],
+        Field(min_length=1, max_length=8, description="values of minShare to try where S is above 1; 0 keeps all of the top S"),
+    ] = (0.0,)
     rungs: Annotated[int, Field(ge=1, le=3, description="candidates that may be certified")] = 3
     seed: Annotated[int, Field(ge=0, description="of the proposals")] = 0
 
@@ -247,6 +251,11 @@ class SearchSpec(Record):
         if Kind.BUDGET in value:
             raise ValueError("kind budget is not searched; list only sere, topk, oea and hybrid")
         return tuple(dict.fromkeys(value))
+
+    @field_validator("min_share")
+    @classmethod
+    def _ascending(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(sorted(set(value)))
 
 
 class CertifySpec(Record):

@@ -46,6 +46,7 @@ def truth(policy: Policy) -> tuple[float, float, float]:
     assert bucket.S is not None
     excess = {Kind.SERE: 0.08, Kind.TOPK: 0.2, Kind.OEA: 0.1}[bucket.kind] * 0.2 ** (bucket.S - 1) * 0.1**bucket.rho
     gain = {Kind.SERE: 0.5, Kind.TOPK: 0.55, Kind.OEA: 0.45}[bucket.kind] * 0.55 ** (bucket.S - 1) * 0.5**bucket.rho
+    gain *= 1 + 0.5 * (bucket.min_share or 0.0)
     return excess * 0.85, excess * 0.15, 2.718281828**gain
 
 

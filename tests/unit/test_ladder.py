@@ -14,20 +14,24 @@ TOP_K = 4
 
 
 def world(choice: Choice) -> tuple[float, float, float]:
-    """(excess discordance, drop, log speed-up) of a planted world."""
-    excess = {Kind.SERE: 0.08, Kind.TOPK: 0.2, Kind.OEA: 0.1}[choice.kind] * np.exp(-1.6 * (choice.S - 1) - 2.5 * choice.rho)
-    gain = {Kind.SERE: 0.5, Kind.TOPK: 0.55, Kind.OEA: 0.45}[choice.kind] * np.exp(-0.6 * (choice.S - 1) - 0.8 * choice.rho)
+    """(excess discordance, drop, log speed-up) of a planted world, in which minShare saves more than it costs."""
+    worth, kept = (choice.S - 1) * np.exp(-0.7 * choice.share), (choice.S - 1) * np.exp(-1.5 * choice.share)
+    excess = {Kind.SERE: 0.08, Kind.TOPK: 0.2, Kind.OEA: 0.1}[choice.kind] * np.exp(-1.6 * worth - 2.5 * choice.rho)
+    gain = {Kind.SERE: 0.5, Kind.TOPK: 0.55, Kind.OEA: 0.45}[choice.kind] * np.exp(-0.6 * kept - 0.8 * choice.rho)
     return excess, 0.6 * excess, gain
 
 
-def space(buckets: int = 1) -> Space:
+SHARES = (0.0, 0.5, 0.7)
+
+
+def space(buckets: int = 1, shares: tuple[float, ...] = (0.0,)) -> Space:
     edges = auto_buckets([4, 16, 64][:buckets], [0, 0, 0][:buckets])
-    return Space(edges, (Kind.SERE, Kind.TOPK, Kind.OEA), TOP_K)
+    return Space(edges, (Kind.SERE, Kind.TOPK, Kind.OEA), TOP_K, shares=shares)
 
 
-def fitted(trials: int, seed: int, items: int = 500) -> MonotoneModel:
+def fitted(trials: int, seed: int, items: int = 500, shares: tuple[float, ...] = (0.0,)) -> MonotoneModel:
     rng = np.random.default_rng(seed)
-    model = MonotoneModel(space().choices(), 1, TOP_K, noise_floor=0.001)
+    model = MonotoneModel(space(shares=shares).choices(), 1, TOP_K, noise_floor=0.001)
     seen: list[Observation] = []
     for number in range(trials):
         if number < 3:
@@ -88,6 +92,34 @@ def test_drop_falls_in_both_thresholds_whatever_was_seen() -> None:
     assert at[Choice(Kind.SERE, 1, 0.2)] >= at[Choice(Kind.SERE, 1, 0.7)]
 
 
+def test_in_every_draw_a_larger_min_share_costs_accuracy_and_gains_speed() -> None:
+    model = fitted(6, 3, shares=SHARES)
+    for kind, S, rho in ((Kind.SERE, 2, 0.3), (Kind.TOPK, 3, 0.0), (Kind.OEA, 2, 0.0)):
+        at = [model.choices.index(Choice(kind, S, rho, share)) for share in SHARES]
+        for values in (model.drop(0)[:, at], model.log_speed(0)[:, at]):
+            assert (np.diff(values, axis=1) >= 0).all()  # equal where a draw is at its least, e^-20
+            assert (np.diff(values.mean(axis=0)) > 0).all()
+
+
+def test_min_share_is_learnt_and_its_ladder_keeps_the_budget() -> None:
+    speeds = {}
+    for shares in ((0.0,), SHARES):
+        model = fitted(16, 1, shares=shares)
+        (_, candidate), *_ = reversed(pick_ladder(model, 0.01, 2, 0.001, np.ones((1, len(model.choices)), bool), items=3000))
+        _, drop, speeds[shares] = world(candidate.table[0])
+        assert drop <= 0.01
+    assert candidate.table[0].share > 0
+    assert speeds[SHARES] > speeds[0.0,]
+
+
+def test_without_min_share_the_model_has_no_part_for_it() -> None:
+    """The default search proposes what it proposed before there was minShare: the same numbers are drawn."""
+    without, with_it = (MonotoneModel(space(shares=shares).choices(), 1, TOP_K, 0.001) for shares in ((0.0,), SHARES))
+    for model in (without, with_it):
+        model.fit([], 0)
+    assert with_it.draws.shape[1] == without.draws.shape[1] + 2
+
+
 def test_an_unmeasured_speed_does_not_move_the_model() -> None:
     model = MonotoneModel(space().choices(), 1, TOP_K, 0.001)
     model.fit([Observation(0, Choice(Kind.SERE, 1, 0.0), 100, 20, 2, float("nan"))], 0)
@@ -131,6 +163,30 @@ def test_params_and_tables_are_the_same_thing() -> None:
     assert some.table(some.params(table)) == table
     assert some.policy(some.exact()).digest == "exact"
     assert [b.min_tokens for b in some.policy(table).buckets] == [2, 9]
+
+
+def test_min_share_is_in_the_space_where_s_leaves_something_to_leave_out() -> None:
+    assert not any("share" in name for name in space().distributions())
+    some = space(2, SHARES)
+    assert {c.share for c in some.choices() if c.S > 1} == set(SHARES)
+    assert {c.share for c in some.choices() if c.S == 1} == {0.0}
+    table = (Choice(Kind.OEA, 2, 0.0, 0.7), Choice(Kind.SERE, 2, 0.35, 0.5))
+    assert some.table(some.params(table)) == table
+    assert [b.min_share for b in some.policy(table).buckets] == [0.7, 0.5]
+    assert some.table(some.params((EXACT, Choice(Kind.TOPK, 1, 0.0, 0.5)))) == (EXACT, Choice(Kind.TOPK, 1))
+
+
+def test_shares_without_0_still_let_exact_routing_be_a_trial() -> None:
+    some = space(1, (0.5, 0.7))
+    params = some.params(some.exact())
+    assert all(some.distributions()[name]._contains(some.distributions()[name].to_internal_repr(v)) for name, v in params.items())
+    assert some.table(params) == some.exact()
+
+
+def test_min_share_holds_in_the_layers_that_keep_two_experts() -> None:
+    some = Space(auto_buckets([16], [0]), (Kind.OEA,), TOP_K, shares=SHARES, layers=(0, 1, 2, 3))
+    policy = some.policy((Choice(Kind.OEA, 1.5, 0.0, 0.5),))
+    assert [[(b.S, b.min_share) for b in policy.table_for(layer)] for layer in range(4)] == [[(2, 0.5)]] * 2 + [[(1, None)]] * 2
 
 
 def test_a_quarter_step_is_a_quarter_of_the_layers() -> None:

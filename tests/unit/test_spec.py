@@ -68,6 +68,8 @@ def test_only_model_tasks_and_one_limit_are_needed() -> None:
         ({("workload", "load"): {"concurrency": [16, 4]}}, "ascending"),
         ({("workload", "load"): {}}, "give concurrency"),
         ({("calibrate",): {"data": "c.jsonl"}}, "either similarity or calibrate"),
+        ({("search", "minShare"): [0, 1.5]}, "search.minShare.1: Input should be less than or equal to 1"),
+        ({("search", "minShare"): []}, "search.minShare: the list should have at least 1 item"),
         ({("search", "policies"): ["exact"]}, "exact is always trial 0"),
         ({("accuracy", "tasks"): []}, "accuracy.tasks"),
         ({("accuracy", "tasks"): [{"file": "a", "metric": "regex"}]}, "needs pattern"),

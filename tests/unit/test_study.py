@@ -183,6 +183,20 @@ def test_every_sampler_tells_the_same_constraints_for_every_trial(tmp_path: Path
     assert keys == {frozenset({"tpot.p95", "accuracy", "failures"})}
 
 
+@pytest.mark.parametrize("sampler", ["model", "random"])
+def test_min_share_is_searched_where_it_is_asked_for_and_a_study_with_it_goes_on(
+    tmp_path: Path, items: Path, sampler: str
+) -> None:
+    changes = {"search__policies": ["oea"], "search__minShare": [0.7, 0, 0.7], "search__sampler": sampler, "search__seed": 2}
+    engine = PlantedEngine(wait_s=0.2)
+    first = run(spec_for(tmp_path / "out", items, search__trials=8, search__deviceHours=12 / 3600, **changes), engine)
+    again = run(spec_for(tmp_path / "out", items, search__trials=8, **changes), PlantedEngine())
+    assert again.summary["trials"][: len(first.summary["trials"])] == first.summary["trials"]
+    tried = [trial["policy"] for trial in again.summary["trials"]]
+    assert any("share=0.70" in policy for policy in tried)
+    assert not any("share" in policy for policy in tried if "k0=1 " in policy)
+
+
 def test_an_accuracy_rejection_ends_the_trial_early(tmp_path: Path, items: Path) -> None:
     spec = spec_for(tmp_path / "out", items, search__policies=["topk"], search__trials=9)
     finished = run(spec, PlantedEngine())
