@@ -93,3 +93,26 @@ def provide(source: Source, spec: TuningSpec, items: Sequence[Item]) -> Path | N
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise UsageError(f"calibration failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
     return source.path
+
+
+def make_publishable(path: Path, origin: Origin, limit_bytes: int) -> None:
+    """Pack an artefact of this run's own, before it is measured: the packed one has a digest of its own.
+
+    Args:
+        limit_bytes: what the published result has room for.
+
+    Raises:
+        UsageError: it is larger all the same; said before an engine is started for it.
+    """
+    from sere_ext.artifact import packed_meta, read_similarity, write_similarity
+
+    packed = read_meta(path).packing is not None
+    if not packed and origin is not Origin.GIVEN:
+        plain = read_similarity(path)
+        write_similarity(path, packed_meta(plain), plain.matrices)
+        packed = True
+    if (size := path.stat().st_size) > limit_bytes:
+        way_out = ", though packed" if packed else "; name one that `sere similarity pack` made"
+        raise UsageError(
+            f"similarity: {path} has {size:,} bytes, of which {limit_bytes:,} fit into the published result{way_out}"
+        )

@@ -103,6 +103,7 @@ def _main(
 def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, fresh: bool, as_json: bool, publisher: Any) -> int:
     from sere_autotune import engine, planner, results, tuner
     from sere_autotune.progress import Progress
+    from sere_autotune.publish import MAX_ARTEFACT_BYTES
 
     console = Console(stderr=True, highlight=False)
     if only is not None:
@@ -121,7 +122,10 @@ def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, f
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with Progress(console, f"sere tune {spec.model}", publisher.progress if publisher else None) as progress:
-            finished = tuner.tune(prepared, make_engine, progress, advisory=advisory, fresh=fresh, only=only)
+            limit = MAX_ARTEFACT_BYTES if publisher else None
+            finished = tuner.tune(
+                prepared, make_engine, progress, advisory=advisory, fresh=fresh, only=only, artefact_limit=limit
+            )
     except KeyboardInterrupt:
         console.print("Stopped. The same line again goes on from here.")
         return 130

@@ -123,6 +123,7 @@ def tune(
     advisory: bool = False,
     fresh: bool = False,
     only: Policy | None = None,
+    artefact_limit: int | None = None,
 ) -> results.Finished:
     """Run, or go on with, one tuning.
 
@@ -131,6 +132,7 @@ def tune(
         advisory: go on without the chance of a certificate; the profile says `certified: false`.
         fresh: forget what `out` holds of an earlier study.
         only: certify this policy and search nothing.
+        artefact_limit: bytes that the similarity artefact may have where the result is published.
 
     Raises:
         CannotCertifyError: refused before anything was spent.
@@ -156,6 +158,8 @@ def tune(
         if prepared.source.origin is calibration.Origin.CALIBRATED:
             report.stage("calibrating", 1)
         similarity = calibration.provide(prepared.source, spec, prepared.search)
+        if similarity is not None and artefact_limit is not None:
+            calibration.make_publishable(similarity, prepared.source.origin, artefact_limit)
 
         def on_engine(running: bool) -> None:
             now = time.monotonic()

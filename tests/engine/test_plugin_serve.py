@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sere_ext.artifact import packed_meta, read_similarity, write_similarity
 from sere_ext.calibrate import calibrate
 from sere_ext.client import get_state, put_policy
 from sere_ext.errors import ConflictError, PolicyError, UnauthorizedError
@@ -127,7 +128,10 @@ def wait_for(url: str, what: str, check: Any, seconds: float = 15.0) -> dict[str
 def test_a_policy_directory_is_followed_without_a_failed_request(deepseek: Path, calibration: Path, tmp_path: Path) -> None:
     volume = tmp_path / "volume"
     volume.mkdir()
-    meta = calibrate(str(deepseek), calibration, tmp_path / "deepseek.safetensors")
+    calibrate(str(deepseek), calibration, tmp_path / "plain.safetensors")
+    plain = read_similarity(tmp_path / "plain.safetensors")
+    # In one byte per pair, as tuning in a cluster packs it.
+    meta = write_similarity(tmp_path / "packed.safetensors", packed_meta(plain), plain.matrices)
     sere = Policy.parse({"buckets": [{"minTokens": 2, "kind": "sere", "S": 1}], "similarityDigest": meta.digest})
     environ = {"SERE_POLICY_DIR": str(volume), "SERE_CONTROL_TOKEN": TOKEN, "VLLM_LOGGING_LEVEL": "INFO"}
     with serving(deepseek, tmp_path / "serve.log", **environ) as server:
@@ -149,7 +153,7 @@ def test_a_policy_directory_is_followed_without_a_failed_request(deepseek: Path,
                 (volume / name).write_text(text)
             state = wait_for(url, "the missing artefact", lambda s: "similarity-" in (s["error"] or ""))
             digest = meta.digest.removeprefix("sha256:")[:12]
-            artefact = (tmp_path / "deepseek.safetensors").read_bytes()
+            artefact = (tmp_path / "packed.safetensors").read_bytes()
             (volume / f"similarity-{digest}.safetensors").write_bytes(artefact)
             state = wait_for(url, "the policy", lambda s: s["policyDigest"] == sere.digest)
             assert (state["error"], state["similarityDigest"]) == (None, meta.digest)

@@ -90,6 +90,7 @@ class World:
         self._made = 100
         self.profiles: dict[str, Any] = {}
         self.jobs: list[dict[str, Any]] = []
+        self.similarities: dict[str, Any] = {}
         self.harmful: set[str] = set()
         self.tpot_ms: dict[str, float] = {}
         self.rate = 50.0  # finished requests per second and pod
@@ -144,7 +145,7 @@ class World:
         snapshot = Snapshot(
             now=self.now, object=copy.deepcopy(self.object), children=copy.deepcopy(self.children),
             pods=tuple(self.view(pod) for pod in self.pods), service_digest=self.pods[0].digest if self.pods else None,
-            profiles=dict(self.profiles), tuning_jobs=tuple(self.jobs), watched_s=self.now - self.watching_since,
+            profiles=dict(self.profiles), similarities=dict(self.similarities), tuning_jobs=tuple(self.jobs), watched_s=self.now - self.watching_since,
         )  # fmt: skip
         wanted = routing.wanted(snapshot, self.spec)
         results = []

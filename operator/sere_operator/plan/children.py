@@ -6,6 +6,7 @@ annotations, so it can never restart a pod.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -31,6 +32,9 @@ class Defaults:
 
     engine_image: str = "sere-engine:0.1.0"
     image_pull_policy: str = "IfNotPresent"
+
+
+MAX_ARTEFACTS_BYTES = 960 * 1024  # of all similarity artefacts in the policy ConfigMap, which holds 1 MiB in all
 
 
 @dataclass(frozen=True)
@@ -289,6 +293,12 @@ def policy_config_map(owner: Object, stable: str, override: bool, entries: dict[
     if binary:
         body["binaryData"] = binary
     return body
+
+
+def fit(entries: Iterable[PolicyEntry | None]) -> bool:
+    """Whether one policy ConfigMap holds these policies' similarity artefacts, each once."""
+    artefacts = dict(entry.similarity for entry in entries if entry is not None and entry.similarity is not None)
+    return sum(len(encoded) * 3 // 4 for encoded in artefacts.values()) <= MAX_ARTEFACTS_BYTES
 
 
 def similarity_file(digest: str) -> str:

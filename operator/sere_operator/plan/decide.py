@@ -90,9 +90,12 @@ def recovered_entry(snapshot: Snapshot, digest: str) -> PolicyEntry | None:
 
 def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults) -> Plan:
     wanted = routing.wanted(snapshot, spec)
-    known = {EXACT: PolicyEntry(EXACT_POLICY), **({} if wanted.hold else {wanted.digest: wanted.entry})}
     stable = stable_digest(snapshot)
     recovered = recovered_entry(snapshot, stable)
+    if not wanted.hold and not children.fit((recovered, wanted.entry)):
+        room = "do not fit into one ConfigMap together; to change over, set spec.routing.mode: Exact until that is applied"
+        wanted = routing.held(wanted, f"the similarity artefacts of policy {wanted.digest} and of the one in force {room}")
+    known = {EXACT: PolicyEntry(EXACT_POLICY), **({} if wanted.hold else {wanted.digest: wanted.entry})}
     if stable not in known and recovered is None:
         stable = EXACT  # the ConfigMap was lost: exact is always right, and the wanted policy comes by its canary again
     refused = recovered is not None and recovered.key is not None and routing.stale_reason(snapshot, recovered.key) is not None
@@ -103,9 +106,10 @@ def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults)
 
     entries: dict[str, PolicyEntry] = {}
     candidate = (step.rollout or {}).get("candidate")
-    for digest in {step.stable, step.previous or EXACT, *step.pod_policy.values(), *([candidate] if candidate else [])}:
+    # The one before comes last: where there is no room for its artefact, going back to it means exact routing.
+    for digest in (step.stable, *step.pod_policy.values(), candidate or EXACT, step.previous or EXACT):
         entry = known.get(digest) or recovered_entry(snapshot, digest)
-        if entry is not None and digest != EXACT:
+        if entry is not None and digest != EXACT and children.fit((*entries.values(), entry)):
             entries[digest] = entry
     if step.stable != EXACT and step.stable not in entries:
         step = replace(step, stable=EXACT)  # `stable` must never name what is not there: pods would keep what they have

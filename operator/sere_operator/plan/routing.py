@@ -186,17 +186,18 @@ def _with_similarity(snapshot: Snapshot, spec: SereDeploymentSpec, chosen: Wante
     if found is None or found.data is None or found.digest is None:
         why = found.problem if found else f"{uri} cannot be read"
         message = f"policy {chosen.digest} re-routes by similarity, but {why}; the policy in force is kept"
-        return _held(chosen, message)
+        return held(chosen, message)
     if expected is not None and found.digest != expected:
         message = f"policy {chosen.digest} was made with similarity {expected}, but {uri} holds {found.digest}"
-        return _held(chosen, message)
+        return held(chosen, message)
     # The plug-in finds the artefact by the digest in the policy, so a policy that names none gets this one.
     policy = policy.model_copy(update={"similarity_digest": found.digest})
     entry = PolicyEntry(policy, chosen.entry.key, (found.digest, found.data))
     return Wanted(entry, policy.digest, chosen.source, chosen.profile_name, chosen.profile)
 
 
-def _held(chosen: Wanted, message: str) -> Wanted:
+def held(chosen: Wanted, message: str) -> Wanted:
+    """The same, but not to be rolled out as things are."""
     return Wanted(
         chosen.entry, chosen.digest, chosen.source, chosen.profile_name, chosen.profile, Reason.INVALID_SPEC, message, hold=True
     )

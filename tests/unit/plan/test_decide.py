@@ -13,8 +13,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "kit"))
 from plan_world import DIGEST, POLICY, Pod, World, profile_body
 from sere_operator.plan.candidate import SETTLE_S, WATCH_S, candidates_turn
-from sere_operator.plan.children import Defaults
+from sere_operator.plan.children import MAX_ARTEFACTS_BYTES, Defaults
 from sere_operator.plan.decide import decide
+from sere_operator.plan.snapshot import Similarity
 
 STATIC = {"mode": "Static", "policy": POLICY}
 PROFILE = {"mode": "Profile", "profileRef": {"name": "p"}}
@@ -402,6 +403,38 @@ def test_a_changed_spec_asks_for_another_run_and_ends_the_one_that_is_not_wanted
     (second,) = world.jobs
     assert second["metadata"]["name"] != first["metadata"]["name"]
     assert world.deleted == ["SereTuningJob"]
+
+
+def artefact_of(kilobytes: int, letter: str) -> tuple[str, str]:
+    """(base64, digest) of something of that size."""
+    return letter * (kilobytes * 1024 * 4 // 3), f"sha256:{letter * 64}"
+
+
+@pytest.mark.parametrize(("kilobytes", "moves"), [(450, True), (500, False)])
+def test_two_artefacts_that_do_not_fit_together_are_never_written(kilobytes: int, moves: bool) -> None:
+    """The API server would refuse the ConfigMap, again and again, and nothing would be said."""
+    digests = []
+    world = World(2)
+    for letter in ("a", "b", "c"):
+        encoded, digest = artefact_of(kilobytes, letter)
+        world.similarities[f"configmap://s/{letter}"] = Similarity(encoded, digest)
+        table = {"buckets": [{"minTokens": 8, "kind": "sere", "S": 2, "rho": 0.3}]}
+        static = {"mode": "Static", "policy": table, "similarity": {"uri": f"configmap://s/{letter}"}}
+        world.edit(routing=static)
+        world.settle(40)
+        digests.append(world.stable)
+        held = sum(len(text) for text in world.children["ConfigMap"]["binaryData"].values()) * 3 // 4
+        assert held <= MAX_ARTEFACTS_BYTES
+    assert (len(set(digests)) == 3) is moves
+    if not moves:
+        condition = world.condition("PolicyApplied")
+        assert condition["reason"] == "InvalidSpec"
+        assert "do not fit into one ConfigMap together" in condition["message"]
+        world.edit(routing={"mode": "Exact"})
+        world.settle()
+        world.edit(routing=static)
+        world.settle()
+        assert world.stable not in (digests[0], "exact"), "the way out that the message names"
 
 
 def test_a_lost_config_map_comes_back_with_the_same_stable_policy() -> None:
