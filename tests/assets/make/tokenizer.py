@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tasks import ALPHABET
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
@@ -20,6 +22,9 @@ VOCABULARY = 64
 
 def build(model_max_length: int) -> PreTrainedTokenizerFast:
     """One token per character; decoding joins without spaces. No BOS, so a prompt's ids are its characters' ids."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {PAD: PAD_ID, EOS: EOS_ID, UNKNOWN: UNKNOWN_ID, **IDS}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")

@@ -12,13 +12,16 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tokenizer
 import torch
 from tasks import Item, stream
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+if TYPE_CHECKING:  # the GPU benchmark trains with this module's parts and without transformers
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 DESTINATION = Path(__file__).resolve().parent.parent / "tiny_moe"
 
@@ -35,6 +38,8 @@ IGNORED = -100  # label of prompt and padding positions
 
 def config() -> Qwen3MoeConfig:
     """The architecture: 1.8 million parameters, nine tenths of them in the experts."""
+    from transformers import Qwen3MoeConfig
+
     return Qwen3MoeConfig(
         vocab_size=tokenizer.VOCABULARY,
         hidden_size=128,
@@ -150,6 +155,8 @@ def rate(step: int, steps: int) -> float:
 
 def train(destination: Path, steps: int, threads: int) -> None:
     """Train and save; prints one JSON line every 50 steps."""
+    from transformers import Qwen3MoeForCausalLM
+
     torch.manual_seed(SEED)
     torch.set_num_threads(threads)
     model = Qwen3MoeForCausalLM(config())
@@ -182,6 +189,8 @@ def train(destination: Path, steps: int, threads: int) -> None:
 
 def save(model: Qwen3MoeForCausalLM, destination: Path) -> None:
     """Write weights (one tensor per expert and projection, as published Qwen3-MoE checkpoints do), configs, tokenizer."""
+    from transformers import GenerationConfig
+
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=16, eos_token_id=tokenizer.EOS_ID, pad_token_id=tokenizer.PAD_ID
     )
