@@ -24,7 +24,7 @@ from sere_autotune.ladder import ArmBlock, Rung, RungResult, judge_rung, walk
 from sere_autotune.ledger import Ledger, spent_alpha
 from sere_autotune.measures import METRICS, Answer, values
 from sere_autotune.outcome import BudgetExhaustedError
-from sere_autotune.search import Run
+from sere_autotune.run import Run
 
 _HOPELESS = 0.05  # probability to certify below which CERT is not opened
 

@@ -17,7 +17,8 @@ from sere_ext.policy import Policy
 from sere_ext.settings import read_policy_file
 
 from sere_autotune.options import LeavesCommand, overrides, with_leaves
-from sere_autotune.spec import TuningSpec, load_spec, to_yaml
+from sere_autotune.spec import TuningSpec
+from sere_autotune.tuning_file import load_spec, to_yaml
 
 
 def register(app: typer.Typer) -> None:

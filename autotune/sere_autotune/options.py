@@ -26,7 +26,8 @@ from rich.text import Text
 from sere_ext.errors import UsageError
 from typer.core import TyperCommand
 
-from sere_autotune.spec import TuningSpec, Unset, yaml_problem
+from sere_autotune.spec import TuningSpec, Unset
+from sere_autotune.tuning_file import yaml_problem
 
 REQUIRED = "required"
 

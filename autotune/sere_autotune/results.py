@@ -24,11 +24,12 @@ from sere_ext.profile import (
 from sere_ext.similarity import read_meta
 
 from sere_autotune.ladder import Rung, RungResult
+from sere_autotune.learned import noise_floor
 from sere_autotune.measures import Answer
 from sere_autotune.outcome import Ending, Outcome
 from sere_autotune.planner import percent
 from sere_autotune.report import render
-from sere_autotune.search import Run, noise_floor
+from sere_autotune.run import Run
 from sere_autotune.spec import TuningSpec
 
 GOLDEN_PROMPTS = 24

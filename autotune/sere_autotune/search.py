@@ -1,113 +1,27 @@
-"""The ranking stage: trials on the warm engine until a budget ends, then the frozen ladder. Search ranks, nothing more."""
+"""The ranking stage: trials on the warm engine until a budget ends. Search ranks, nothing more."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from sere_ext.errors import SereError
 from sere_ext.policy import EXACT_POLICY, Policy
 
-from sere_autotune import planner, stats
-from sere_autotune.budget import Budget
-from sere_autotune.engine import BlockReport, EngineCrashError, EngineFacts, Reject
+from sere_autotune import planner
+from sere_autotune.engine import EngineCrashError, Reject
 from sere_autotune.items import Item
-from sere_autotune.ladder import FRACTIONS, Candidate, Rung, pick_ladder
-from sere_autotune.load import Load, Request
+from sere_autotune.learned import propose
 from sere_autotune.measures import LevelResult, answers, constraints, objective, summarise
-from sere_autotune.model import MonotoneModel
 from sere_autotune.outcome import BudgetExhaustedError
+from sere_autotune.run import Run
 from sere_autotune.sampler import make_sampler
-from sere_autotune.space import EXACT, Space, Table, auto_buckets
-from sere_autotune.spec import BucketEdges, TuningSpec
-from sere_autotune.study import TuningStudy
-from sere_autotune.traffic import Traffic
+from sere_autotune.space import Space, Table, auto_buckets
 
 _CRASHES_IN_A_ROW = 3
-_REPEATS = 2  # trials that one table may have
-_DRAWS = 16  # of the posterior, before a table that was tried often is replaced by a neighbour
 _CRASH_FACTOR = 10.0  # a crashed trial's objective, times exact routing's: finite, so that samplers learn from it
-
-
-class Engine(Protocol):
-    """What the stages need of an engine; `engine.WarmEngine` is the real one."""
-
-    start_seconds: float
-
-    def start(self) -> EngineFacts: ...
-    def apply(self, policy: Policy) -> None: ...
-    def block(
-        self,
-        requests: Sequence[Request],
-        load: Load,
-        fillers: Sequence[Request] = (),
-        deadline_s: float | None = None,
-        reject: Reject | None = None,
-    ) -> BlockReport: ...
-    def stop(self) -> None: ...
-
-
-class Reporter(Protocol):
-    """Told what happens; draws the live table, publishes progress."""
-
-    def stage(self, name: str, total: int, done: int = 0) -> None: ...
-    def trial(self, row: dict[str, Any]) -> None: ...
-    def step(self, text: str, left_s: float) -> None: ...
-
-
-@dataclass
-class Run:
-    """Everything a stage works with."""
-
-    spec: TuningSpec
-    study: TuningStudy
-    engine: Engine
-    budget: Budget
-    traffic: Traffic
-    search: list[Item]
-    cert: list[Item]
-    report: Reporter
-    similarity_digest: str | None = None
-    facts: EngineFacts | None = None
-    advisory: bool = False
-    timings: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def max_drop(self) -> float:
-        return self.spec.accuracy.max_drop_points / 100
-
-    def left_s(self) -> float:
-        return self.budget.left_s(time.monotonic())
-
-    def load(self, level: int, warmup_residences: float, residence_s: float, seed: int) -> Load:
-        """The load of a level, with its warm-up in requests."""
-        spec = self.spec.workload.load
-        if level:
-            return Load(concurrency=level, warmup=round(warmup_residences * level))
-        rate = spec.requests_per_second or 1.0
-        return Load(rate=rate, seed=seed, warmup=max(5, round(warmup_residences * residence_s * rate)))
-
-    def space(self) -> Space:
-        """The space, its bucket edges frozen in the study as soon as they are known."""
-        assert self.facts is not None
-        levels = self.spec.workload.load.levels
-        frozen = self.study.get("edges")
-        if frozen:
-            edges = tuple(BucketEdges.model_validate(e) for e in frozen)
-        elif self.spec.search.buckets:
-            edges = self.spec.search.buckets
-        elif all(levels):
-            edges = auto_buckets(levels, levels)
-        else:
-            edges = tuple(BucketEdges(min_tokens=1) for _ in levels)  # until exact routing has shown the batch sizes
-        layers = self.facts.layers if self.spec.search.layer_groups else ()
-        return Space(
-            edges, self.spec.search.policies, self.facts.top_k, self.similarity_digest, layers, self.spec.search.min_share
-        )
 
 
 def window(items: Sequence[Item], number: int, size: int) -> list[Item]:
@@ -255,107 +169,6 @@ def _after_exact(run: Run) -> None:
         differ = sum(level.differ for level in again) / max(n, 1)
         discordant = sum(level.losses + level.gains for level in again) / max(n, 1)
         study.put("noise", {"items": n, "differ": differ, "discordant": discordant})
-
-
-def noise_floor(run: Run) -> dict[str, float]:
-    """Exact against exact under the search's load, all measurements pooled: {"items", "differ", "discordant"} (shares)."""
-    first = run.study.get("noise") or {"items": 0, "differ": 0.0, "discordant": 0.0}
-    levels = [level for trial in run.study.complete() for level in run.study.levels(trial)]
-    n = first["items"] + sum(level.reference_items for level in levels)
-    differ = first["differ"] * first["items"] + sum(level.reference_differ for level in levels)
-    discordant = first["discordant"] * first["items"] + sum(level.reference_discordant for level in levels)
-    return {"items": n, "differ": differ / max(n, 1), "discordant": discordant / max(n, 1)}
-
-
-def noise_discordance(run: Run) -> float:
-    """Discordant share of exact against exact; never quite zero, since only so many items were looked at."""
-    noise = noise_floor(run)
-    return float((noise["discordant"] * noise["items"] + 0.5) / (noise["items"] + 100))
-
-
-def fitted_model(run: Run, space: Space, seed: int) -> MonotoneModel:
-    model = MonotoneModel(space.choices(), len(space.edges), space.top_k, noise_discordance(run))
-    model.fit(run.study.observations(space), seed)
-    return model
-
-
-def propose(run: Run, space: Space, seed: int) -> Table:
-    """The next table: Thompson sampling near the budget shares that the ladder will ask for.
-
-    A trial is cheap and blurred, so a table may come twice; a third time teaches less than a table not tried yet.
-    """
-    rng = np.random.default_rng(seed)
-    model = fitted_model(run, space, seed)
-    tried = Counter(space.table(trial.params) for trial in run.study.complete())
-    for _ in range(_DRAWS):
-        table = model.sample_table(run.max_drop * float(rng.choice(FRACTIONS[3])), rng)
-        if table == space.exact():  # nothing is safe enough in this draw: learn from what costs least
-            cheapest = [int(np.argmin(model.drop(b).mean(axis=0)[1:])) + 1 for b in range(model.buckets)]
-            table = tuple(model.choices[i] for i in cheapest)
-        if tried[table] < _REPEATS:
-            return table
-    near = [
-        (float(model.drop(b).mean(axis=0)[i]), (*table[:b], choice, *table[b + 1 :]))
-        for b in range(model.buckets)
-        for i, choice in enumerate(model.choices)
-        if i
-    ]
-    fresh = [(drop, other) for drop, other in near if tried[other] < _REPEATS]
-    return min(fresh, key=lambda pair: pair[0])[1] if fresh else table
-
-
-def freeze_ladder(run: Run) -> list[Rung]:
-    """The ladder, picked once and kept; empty where no policy is predicted to hold the limits and to gain."""
-    frozen = run.study.get("ladder")
-    if frozen is not None:
-        return [Rung(**rung) for rung in frozen]
-    space = run.space()
-    model = fitted_model(run, space, run.spec.search.seed)
-    noise = noise_discordance(run)
-    allowed = _allowed(run, space, model)
-    items, alpha = len(run.cert), run.spec.accuracy.alpha
-    picks = pick_ladder(model, run.max_drop, run.spec.search.rungs, noise, allowed, items=items, alpha=alpha)
-    ladder = [_rung(run, space, model, fraction, candidate) for fraction, candidate in picks]
-    if ladder or not run.study.get("searchEnded"):  # a search cut short may go on with a raised budget
-        run.study.put("ladder", [rung.to_dict() for rung in ladder])
-    return ladder
-
-
-def _rung(run: Run, space: Space, model: MonotoneModel, fraction: float, candidate: Candidate) -> Rung:
-    policy = space.policy(candidate.table)
-    index = [model.choices.index(choice) for choice in candidate.table]
-    drops = np.mean([model.drop(b)[:, i] for b, i in enumerate(index)], axis=0)
-    excess = np.mean([model.excess(b)[:, i] for b, i in enumerate(index)], axis=0)
-    n = len(run.cert)
-    some = np.linspace(0, len(drops) - 1, 24).astype(int)
-    chance = [
-        stats.power(n, noise_discordance(run) + float(excess[i]), float(drops[i]), run.max_drop, run.spec.accuracy.alpha)
-        for i in some
-    ]
-    return Rung(
-        policy=policy.to_json_dict(), describe=policy.describe(), fraction=fraction, drop=candidate.drop,
-        discordance=candidate.discordance, speedup=candidate.speedup, power=float(np.mean(chance)),
-    )  # fmt: skip
-
-
-def _allowed(run: Run, space: Space, model: MonotoneModel) -> Any:
-    """[buckets, choices]: False where TPOT is predicted over its limit, or a trial broke another latency limit."""
-    study, choices = run.study, model.choices
-    allowed = np.ones((model.buckets, len(choices)), bool)
-    complete = study.complete()
-    exact = study.levels(next(t for t in complete if space.table(t.params) == space.exact()))
-    for metric, name, limit in run.spec.slo.limits():
-        if metric == "tpot":
-            for b in range(model.buckets):
-                predicted = exact[b].latency_ms["tpot"][name] / np.exp(model.log_speed(b).mean(axis=0))
-                allowed[b] &= predicted <= limit
-    for trial in complete:
-        broken = [k for k, by in trial.constraints.items() if by > 0 and k != "accuracy" and not k.startswith("tpot.")]
-        if broken or trial.user_attrs.get("crash"):
-            for b, choice in enumerate(space.table(trial.params)):
-                if choice != EXACT:
-                    allowed[b, choices.index(choice)] = False
-    return allowed
 
 
 def reserve_s(run: Run) -> float:

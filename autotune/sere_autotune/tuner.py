@@ -14,13 +14,13 @@ from sere_ext.errors import SimilarityError, UsageError
 from sere_ext.policy import Policy
 from sere_ext.similarity import language_config, model_config_digest, read_meta
 
-from sere_autotune import calibration, certify, planner, results, search
+from sere_autotune import calibration, certify, learned, planner, results, search
 from sere_autotune.budget import Budget
 from sere_autotune.items import Item, load_items, set_digest, split
 from sere_autotune.ladder import MIN_SPEEDUP, Rung, RungResult
 from sere_autotune.ledger import Ledger
 from sere_autotune.outcome import BudgetExhaustedError, Ending, NearestMiss, Outcome, nearest_miss
-from sere_autotune.search import Engine, Reporter, Run
+from sere_autotune.run import Engine, Reporter, Run
 from sere_autotune.spec import TuningSpec
 from sere_autotune.study import TuningStudy, fingerprint, forget
 from sere_autotune.traffic import Traffic
@@ -200,8 +200,8 @@ def _run(run: Run, ledger: Ledger, prepared: Prepared, only: Policy | None) -> O
         else:
             with _timed(run, "search"):
                 search.rank(run)
-                ladder = search.freeze_ladder(run)
-        ledger.note(prepared.config_digest, noise=search.noise_discordance(run), pace=study.get("pace"))
+                ladder = learned.freeze_ladder(run)
+        ledger.note(prepared.config_digest, noise=learned.noise_discordance(run), pace=study.get("pace"))
         if not ladder and study.get("searchEnded"):
             raise BudgetExhaustedError(f"the search ended with {study.get('searchEnded')}; raise it")
         if not ladder:

@@ -119,7 +119,7 @@ class Quiet:
 
 
 def spec_for(out: Path, items: Path, **changes: Any) -> Any:
-    from sere_autotune.spec import load_spec
+    from sere_autotune.tuning_file import load_spec
 
     values: dict[tuple[str, ...], Any] = {
         ("model",): str(write_model(items.parent / "model")), ("accuracy", "tasks"): str(items), ("out",): str(out),

@@ -249,7 +249,7 @@ def test_the_tuners_limit_lies_between_exact_and_the_best_feasible() -> None:
 
 def test_the_tuners_flags_are_a_tuning_file(tmp_path: Path) -> None:
     from sere_autotune.options import leaves, overrides
-    from sere_autotune.spec import load_spec
+    from sere_autotune.tuning_file import load_spec
 
     flags = tuner.flags(tmp_path, tmp_path / "m", tmp_path / "s", "run", 6.0, 14, 6, gpu=True)
     given, names = dict(zip(flags[::2], flags[1::2], strict=True)), {leaf.flag: leaf.name for leaf in leaves()}

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 from sere_autotune.options import leaves, overrides
-from sere_autotune.spec import TuningSpec, load_spec, to_yaml
+from sere_autotune.spec import TuningSpec
+from sere_autotune.tuning_file import load_spec, to_yaml
 from sere_ext.errors import UsageError
 
 WHOLE = """
