@@ -1,0 +1,52 @@
+"""The stage that measures decode steps on a GPU, on the CPU's engine with tiny dimensions: everything but the figures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_decode_steps_with_known_routing(tmp_path: Path) -> None:
+    """Half the tokens route evenly, half with the skew; the policy changes under a running batch and exact answers return."""
+    out = tmp_path / "serve.json"
+    command = [
+        sys.executable,
+        "benchmarks/gpu/serve.py",
+        "--shape",
+        "tiny",
+        "--batch",
+        "8",
+        "--rounds",
+        "2",
+        "--steps",
+        "12",
+        "--eager",
+    ]
+    done = subprocess.run(
+        [*command, "--folder", str(tmp_path), "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(out.read_text())
+    assert result["sameAgain"]["changedUnderS1"] > 0
+    assert result["sameAgain"]["returnsExactly"]
+    cells = {(cell["routing"], cell["arm"]): cell for cell in result["cells"]}
+    assert len(cells) == len(result["cells"]) == 2 * 6
+    for kind in ("uniform", "skewed"):
+        exact, least = cells[kind, "exact"], cells[kind, "sere S=1"]
+        # Two layers, 6 steps of 8 tokens; 32 experts, top-4.
+        assert abs(exact["active"] / exact["activeDrawn"] - 1) < 0.12, exact
+        assert least["active"] < 0.6 * exact["active"]
+        assert cells[kind, "topk 2"]["slots"] == 2
+        assert exact["slots"] == 4
+        assert exact["boundMs"] > least["boundMs"] > 0
+    assert cells["skewed", "exact"]["active"] < cells["uniform", "exact"]["active"]
+    assert done.stdout.rstrip().endswith(str(out)), "the table is the last thing it prints"
