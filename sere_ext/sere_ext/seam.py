@@ -119,7 +119,7 @@ def _wrap_experts(runner: Any) -> None:
     experts = getattr(runner._quant_method.moe_kernel, "fused_experts", None)
     if not isinstance(experts, CPUUnquantizedExperts) or experts._use_zentorch:
         return
-    fused_experts = torch.ops.sere.fused_experts_cpu
+    fused_experts, stock = torch.ops.sere.fused_experts_cpu, experts.apply
 
     def apply(
         output: Any,
@@ -138,6 +138,11 @@ def _wrap_experts(runner: Any) -> None:
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
+        if expert_map is not None:  # ids of other ranks' experts among them, which is for vLLM to sort out
+            return stock(
+                output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map, a1q_scale,
+                a2_scale, workspace13, workspace2, expert_tokens_meta, apply_router_weight_on_input,
+            )  # fmt: skip
         fused_experts(
             output,
             hidden_states,

@@ -25,6 +25,11 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "prefix-caching": {"enable_prefix_caching": True, "block_size": BLOCK},
     "speculative-decoding": {"speculative_config": NGRAM, "enable_prefix_caching": False},
 }
+EXPERT_PARALLEL = {
+    "tensor_parallel_size": 2,
+    "enable_expert_parallel": True,
+    "worker_extension_cls": "cpu_expert_parallel.Experts",  # vLLM 0.32's CPU experts would leave the expert map unread
+}
 TINY = Path(__file__).parents[1] / "assets/tiny_moe"
 
 
@@ -86,27 +91,30 @@ def test_a_refused_feature_stops_the_start(model: Path, recorder: Recorder) -> N
         pass
 
 
-def test_two_tensor_parallel_ranks_switch_together_and_answer_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TP = 2 against TP = 1 on the trained model: answers, states and counters, exact and re-routed."""
+def test_two_ranks_switch_together_and_answer_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor and expert parallel on two ranks against one, on the trained model: answers, states and counters, exact and re-routed."""
     topk = Policy.parse({"buckets": [{"minTokens": 1, "kind": "topk", "S": 2}]})
-    found = {}
     cpus = sorted(os.sched_getaffinity(0))
-    for ranks in (1, 2):
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cpus[0]}|{cpus[-1]}" if ranks > 1 else "nobind")  # one core a rank
-        found[ranks] = _on_ranks(ranks, topk)
-    one, two = found[1], found[2]
-    assert two["exact"] == one["exact"]
-    assert two["topk"] == one["topk"]
-    assert len(set(two["exact"])) > 1
-    states = two["states"]
-    counters = states[0]["counters"][f"{topk.digest}|1-"]
-    assert counters["activeAfter"] < counters["activeBefore"]
-    assert [state["rank"] for state in states] == [0, 1]
-    for name in ("policyDigest", "generation", "switches", "counters", "model"):
-        assert states[0][name] == states[1][name] == one["states"][0][name], name
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    one = _on_ranks(topk)
+    assert len(set(one["exact"])) > 1
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cpus[0]}|{cpus[-1]}")  # one core a rank
+    two = {"tensor": _on_ranks(topk, tensor_parallel_size=2), "expert": _on_ranks(topk, **EXPERT_PARALLEL)}
+    for name, found in two.items():
+        assert found["exact"] == one["exact"], name
+        assert found["topk"] == one["topk"], name
+        states = found["states"]
+        counters = states[0]["counters"][f"{topk.digest}|1-"]
+        assert counters["activeAfter"] < counters["activeBefore"], name
+        assert [state["rank"] for state in states] == [0, 1], name
+        for key in ("policyDigest", "generation", "switches", "counters", "model"):
+            assert states[0][key] == states[1][key] == one["states"][0][key], (name, key)
+    (first, asked), (second, also) = two["expert"]["experts"]
+    assert (first, second) == (list(range(8)), list(range(8, 16))), "each rank holds half of the experts"
+    assert set(asked) == set(also) == set(range(16)), "and re-routes ids of all of them before they are mapped"
 
 
-def _on_ranks(ranks: int, policy: Policy) -> dict[str, Any]:
+def _on_ranks(policy: Policy, **options: Any) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -116,9 +124,9 @@ def _on_ranks(ranks: int, policy: Policy) -> dict[str, Any]:
     llm = None
     try:
         llm = LLM(
-            model=str(TINY), tensor_parallel_size=ranks, distributed_executor_backend="mp" if ranks > 1 else "uni", seed=0,
+            model=str(TINY), distributed_executor_backend="mp" if options else "uni", seed=0,
             enforce_eager=True, dtype="float32", max_model_len=64, max_num_seqs=8, disable_log_stats=True,
-            additional_config={"sere": {}},
+            additional_config={"sere": {}}, **options,
         )  # fmt: skip
 
         def texts() -> list[str]:
@@ -126,7 +134,9 @@ def _on_ranks(ranks: int, policy: Policy) -> dict[str, Any]:
 
         exact = texts()
         switch_llm(llm, policy)
-        return {"exact": exact, "topk": texts(), "states": llm.collective_rpc("sere_state")}
+        rerouted, states = texts(), llm.collective_rpc("sere_state")
+        experts = llm.collective_rpc("experts_here") if "worker_extension_cls" in options else None
+        return {"exact": exact, "topk": rerouted, "states": states, "experts": experts}
     finally:
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
