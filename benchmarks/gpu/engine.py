@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import routing
+from report import engine_env, where
 from shapes import Shape
 
 # In this process: the load format is known, and a wave is complete before its first step.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# Padding rows must be marked (docs/compatibility.md); both are the default from 0.32 on.
-os.environ.setdefault("VLLM_MOE_SKIP_PADDING", "1")
 
 DISCARDED = 2  # steps after a switch: the one in flight, and the first under the new policy
 STOCK = "stock"
@@ -58,11 +57,11 @@ class Engine:
         if self.similarity is None:
             os.environ["VLLM_PLUGINS"] = "none"  # a name that nothing has, so no plug-in is loaded
         import torch
-        from vllm import LLM, __version__
 
         on_gpu = torch.cuda.is_available()
-        if on_gpu and tuple(map(int, __version__.split(".")[:2])) < (0, 31):
-            os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")  # the first runner marks no padding before 0.31
+        os.environ |= engine_env(on_gpu, where().get("vllm", "0.32")) | os.environ  # before vLLM reads it
+        from vllm import LLM
+
         graphs: dict[str, Any] = {"compilation_config": {"cudagraph_capture_sizes": list(self.batches)}} if on_gpu else {}
         if on_gpu:
             graphs["gpu_memory_utilization"] = 0.93

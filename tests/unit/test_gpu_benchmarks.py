@@ -238,10 +238,10 @@ def test_the_model_that_is_trained_is_as_large_as_promised() -> None:
 
 
 def test_the_tuners_limit_lies_between_exact_and_the_best_feasible() -> None:
-    trials = [
-        {"policy": "exact", "tpotMs": 9.0, "feasible": True}, {"policy": "a", "tpotMs": 4.0, "feasible": True},
-        {"policy": "b", "tpotMs": 1.0, "feasible": False},
-    ]  # fmt: skip
+    def trial(policy: str, p95: float, feasible: bool) -> dict[str, Any]:
+        return {"policy": policy, "tpotMs": 1.5, "feasible": feasible, "levels": [{"latency_ms": {"tpot": {"p95": p95}}}]}
+
+    trials = [trial("exact", 9.0, True), trial("a", 4.0, True), trial("b", 1.0, False)]
     assert tuner.between({"trials": trials}) == (9.0, 4.0, 6.0)
     with pytest.raises(ValueError, match=r"faster than exact routing .9\.000 ms"):
         tuner.between({"trials": trials[::2]})
@@ -317,6 +317,12 @@ def test_a_table_is_in_line_and_targets_say_what_was_not_measured() -> None:
     assert report.at_most("t", None, 3).line() == ["t", "", "not measured"]
     assert report.at_least("t", 2.5, 2, "x").line() == ["t", "2.5x", "met"]
     assert report.at_most("t", 2.5, 2, " us").line() == ["t", "2.5 us", "missed"]
+
+
+def test_padding_is_marked_by_the_runner_that_can() -> None:
+    assert report.engine_env(True, "0.26.0") == {"VLLM_MOE_SKIP_PADDING": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    assert report.engine_env(True, "0.32.0") == {"VLLM_MOE_SKIP_PADDING": "1"}
+    assert report.engine_env(False, "0.32.0") == {}, "the CPU's engine refuses to be told"
 
 
 def test_the_page_says_what_the_results_say() -> None:
