@@ -65,6 +65,16 @@ class Access:
         return cls(f"https://{host}:{port}", lambda: token.read_text().strip(), str(_ACCOUNT / "ca.crt"))
 
 
+def _spent_and_tried(summary: dict[str, Any]) -> dict[str, Any]:
+    """What the SereTuningJob's status shows beside the outcome."""
+    found: dict[str, Any] = {}
+    if "spent" in summary:
+        found["deviceHours"] = f"{summary['spent']['deviceHours']:.2f}"
+    if "ladder" in summary:
+        found["candidates"] = [{"policy": rung["describe"], "verdict": rung["verdict"]} for rung in summary["ladder"]]
+    return found
+
+
 class Publisher:
     """Applies the ConfigMap. Progress is best effort and within a stage seldom, the end is tried for five minutes."""
 
@@ -85,7 +95,7 @@ class Publisher:
 
     def finish(self, finished: Finished) -> None:
         """The outcome, and what the operator needs where a policy was chosen."""
-        data = {"outcome.json": json.dumps(finished.outcome.published())}
+        data = {"outcome.json": json.dumps(finished.outcome.published() | _spent_and_tried(finished.summary))}
         binary: dict[str, str] = {}
         if finished.profile is not None:
             data["profile.json"] = json.dumps(finished.profile)

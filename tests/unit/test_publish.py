@@ -58,13 +58,16 @@ def test_a_chosen_policy_is_applied_with_profile_and_artefact(server: Server, tm
     artefact = tmp_path / "similarity.safetensors"
     artefact.write_bytes(b"\x00matrices")
     outcome = Outcome(Ending.CHOSEN, "topk 2: 1.3x", {"completed": 8})
-    publisher(server).finish(Finished(outcome, {}, {"kind": "SereProfile"}, artefact))
+    rung = {"rung": 1, "describe": "topk 2", "verdict": "passed"}
+    summary = {"spent": {"deviceHours": 0.1234}, "ladder": [rung]}
+    publisher(server).finish(Finished(outcome, summary, {"kind": "SereProfile"}, artefact))
     path, headers, body = server.requests[0]
     assert path == "/api/v1/namespaces/models/configmaps/qwen3-tuning?fieldManager=sere-tuner&force=true"
     assert headers["Content-Type"] == "application/apply-patch+yaml"
     assert headers["Authorization"] == "Bearer secret"
     assert json.loads(body["data"]["outcome.json"]) == {
         "outcome": "Chosen", "message": "topk 2: 1.3x", "exitCode": 0, "trials": {"completed": 8},
+        "deviceHours": "0.12", "candidates": [{"policy": "topk 2", "verdict": "passed"}],
     }  # fmt: skip
     assert json.loads(body["data"]["profile.json"]) == {"kind": "SereProfile"}
     assert base64.b64decode(body["binaryData"]["similarity.safetensors"]) == b"\x00matrices"

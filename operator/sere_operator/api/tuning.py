@@ -203,8 +203,7 @@ class Candidate(Record):
     """A policy that the run considered for certification."""
 
     policy: Annotated[str, Field(description="in words")]
-    digest: Annotated[str, Field(description="of the policy")] = ""
-    verdict: Annotated[str, Field(description="chosen, or why not")] = ""
+    verdict: Annotated[str, Field(description="passed, or what became of it")] = ""
 
 
 class SereTuningJobStatus(Record):
@@ -222,6 +221,5 @@ class SereTuningJobStatus(Record):
     device_hours: Annotated[str | None, Field(description="device time spent, hours")] = None
     start_time: Annotated[str | None, Field(json_schema_extra={"format": "date-time"}, description="of the run")] = None
     completion_time: Annotated[str | None, Field(json_schema_extra={"format": "date-time"}, description="of the run")] = None
-    last_progress_time: Annotated[str | None, Field(json_schema_extra={"format": "date-time"}, description="heartbeat")] = None
     result_config_map: Annotated[str | None, Field(description="named by the operator beforehand; the run writes it")] = None
     profile: Annotated[str | None, Field(description="the SereProfile made from the result")] = None

@@ -77,6 +77,7 @@ def _report(snapshot: TuningSnapshot, spec: SereTuningJobSpec, result: Result, p
         "completionTime": stamp(snapshot.now) if done else None,
         "resultConfigMap": result_name(snapshot.name),
         "profile": result.profile,
+        **result.told,
     })  # fmt: skip
     plan.status = status.merge_patch(new, snapshot.status)
     if done:

@@ -6,7 +6,7 @@ The profile and its artefact belong to the SereDeployment, not to the run, so de
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sere_ext.errors import SereError
@@ -16,7 +16,7 @@ from sere_operator.api import meta
 from sere_operator.api.common import SpecError
 from sere_operator.api.conditions import Reason
 from sere_operator.api.profile import profile_name
-from sere_operator.api.tuning import SereTuningJobSpec
+from sere_operator.api.tuning import MAX_CANDIDATES, SereTuningJobSpec
 from sere_operator.plan.artefact import verified_digest
 from sere_operator.plan.snapshot import Object, TuningSnapshot
 from sere_operator.plan.tuning_children import labels
@@ -31,6 +31,7 @@ class Result:
 
     trials  counters as far as they are told, may be empty
     stage   what the run is doing, in the tuner's words while it works
+    told    device-hours and candidates for the status, of a run that ended
     """
 
     outcome: str | None
@@ -38,6 +39,7 @@ class Result:
     message: str
     trials: Object
     stage: str = ENDED
+    told: Object = field(default_factory=dict)
     objects: tuple[Object, ...] = ()
     profile: str | None = None
 
@@ -55,17 +57,18 @@ def read_result(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> Result:
     progress = _json(data.get("progress.json"))
     outcome = _json(data.get("outcome.json"))
     trials = _counts(outcome.get("trials") or progress.get("trials"))
+    told = _told(outcome)
     said = str(outcome.get("outcome") or "")
     message = str(outcome.get("message") or "")[:1000]
     if said == "Chosen":
         try:
             objects, name = chosen_objects(snapshot, spec)
         except SereError as error:
-            return Result("Failed", Reason.FAILED, f"the tuner's result was refused: {error}", trials)
-        return Result("Chosen", Reason.CHOSEN, message or "a policy was chosen", trials, ENDED, tuple(objects), name)
+            return Result("Failed", Reason.FAILED, f"the tuner's result was refused: {error}", trials, told=told)
+        return Result("Chosen", Reason.CHOSEN, message or "a policy was chosen", trials, ENDED, told, tuple(objects), name)
     if said:
         reason = next((r for r in Reason if r.value == said), Reason.FAILED)
-        return Result(reason.value, reason, message or said, trials)
+        return Result(reason.value, reason, message or said, trials, told=told)
     job = snapshot.child("Job", snapshot.name) or {}
     conditions = {c["type"]: c for c in (job.get("status") or {}).get("conditions") or [] if c.get("status") == "True"}
     if "Failed" in conditions or "Complete" in conditions:
@@ -138,6 +141,21 @@ def _counts(given: Any) -> Object:
         known = ("scheduled", "completed", "feasible", "infeasible", "failed")
         return {key: int(given[key]) for key in known if isinstance(given.get(key), int)}
     return {"completed": given} if isinstance(given, int) else {}
+
+
+def _told(outcome: Object) -> Object:
+    """deviceHours and candidates of outcome.json, as far as they have the form of the status."""
+    found: Object = {}
+    if isinstance(outcome.get("deviceHours"), str):
+        found["deviceHours"] = outcome["deviceHours"][:20]
+    given = outcome.get("candidates")
+    tried = [rung for rung in given if isinstance(rung, dict)] if isinstance(given, list) else []
+    if tried:
+        found["candidates"] = [
+            {"policy": str(rung.get("policy"))[:1000], "verdict": str(rung.get("verdict"))[:200]}
+            for rung in tried[:MAX_CANDIDATES]
+        ]
+    return found
 
 
 def _last_words(snapshot: TuningSnapshot) -> str | None:

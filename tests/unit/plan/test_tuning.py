@@ -173,6 +173,17 @@ def test_the_tuners_own_message_is_what_people_read(outcome: str) -> None:
     assert "profile" not in plan.status
 
 
+def test_what_was_spent_and_tried_stands_in_the_status() -> None:
+    told = {"deviceHours": "0.12", "candidates": [{"policy": f"topk {n}", "verdict": "failed"} for n in range(7)]}
+    plan = tuning.decide_tuning(snapshot({"outcome.json": {"outcome": "Infeasible", **told}}), Defaults())
+    assert plan.status is not None
+    assert plan.status["deviceHours"] == "0.12"
+    assert plan.status["candidates"] == told["candidates"][:5]
+    odd = {"deviceHours": 3, "candidates": "topk"}
+    plan = tuning.decide_tuning(snapshot({"outcome.json": {"outcome": "Infeasible", **odd}}), Defaults())
+    assert plan.status is not None and not {"deviceHours", "candidates"} & set(plan.status)
+
+
 def test_a_job_that_died_without_a_word_is_failed_with_its_last_lines() -> None:
     job = {"kind": "Job", "metadata": {}, "spec": {}, "status": {"conditions": [{"type": "Failed", "status": "True"}]}}
     ended = {"state": {"terminated": {"exitCode": 137, "message": "boom"}}}
