@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sere_ext.errors import SereError
+from sere_ext.errors import PolicyError, SereError, UnsupportedError
 from sere_ext.policy import EXACT_POLICY, Policy
 
 from sere_autotune import planner
@@ -113,7 +113,11 @@ def _evaluate(run: Run, trial: Any, table: Table, crashes: int) -> int:
     began = time.monotonic()
     try:
         levels = measure(run, policy, items, number=trial.number, seconds=seconds, reject=not exact)
-    except EngineCrashError as error:
+    except (
+        EngineCrashError,
+        UnsupportedError,
+        PolicyError,
+    ) as error:  # the last two: a kind that this model's router cannot have
         if exact or crashes + 1 >= _CRASHES_IN_A_ROW:
             raise SereError(f"the engine keeps failing ({error}); see its log with SERE_ENGINE_LOGS=1") from error
         keys = [f"{metric}.{name}" for metric, name, _ in limits] + ["accuracy", "failures"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -183,6 +184,24 @@ def tune(
         study.close()
 
 
+def _check_same_engine(study: TuningStudy, key: dict[str, Any]) -> None:
+    """What was measured on one device or engine release says nothing about another.
+
+    Raises:
+        UsageError: the study has trials of another.
+    """
+    before = study.get("key")
+    key = json.loads(json.dumps(key))  # as it was stored
+    if not before or before == key or not study.complete():
+        return
+    changed = ", ".join(f"{name} was {before.get(name)} and is {key.get(name)}" for name in sorted({*before, *key})
+                        if before.get(name) != key.get(name))  # fmt: skip
+    raise UsageError(
+        f"{study.out} holds trials of another engine: {changed}; go on where they were measured, name another `out`, or add "
+        "--fresh to begin anew"
+    )
+
+
 def _run(run: Run, ledger: Ledger, prepared: Prepared, only: Policy | None) -> Outcome:
     """The engine's part. Every ending but a broken engine is an outcome."""
     study = run.study
@@ -190,6 +209,7 @@ def _run(run: Run, ledger: Ledger, prepared: Prepared, only: Policy | None) -> O
     try:
         with _timed(run, "start"):
             run.facts = run.engine.start()
+        _check_same_engine(study, run.facts.key)
         study.put("key", run.facts.key)
         study.put("topK", run.facts.top_k)
         if only is not None:

@@ -35,7 +35,7 @@ class Moments(Protocol):
     tokens: list[int]  # of each half
 
     def add(self, outputs: Any, half: int) -> None:
-        """outputs: float32 [E, n, H] of all experts on the same n tokens."""
+        """outputs: float32 [E, n, H] of all experts on the same n tokens; tokens with an answer that is not finite are left out."""
 
     def matrix(self, halves: tuple[int, ...] = (0, 1)) -> Matrix:
         """float32 [E, E] from these halves' tokens: symmetric, diagonal 1, larger is more alike."""
@@ -69,6 +69,7 @@ class GramMoments:
     def add(self, outputs: Any, half: int) -> None:
         import torch
 
+        outputs = _finite(outputs)
         experts, tokens, hidden = outputs.shape
         block = max(1, _BLOCK_BYTES.get(outputs.device.type, 4 << 20) // (4 * experts * hidden))
         for start in range(0, tokens, block):
@@ -97,6 +98,13 @@ class GramMoments:
         self.tokens = state["tokens"].tolist()
 
 
+def _finite(outputs: Any) -> Any:
+    """Without tokens on which some expert overflows: it would never get most of them, and one takes all similarities with it."""
+    if outputs.sum().isfinite():  # one pass where all is well, which is nearly always
+        return outputs
+    return outputs[:, outputs.isfinite().all(-1).all(0)]
+
+
 def _centred_gram(flat: Any) -> Any:
     """float64 [E, E] Gram matrix of float32 rows [E, M], good to float32 in every distance that follows from it, however small."""
     import torch
@@ -105,6 +113,9 @@ def _centred_gram(flat: Any) -> Any:
     norms = gram.diagonal()
     both = norms[:, None] + norms
     close = ((both - gram - gram.T) < _CLOSE * both).triu(1).nonzero()
+    if len(close) > flat.shape[0]:  # layers of equal or dead experts
+        wide = flat.double()
+        return wide @ wide.T
     for i, j in close.tolist():
         squares = torch.sub(flat[i], flat[j]).square_().sum(dtype=torch.float64)
         gram[i, j] = gram[j, i] = (both[i, j] - squares) / 2
@@ -132,6 +143,9 @@ class CrossMoments:
         self._cross = [zeros(hidden, (self.experts - i) * hidden) for i in range(self.experts)]
 
     def add(self, outputs: Any, half: int) -> None:
+        outputs = _finite(outputs)
+        if not outputs.shape[1]:
+            return
         if not self.hidden:
             self._allocate(outputs.shape[2], outputs.mean(1).reshape(-1))
         wide = outputs.transpose(0, 1).reshape(outputs.shape[1], -1) - self._shift  # [n, E * H]

@@ -107,6 +107,26 @@ def test_copies_are_exactly_alike_among_many_experts_of_very_different_size() ->
 
 
 @pytest.mark.parametrize("metric", METRICS)
+def test_a_token_on_which_an_expert_overflows_is_left_out(metric: str) -> None:
+    whole, total, clean = outputs(), make_moments(metric, 5, "cpu"), make_moments(metric, 5, "cpu")
+    clean.add(whole[:, torch.arange(40) != 7], 0)
+    whole[2, 7, 3] = float("inf")
+    total.add(whole, 0)
+    total.add(whole[:, 7:8], 1)
+    assert total.tokens == [39, 0]
+    np.testing.assert_array_equal(total.matrix(), clean.matrix())
+
+
+def test_many_equal_experts_are_all_alike() -> None:
+    """More close pairs than experts: summed at once."""
+    made = torch.randn(1, 50, 16, generator=torch.Generator().manual_seed(3)).repeat(12, 1, 1)
+    made[11] += torch.randn(50, 16, generator=torch.Generator().manual_seed(4))
+    total = make_moments("frobenius", 12, "cpu")
+    total.add(made, 0)
+    np.testing.assert_allclose(total.matrix(), pairwise.frobenius(made.double()).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_sums_survive_a_checkpoint_and_do_not_grow(metric: str) -> None:
     one, other = make_moments(metric, 5, "cpu"), make_moments(metric, 5, "cpu")
     one.add(outputs(), 0)

@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from planted import PlantedEngine, Quiet, run, spec_for, truth, write_items
 from rich.console import Console
+from sere_autotune.engine import EngineFacts
 from sere_autotune.outcome import Ending
 from sere_autotune.progress import Progress
 from sere_autotune.study import TuningStudy
-from sere_ext.errors import SereError, UsageError
+from sere_ext.errors import SereError, UnsupportedError, UsageError
 from sere_ext.policy import Kind, Policy
 from sere_ext.profile import Profile
 
@@ -57,6 +59,32 @@ def test_a_finished_study_says_the_same_again_without_an_engine(tmp_path: Path, 
     assert again.summary["trials"] == first.summary["trials"]
 
 
+class Elsewhere(PlantedEngine):
+    """Stops at its fourth block, or runs on another device."""
+
+    def __init__(self, device: str = "") -> None:
+        super().__init__()
+        self.device = device
+
+    def start(self) -> EngineFacts:
+        facts = super().start()
+        return replace(facts, key={**facts.key, "device": self.device}) if self.device else facts
+
+    def block(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.device and self.blocks >= 4:
+            raise KeyboardInterrupt
+        return super().block(*args, **kwargs)
+
+
+def test_trials_of_another_device_are_not_gone_on_with(tmp_path: Path, items: Path) -> None:
+    """As where a tuning pod comes back on a node with other GPUs."""
+    spec = spec_for(tmp_path / "out", items)
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, Elsewhere())
+    with pytest.raises(UsageError, match=r"trials of another engine: device was .* and is other; .*--fresh"):
+        run(spec, Elsewhere("other"))
+
+
 def test_killed_with_minus_9_it_goes_on_and_loses_at_most_the_trial_in_flight(tmp_path: Path, items: Path) -> None:
     calls = tmp_path / "calls.log"
     command = [sys.executable, str(Path(__file__).parent / "planted.py"), str(tmp_path / "out"), str(items), "8", "0.2"]
@@ -94,6 +122,21 @@ def test_a_crashing_kind_is_infeasible_and_never_chosen(tmp_path: Path, items: P
     assert crashed
     assert all(min(t["violations"].values()) > 0 for t in crashed)
     assert finished.profile is None or "oea" not in json.dumps(finished.profile["spec"]["policy"])
+
+
+def test_a_kind_that_the_model_refuses_is_one_trial_less_not_the_end(tmp_path: Path, items: Path) -> None:
+    """A router whose scores are not known refuses `oea`, whatever S."""
+
+    class Refusing(PlantedEngine):
+        def apply(self, policy: Policy) -> None:
+            if any(bucket.kind is Kind.OEA for bucket in policy.buckets):
+                raise UnsupportedError("layer 0 gives no scores")
+            super().apply(policy)
+
+    finished = run(spec_for(tmp_path / "out", items, search__sampler="random", search__trials=12), Refusing())
+    refused = [t for t in finished.summary["trials"] if t["crash"]]
+    assert refused and all("gives no scores" in t["crash"] for t in refused)
+    assert len(finished.summary["trials"]) == 12 and len(refused) < 6, "the others were measured"
 
 
 def test_an_engine_that_dies_under_exact_routing_is_a_failure(tmp_path: Path, items: Path) -> None:

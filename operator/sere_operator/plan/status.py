@@ -197,7 +197,10 @@ def build(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, step: St
             "stable": step.stable,
             "previous": step.previous,
             "description": entry_text or (EXACT if step.stable == EXACT else known.get("description")),
-            "profile": wanted.profile_name if wanted.profile is not None else None,
+            # Of a profile that was deleted the policy serves on; made again under its name it is taken up again.
+            "profile": known.get("profile")
+            if wanted.problem is Reason.PROFILE_MISSING
+            else wanted.profile and wanted.profile_name,
             "override": meta.OVERRIDE_EXACT if overridden(snapshot) else None,
         },
         "rollout": step.rollout,

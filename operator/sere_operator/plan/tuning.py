@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sere_operator.api import meta
 from sere_operator.api.common import SpecError, parse_spec
 from sere_operator.api.conditions import ConditionType, Reason
 from sere_operator.api.tuning import SereTuningJobSpec
@@ -14,6 +15,7 @@ from sere_operator.plan.tuning_result import Result, read_result
 
 _FEASIBLE = {"Chosen": True, "Infeasible": False}
 POLL_S = 60.0
+COLLECTED_POLL_S = 2.0
 
 
 def decide_tuning(snapshot: TuningSnapshot, defaults: Defaults) -> Plan:
@@ -31,7 +33,13 @@ def decide_tuning(snapshot: TuningSnapshot, defaults: Defaults) -> Plan:
     plan = Plan(requeue_after=POLL_S)
     if snapshot.status.get("outcome"):
         return plan
-    for body in build(snapshot, spec, defaults):
+    bodies = build(snapshot, spec, defaults)
+    if any(_of_an_earlier_run(snapshot, snapshot.child(body["kind"], body["metadata"]["name"])) for body in bodies):
+        waiting = Result(None, Reason.PENDING, "what an earlier run of this name left is being collected", {}, "waiting")
+        _report(snapshot, spec, waiting, plan)
+        plan.requeue_after = COLLECTED_POLL_S
+        return plan
+    for body in bodies:
         _keep(plan, drift.stamped(body), snapshot.child(body["kind"], body["metadata"]["name"]))
     result = read_result(snapshot, spec)
     for body in result.objects:
@@ -39,6 +47,13 @@ def decide_tuning(snapshot: TuningSnapshot, defaults: Defaults) -> Plan:
             plan.apply.append(body)
     _report(snapshot, spec, result, plan)
     return plan
+
+
+def _of_an_earlier_run(snapshot: TuningSnapshot, live: Object | None) -> bool:
+    """Whether a child still belongs to a deleted SereTuningJob of the same name: to adopt it would be to read its old result."""
+    owners = (live or {}).get("metadata", {}).get("ownerReferences") or []
+    uid = snapshot.object["metadata"]["uid"]
+    return any(o.get("controller") and o.get("kind") == meta.TUNING_JOB_KIND and o.get("uid") != uid for o in owners)
 
 
 def _keep(plan: Plan, body: Object, live: Object | None) -> None:

@@ -78,7 +78,9 @@ def build(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaults)
     owner, name, namespace = snapshot.object, snapshot.name, snapshot.namespace
     metadata = {"namespace": namespace, "labels": labels(snapshot, spec), "ownerReferences": [children.owner_reference(owner)]}
     storage = pods.Storage()
-    text = json.dumps(tuning_file(spec, storage, name), indent=2)  # JSON is YAML
+    # Of this run alone: one of the same name that was deleted and made again begins anew.
+    folder = f"{name}-{str(owner['metadata']['uid'])[:8]}"
+    text = json.dumps(tuning_file(spec, storage, folder), indent=2)  # JSON is YAML
     rules = [{"apiGroups": [""], "resources": ["configmaps"], "resourceNames": [result_name(name)], "verbs": ["create", "patch"]}]
     rbac = "rbac.authorization.k8s.io"
     return [

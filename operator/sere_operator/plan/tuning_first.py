@@ -29,15 +29,20 @@ def held(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable: s
     """The checklist, in order; None: the pods may be replaced.
 
     1. no profile is required, or model and engine are what runs       go
-    2. nothing tuned serves: a first install, exact routing, the kill switch, no pod that answers     go
+    2. nothing tuned serves: a first install, exact routing, the kill switch, no pod that answers     go; but pods that are
+       held already stay when the kill switch is set: it must never restart one
     3. the tuning of the new spec made a certified profile             go
     4. it ended with anything else                                     hold until a person decides
     5. otherwise                                                       hold until it has ended
     """
     if not spec.profile_required or not engine.changing(snapshot, spec):
         return None
-    tuned = stable != EXACT and wanted.profile is not None and wanted.problem is not Reason.POLICY_STALE
-    if not tuned or routing.overridden(snapshot) or not _serves(snapshot):
+    # A profile that was deleted while its policy serves is no reason to let the pods go.
+    tuned = stable != EXACT and (
+        wanted.problem is Reason.PROFILE_MISSING or (wanted.profile is not None and wanted.problem is not Reason.POLICY_STALE)
+    )
+    switched_off = routing.overridden(snapshot) and not _held_before(snapshot)
+    if not tuned or switched_off or not _serves(snapshot):
         return None
     status = (routing.tuning_job_of(snapshot, spec) or {}).get("status") or {}
     complete = find_condition(status.get("conditions") or [], ConditionType.COMPLETE) or {}
@@ -58,8 +63,16 @@ def held(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable: s
             return None
         why = f"profile {status.get('profile')} is {'gone' if profile is None else 'advisory, not certified'}"
     message = f"the pods of the old model or engine serve on, since the new one has no certified profile: {why}"
-    way_out = "set rollout.requireProfile: false to go on with exact routing, change the limits, or take the change back"
+    again = f"delete SereTuningJob {routing.tuning_job_name(snapshot.name, spec)} to tune again"
+    way_out = (
+        f"set rollout.requireProfile: false to go on with exact routing, change the limits, {again}, or take the change back"
+    )
     return Hold(Reason.PROFILE_REQUIRED, f"{message[:800]}; {way_out}")
+
+
+def _held_before(snapshot: Snapshot) -> bool:
+    known = find_condition(snapshot.status.get("conditions") or [], ConditionType.PROGRESSING) or {}
+    return known.get("reason") in (Reason.TUNING_FIRST, Reason.PROFILE_REQUIRED)
 
 
 def _serves(snapshot: Snapshot) -> bool:

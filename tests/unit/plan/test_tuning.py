@@ -103,7 +103,9 @@ def test_a_lost_pod_is_replaced_only_where_the_study_outlives_it() -> None:
     assert {"name": "run", "persistentVolumeClaim": {"claimName": "studies"}} in job["template"]["spec"]["volumes"]
     mounts = job["template"]["spec"]["containers"][0]["volumeMounts"]
     assert {"name": "run", "mountPath": tuning_children.RUN_DIR} in mounts
-    assert given["out"] == f"{tuning_children.RUN_DIR}/m-tune-1", "several runs share the claim, each its own folder"
+    assert given["out"] == f"{tuning_children.RUN_DIR}/m-tune-1-t", (
+        "runs share the claim, each its own folder, even those of one name"
+    )
     assert job["backoffLimit"] == tuning_children.RETRIES
     assert job["podFailurePolicy"]["rules"][1]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
 
@@ -171,6 +173,18 @@ def test_the_tuners_own_message_is_what_people_read(outcome: str) -> None:
     complete = plan.status["conditions"][0]
     assert (complete["status"], complete["reason"], complete["message"]) == ("True", outcome, "nearest miss: x")
     assert "profile" not in plan.status
+
+
+def test_a_run_made_again_waits_until_the_old_ones_objects_are_collected() -> None:
+    """Else it would adopt the old result and end at once as the deleted run did."""
+    old = {
+        "metadata": {"name": "m-tune-1-result", "ownerReferences": [{"kind": "SereTuningJob", "uid": "old", "controller": True}]}
+    }
+    given = snapshot({"outcome.json": {"outcome": "Failed"}}, children={("ConfigMap", "m-tune-1-result"): old})
+    plan = tuning.decide_tuning(given, Defaults())
+    assert not plan.apply and plan.requeue_after == tuning.COLLECTED_POLL_S
+    assert plan.status is not None and "outcome" not in plan.status
+    assert "collected" in plan.status["conditions"][0]["message"]
 
 
 def test_what_was_spent_and_tried_stands_in_the_status() -> None:

@@ -124,6 +124,39 @@ def test_without_a_certified_profile_it_holds_and_says_what_to_do(outcome: str) 
     assert world.stable == "exact"
 
 
+@pytest.mark.parametrize("meanwhile", ["kill switch", "profile deleted"])
+def test_what_is_held_stays_held(meanwhile: str) -> None:
+    """The kill switch is for the policy: it never replaces a pod, least of all by one of a model that nobody has tuned."""
+    world = tuned_world()
+    before = [pod.uid for pod in world.pods]
+    world.edit(model=model("v2"))
+    look_for(world, 5)
+    if meanwhile == "kill switch":
+        world.annotate("serving.sere.dev/override", "exact")
+        look_for(world, 10)
+        assert [pod.uid for pod in world.pods] == before
+        world.annotate("serving.sere.dev/override", None)
+    else:
+        del world.profiles["p-first"]
+    look_for(world, 10)
+    assert [pod.uid for pod in world.pods] == before
+    assert {pod.digest for pod in world.pods} == {DIGEST}
+    assert world.condition("Progressing")["reason"] == "TuningFirst"
+    finish(world, "Chosen", "v2", NEWER)
+    world.settle()
+    assert revisions(world) == {"v2"}
+
+
+def test_a_profile_that_is_gone_before_the_edit_holds_too() -> None:
+    world = tuned_world()
+    del world.profiles["p-first"]
+    look_for(world, 2)
+    world.edit(model=model("v2"))
+    look_for(world, 10)
+    assert revisions(world) == {""}
+    assert world.condition("Progressing")["reason"] == "TuningFirst"
+
+
 def test_taking_the_change_back_moves_no_pod() -> None:
     world = tuned_world()
     before = [pod.uid for pod in world.pods]
