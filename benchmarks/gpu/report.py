@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -24,7 +25,8 @@ for _folder in (ROOT, ROOT / "benchmarks", ROOT / "sere_ext", ROOT / "autotune")
 
 from tune import machine  # noqa: E402
 
-RESULTS = ROOT / "docs" / "benchmarks" / "results"
+# SERE_BENCH_OUT: the folder that comes back from a machine on which nothing else is kept.
+RESULTS = Path(os.environ.get("SERE_BENCH_OUT") or ROOT / "docs" / "benchmarks" / "results")
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,9 @@ def between(summary: dict[str, Any]) -> tuple[float, float, float]:
     Raises:
         ValueError: no policy was faster than exact routing, so there is no limit between them.
     """
-    exact = next(p95(trial) for trial in summary["trials"] if trial["policy"] == "exact")
+    exact = next((p95(trial) for trial in summary["trials"] if trial["policy"] == "exact"), None)
+    if exact is None:
+        raise ValueError("the budget ended before exact routing had been measured")
     best = min((p95(trial) for trial in summary["trials"] if trial["feasible"]), default=exact)
     if best >= exact:
         raise ValueError(f"no policy kept the accuracy and was faster than exact routing ({exact:.3f} ms)")
