@@ -101,9 +101,9 @@ def prepare(args: argparse.Namespace) -> Path:
             "trials": args.trials,
             "rungs": 1,
             "deviceHours": 0.25,
-            "itemsPerTrial": 200,
+            "itemsPerTrial": 160,
         },
-        "certify": {"pairs": 6, "blockSeconds": 10},
+        "certify": {"pairs": 5, "blockSeconds": 10},
         "out": str(BUILD / "run"),
     }
     path = BUILD / "tuning.yaml"
