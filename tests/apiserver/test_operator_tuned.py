@@ -233,7 +233,8 @@ def test_outcomes_without_a_policy_keep_exact_and_say_why(world: World) -> None:
     assert next(v for v in pod["volumes"] if v["name"] == "run")["persistentVolumeClaim"] == {"claimName": "studies"}
     (mount,) = (m for m in pod["containers"][0]["volumeMounts"] if m["name"] == "run")
     given = json.loads(world.get("ConfigMap", f"{job}-input")["data"]["tuning.yaml"])
-    assert (given["out"], mount.get("readOnly")) == (f"{mount['mountPath']}/{job}", None)
+    uid = world.get("SereTuningJob", job)["metadata"]["uid"]
+    assert (given["out"], mount.get("readOnly")) == (f"{mount['mountPath']}/{job}-{uid[:8]}", None), "a folder of this run alone"
     publish(world, job, "Infeasible", "nearest miss: topk 4 has TPOT p95 20.8 ms, 4 % over the limit of 20 ms")
     eventually(lambda: world.condition("Tuned")["reason"] == "Infeasible")
     assert "nearest miss" in world.condition("Tuned")["message"]
