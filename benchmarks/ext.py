@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sere_autotune.stats import ratio_interval
-from tune import MAKE, ROOT, machine, run
+from tune import MAKE, ROOT, machine, make_items, run
 
 sys.path.insert(0, str(MAKE))
 
@@ -143,7 +143,7 @@ def widened(folder: Path, factor: int) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     calibration, narrow = folder / "calib.jsonl", folder / "narrow.safetensors"
     run(sys.executable, MAKE / "widen.py", small, model, "--factor", str(factor))
-    run(sys.executable, MAKE / "items.py", "--split", "calibration", "--count", "600", "--seed", "0", "--out", calibration)
+    make_items(calibration, "calibration", 600, seed=0)
     run(sys.executable, "-m", "sere_ext.cli", "calibrate", small, "--data", calibration, "--out", narrow)
     # Widened experts compute what the small ones do, so that similarities hold as they are.
     found = read_similarity(narrow)

@@ -28,7 +28,7 @@ from lanes import ROOT, Lanes, Prompted, answers, prompted
 from sere_ext.artifact import read_similarity
 from tasks import Item, items
 from torch import Tensor
-from tune import MAKE, machine, run
+from tune import machine, make_items, run
 
 MODEL = ROOT / "tests" / "assets" / "tiny_moe"
 FOLDER = ROOT / "build" / "bench-policies"
@@ -246,7 +246,7 @@ def main() -> None:
     began = time.monotonic()
     FOLDER.mkdir(parents=True, exist_ok=True)
     calibration, similarity = FOLDER / "calib.jsonl", FOLDER / "similarity.safetensors"
-    run(sys.executable, MAKE / "items.py", "--split", "calibration", "--count", "600", "--seed", "0", "--out", calibration)
+    make_items(calibration, "calibration", 600, seed=0)
     run(sys.executable, "-m", "sere_ext.cli", "calibrate", MODEL, "--data", calibration, "--out", similarity)
     # Two processes of one thread each: torch's own threads gain little on tensors this small.
     jobs = [(similarity, args.items, args.seed, batch) for batch in sorted(args.batch, reverse=True)]

@@ -29,6 +29,11 @@ def run(*command: str | Path) -> None:
     subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr)
 
 
+def make_items(out: Path, split: str, count: int, seed: int) -> None:
+    """JSONL of that many items of a split."""
+    run(sys.executable, MAKE / "items.py", "--split", split, "--count", str(count), "--seed", str(seed), "--out", out)
+
+
 def prepare(folder: Path, factor: int | None) -> None:
     """Widened model, items, calibration text and similarity; made once."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +42,7 @@ def prepare(folder: Path, factor: int | None) -> None:
         run(sys.executable, MAKE / "widen.py", ROOT / "tests" / "assets" / "tiny_moe", folder / "model", *extra)
     for name, split, count in (("items.jsonl", "eval", 10_000), ("calib.jsonl", "calibration", 128)):
         if not (folder / name).exists():
-            run(sys.executable, MAKE / "items.py", "--split", split, "--count", str(count), "--seed", "7", "--out", folder / name)
+            make_items(folder / name, split, count, seed=7)
     if not (folder / "similarity.safetensors").exists():
         run(
             sys.executable, "-m", "sere_ext.cli", "calibrate", folder / "model", "--data", folder / "calib.jsonl",

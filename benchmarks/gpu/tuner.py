@@ -100,25 +100,14 @@ def main() -> None:
     args = parser.parse_args()
     report = Report("tuner", args.out)
     import torch
-    from ext import MAKE, widened
-    from tune import run
+    from ext import widened
+    from tune import make_items
 
     gpu, folder = torch.cuda.is_available(), args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     model, similarity = widened(folder, args.factor)
     if not (folder / "items.jsonl").exists():
-        run(
-            sys.executable,
-            MAKE / "items.py",
-            "--split",
-            "eval",
-            "--count",
-            "10000",
-            "--seed",
-            "7",
-            "--out",
-            folder / "items.jsonl",
-        )
+        make_items(folder / "items.jsonl", "eval", 10_000, seed=7)
     report.keep(factor=args.factor, trained=True, concurrency=CONCURRENCY)
     given = (folder, model, similarity)
     probe = tune(folder, flags(*given, "probe", UNBOUND_MS, min(PROBE_TRIALS, args.trials), 2, gpu), report)

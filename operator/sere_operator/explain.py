@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sere_operator.api import meta
-from sere_operator.api.conditions import ConditionType, Reason, find_condition
+from sere_operator.api.conditions import ConditionType, Reason, find_condition, held_rollout
 
 Object = dict[str, Any]
 
@@ -99,9 +99,8 @@ def _why_not_better(deployment: Object) -> list[str]:
         sentences.append(f"It is tried again after {again}.")
     if applied is not None and applied["status"] != "True" and applied["reason"] != Reason.OVERRIDDEN:
         sentences.append(_sentence(name, applied))
-    progressing = find_condition(status.get("conditions") or [], ConditionType.PROGRESSING)
-    if progressing is not None and progressing["reason"] in (Reason.TUNING_FIRST, Reason.PROFILE_REQUIRED):
-        sentences.append(_sentence(name, progressing))
+    if (hold := held_rollout(status.get("conditions") or [])) is not None:
+        sentences.append(_sentence(name, hold))
     for rejection in status.get("rejected") or []:
         sentences.append(
             f"Policy {rejection['digest']} is not tried again for this model revision: {rejection.get('message', '')}".rstrip()

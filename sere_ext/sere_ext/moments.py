@@ -71,7 +71,7 @@ class GramMoments:
 
         outputs = _finite(outputs)
         experts, tokens, hidden = outputs.shape
-        block = max(1, _BLOCK_BYTES.get(outputs.device.type, 4 << 20) // (4 * experts * hidden))
+        block = max(1, _BLOCK_BYTES.get(outputs.device.type, _BLOCK_BYTES["cpu"]) // (4 * experts * hidden))
         for start in range(0, tokens, block):
             part = outputs[:, start : start + block]
             if self.metric == "cosine":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matrices import symmetric
 from planted import PlantedEngine, run, spec_for, write_items
 from sere_autotune.calibration import Origin, make_publishable
 from sere_autotune.tuner import read_config
@@ -21,9 +22,7 @@ PLAIN_BYTES = 4 * EXPERTS * EXPERTS
 
 @pytest.fixture
 def artefact(tmp_path: Path) -> Path:
-    values = np.random.default_rng(0).random((EXPERTS, EXPERTS)).astype(np.float32)
-    matrix = (values + values.T) / 2
-    np.fill_diagonal(matrix, 1)
+    matrix = symmetric(np.random.default_rng(0).random((EXPERTS, EXPERTS)).astype(np.float32))
     meta = SimilarityMeta(
         model_type="m",
         model_name="tiny",

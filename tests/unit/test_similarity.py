@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matrices import symmetric
 from safetensors.numpy import save_file
 from sere_ext.artifact import check_fits, packed_meta, read_similarity, sorted_neighbours, write_similarity
 from sere_ext.errors import SimilarityError
@@ -28,12 +29,6 @@ def artefact(path: Path, layers: tuple[int, ...] = (0, 2)) -> SimilarityMeta:
     rng = np.random.default_rng(0)
     matrices = {layer: symmetric(rng.random((3, 3))) for layer in layers}
     return write_similarity(path, described(layers), matrices)
-
-
-def symmetric(values: Any) -> Any:
-    matrix = ((values + values.T) / 2).astype(np.float32)
-    np.fill_diagonal(matrix, 1)
-    return matrix
 
 
 def described(layers: tuple[int, ...] = (0,)) -> SimilarityMeta:

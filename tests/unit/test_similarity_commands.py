@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from matrices import symmetric
 from sere_ext.artifact import write_similarity
 from sere_ext.commands import register
 from sere_ext.errors import UsageError
@@ -26,9 +27,7 @@ def sere(*words: object) -> Result:
 
 @pytest.fixture
 def similarity(tmp_path: Path) -> Path:
-    values = np.random.default_rng(0).random((EXPERTS, EXPERTS)).astype(np.float32)
-    matrix = (values + values.T) / 2
-    np.fill_diagonal(matrix, 1)
+    matrix = symmetric(np.random.default_rng(0).random((EXPERTS, EXPERTS)).astype(np.float32))
     meta = SimilarityMeta(
         model_type="m", model_name="tiny", model_revision="0a1b", config_digest="sha256:0", data_digest="sha256:1", tokens=7,
         layers=(4,), num_experts=EXPERTS, stability=Changes(nearest=0.25, stand_in=0.125, worst_layer=4, worst_nearest=0.25),

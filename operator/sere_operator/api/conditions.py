@@ -146,6 +146,12 @@ def find_condition(conditions: Iterable[dict[str, Any]], kind: ConditionType | s
     return next((condition for condition in conditions if condition.get("type") == str(kind)), None)
 
 
+def held_rollout(conditions: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The condition that says that pods wait for a profile (`rollout.requireProfile`), None if they do not."""
+    found = find_condition(conditions, ConditionType.PROGRESSING)
+    return found if found is not None and found.get("reason") in (Reason.TUNING_FIRST, Reason.PROFILE_REQUIRED) else None
+
+
 def set_condition(
     conditions: Sequence[dict[str, Any]],
     kind: ConditionType | str,

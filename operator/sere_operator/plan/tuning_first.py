@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sere_operator.api.conditions import ConditionType, Reason, find_condition
+from sere_operator.api.conditions import ConditionType, Reason, find_condition, held_rollout
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan import engine, routing
 from sere_operator.plan.routing import EXACT, Wanted
@@ -41,7 +41,7 @@ def held(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable: s
     tuned = stable != EXACT and (
         wanted.problem is Reason.PROFILE_MISSING or (wanted.profile is not None and wanted.problem is not Reason.POLICY_STALE)
     )
-    switched_off = routing.overridden(snapshot) and not _held_before(snapshot)
+    switched_off = routing.overridden(snapshot) and held_rollout(snapshot.status.get("conditions") or []) is None
     if not tuned or switched_off or not _serves(snapshot):
         return None
     status = (routing.tuning_job_of(snapshot, spec) or {}).get("status") or {}
@@ -68,11 +68,6 @@ def held(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable: s
         f"set rollout.requireProfile: false to go on with exact routing, change the limits, {again}, or take the change back"
     )
     return Hold(Reason.PROFILE_REQUIRED, f"{message[:800]}; {way_out}")
-
-
-def _held_before(snapshot: Snapshot) -> bool:
-    known = find_condition(snapshot.status.get("conditions") or [], ConditionType.PROGRESSING) or {}
-    return known.get("reason") in (Reason.TUNING_FIRST, Reason.PROFILE_REQUIRED)
 
 
 def _serves(snapshot: Snapshot) -> bool:
