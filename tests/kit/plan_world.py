@@ -43,7 +43,17 @@ class Pod:
     counts: dict[str, list[float]] = field(default_factory=dict)  # digest -> [requests, seconds, over 20 ms]
     ran: list[str] = field(default_factory=list)
     ready: bool = True
-    revision: str = ""  # of the model, as its template's arguments say
+    template: dict[str, Any] | None = None  # that it was made of; None: before there was a Deployment
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        return (self.template or {"spec": {"containers": [{}]}})["spec"]["containers"][0]  # type: ignore[no-any-return]
+
+    @property
+    def revision(self) -> str:
+        """Of the model, as its arguments say."""
+        args = self.engine.get("args") or []
+        return str(args[args.index("--revision") + 1]) if "--revision" in args else ""
 
     @property
     def key(self) -> dict[str, Any]:
@@ -121,6 +131,7 @@ class World:
         conditions = [{"type": "Ready", "status": str(pod.ready)}]
         body = {
             "metadata": {"name": pod.name, "uid": pod.uid, "annotations": dict(pod.annotations), "labels": {}},
+            "spec": (pod.template or {}).get("spec") or {"containers": []},
             "status": {
                 "phase": "Running", "podIP": "10.0.0.1", "conditions": conditions,
                 "containerStatuses": [{"restartCount": pod.restarts}],
@@ -181,28 +192,29 @@ class World:
         if body["kind"] == "Deployment":
             live["metadata"]["generation"] = 1
             count = body["spec"]["replicas"]
-            revision = _revision(live)
-            self.pods = self.pods[:count] + [self._pod(revision) for _ in range(len(self.pods), count)]
+            for pod in self.pods:
+                pod.template = pod.template or live["spec"]["template"]
+            self.pods = self.pods[:count] + [self._pod(live) for _ in range(len(self.pods), count)]
         self.children[body["kind"]] = live
 
-    def _pod(self, revision: str) -> Pod:
+    def _pod(self, deployment: dict[str, Any]) -> Pod:
         self._made += 1
-        return Pod(f"m-{self._made}", f"uid-{self._made}", revision=revision)
+        return Pod(f"m-{self._made}", f"uid-{self._made}", template=deployment["spec"]["template"])
 
     def _replace_one(self) -> None:
         """The Deployment controller's part: a new pod beside the old ones, then one of those goes."""
         live = self.children.get("Deployment")
-        old = [pod for pod in self.pods if live is not None and pod.revision != _revision(live)]
+        old = [pod for pod in self.pods if live is not None and pod.template != live["spec"]["template"]]
         if live is None or not old:
             return
         if len(self.pods) > live["spec"]["replicas"]:
             self.pods.remove(old[0])
         else:
-            self.pods.append(self._pod(_revision(live)))
+            self.pods.append(self._pod(live))
 
     def _deployment_status(self) -> None:
         if (live := self.children.get("Deployment")) is not None:
-            updated = sum(pod.revision == _revision(live) for pod in self.pods)
+            updated = sum(pod.template == live["spec"]["template"] for pod in self.pods)
             live["status"] = {
                 "observedGeneration": 1, "replicas": len(self.pods), "updatedReplicas": updated,
                 "availableReplicas": sum(pod.ready for pod in self.pods),
@@ -290,11 +302,6 @@ class World:
                 return plan
             self.tick(400.0 if waiting and quiet >= 3 else 1.0)
         return plan
-
-
-def _revision(deployment: dict[str, Any]) -> str:
-    args = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
-    return str(args[args.index("--revision") + 1]) if "--revision" in args else ""
 
 
 def _merge(live: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:

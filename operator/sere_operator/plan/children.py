@@ -17,7 +17,7 @@ from sere_ext.profile import ProfileKey
 from sere_operator.api import meta
 from sere_operator.api.common import Percentiles
 from sere_operator.api.deployment import SereDeploymentSpec
-from sere_operator.plan import pods
+from sere_operator.plan import drift, pods
 from sere_operator.plan.engine import revision
 
 Object = dict[str, Any]
@@ -91,6 +91,14 @@ def served_by(pod: Object, otherwise: str) -> str:
     """The `model` that this pod answers to. It may be of a spec before."""
     args = next((c.get("args") or [] for c in pod["spec"]["containers"] if c["name"] == "engine"), [])
     return next((value for flag, value in pairwise(args) if flag == "--served-model-name"), otherwise)
+
+
+def made_of(pod: Object, template: Object) -> bool:
+    """Whether a pod runs what this template's engine would: its image, arguments, environment and volumes. Not on what."""
+    told = ("name", "image", "args", "env")
+    wanted, found = template["spec"], pod["spec"]
+    containers = [{key: container[key] for key in told} for container in wanted["containers"]]
+    return drift.difference({"containers": containers, "volumes": wanted["volumes"]}, found) is None
 
 
 def _limits(percentiles: Percentiles | None) -> str:

@@ -101,7 +101,8 @@ def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults)
     refused = recovered is not None and recovered.key is not None and routing.stale_reason(snapshot, recovered.key) is not None
     if refused and engine.replacing(snapshot) is None and (wanted.hold or wanted.digest != EXACT):
         stable = EXACT  # of the engine before, so all pods refuse it, and a policy of the same digest needs its canary here
-    hold = tuning_first.held(snapshot, spec, wanted, stable)
+    deployment = children.deployment(snapshot.object, spec, defaults)
+    hold = tuning_first.held(snapshot, spec, wanted, stable, deployment["spec"]["template"])
     step = rollout.advance(snapshot, spec, wanted, stable)
 
     entries: dict[str, PolicyEntry] = {}
@@ -115,7 +116,6 @@ def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults)
         step = replace(step, stable=EXACT)  # `stable` must never name what is not there: pods would keep what they have
 
     owner, plan = snapshot.object, Plan()
-    deployment = children.deployment(owner, spec, defaults)
     if hold is not None:
         deployment = engine.kept(deployment, snapshot.children["Deployment"])
     config_map = drift.stamped(children.policy_config_map(owner, step.stable, routing.overridden(snapshot), entries))

@@ -197,9 +197,10 @@ def build(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, step: St
             "stable": step.stable,
             "previous": step.previous,
             "description": entry_text or (EXACT if step.stable == EXACT else known.get("description")),
-            # Of a profile that was deleted the policy serves on; made again under its name it is taken up again.
+            # Of a profile that was deleted the policy serves on; made again under its name it is taken up again. And one that
+            # waits for its pods is not yet what serves: its model or engine may be taken back.
             "profile": known.get("profile")
-            if wanted.problem is Reason.PROFILE_MISSING
+            if wanted.problem in (Reason.PROFILE_MISSING, Reason.POLICY_PENDING)
             else wanted.profile and wanted.profile_name,
             "override": meta.OVERRIDE_EXACT if overridden(snapshot) else None,
         },

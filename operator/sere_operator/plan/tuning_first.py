@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from sere_operator.api.conditions import ConditionType, Reason, find_condition, held_rollout
 from sere_operator.api.deployment import SereDeploymentSpec
-from sere_operator.plan import engine, routing
+from sere_operator.plan import children, engine, routing
 from sere_operator.plan.routing import EXACT, Wanted
-from sere_operator.plan.snapshot import Snapshot
+from sere_operator.plan.snapshot import Object, Snapshot
 from sere_operator.plan.step import seconds
 
 DOWN_S = 600.0  # pods that answer nothing for so long serve nobody who could fall off the cliff
@@ -25,15 +25,16 @@ class Hold:
     message: str
 
 
-def held(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable: str) -> Hold | None:
-    """The checklist, in order; None: the pods may be replaced.
+def held(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable: str, template: Object) -> Hold | None:
+    """The checklist, in order; None: the pods may be replaced by ones of `template`.
 
     1. no profile is required, or model and engine are what runs       go
     2. nothing tuned serves: a first install, exact routing, the kill switch, no pod that answers     go; but pods that are
        held already stay when the kill switch is set: it must never restart one
-    3. the tuning of the new spec made a certified profile             go
-    4. it ended with anything else                                     hold until a person decides
-    5. otherwise                                                       hold until it has ended
+    3. pods of just this template serve by the policy in force         go: the change was taken back before it was rolled out
+    4. the tuning of the new spec made a certified profile             go
+    5. it ended with anything else                                     hold until a person decides
+    6. otherwise                                                       hold until it has ended
     """
     if not spec.profile_required or not engine.changing(snapshot, spec):
         return None
@@ -43,6 +44,8 @@ def held(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable: s
     )
     switched_off = routing.overridden(snapshot) and held_rollout(snapshot.status.get("conditions") or []) is None
     if not tuned or switched_off or not _serves(snapshot):
+        return None
+    if any(pod.ready and pod.digest == stable and children.made_of(pod.object, template) for pod in snapshot.live_pods):
         return None
     status = (routing.tuning_job_of(snapshot, spec) or {}).get("status") or {}
     complete = find_condition(status.get("conditions") or [], ConditionType.COMPLETE) or {}

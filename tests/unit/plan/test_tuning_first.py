@@ -169,6 +169,38 @@ def test_taking_the_change_back_moves_no_pod() -> None:
     assert (world.condition("Ready")["status"], world.condition("Tuned")["reason"]) == ("True", "Certified")
 
 
+@pytest.mark.parametrize("last_run", ["deleted", "Infeasible"])
+def test_taking_the_change_back_in_the_middle_of_its_rollout_waits_for_nothing(last_run: str) -> None:
+    """Pods of what is wanted again serve by their policy, whatever became of the run that made it."""
+    world = tuned_world(3)
+    if last_run == "Infeasible":
+        world.edit(tuning={**TUNED["tuning"], "trials": 9})
+        look_for(world, 3)
+        finish(world, "Infeasible")
+    before = {pod.uid for pod in world.pods}
+    world.edit(model=model("v2"))
+    look_for(world, 5)
+    finish(world, "Chosen", "v2", NEWER)
+    while revisions(world) != {"", "v2"}:
+        world.step()
+        world.tick()
+    world.step()
+    if last_run == "deleted":
+        world.jobs = [job for job in world.jobs if job["spec"]["model"] == model("v2")]
+    world.edit(model={"name": "m"})
+    while "v2" in revisions(world):
+        world.step()
+        assert world.condition("Progressing")["reason"] == "RollingOut"
+        assert world.stable == DIGEST
+        world.tick()
+        assert len(world.pods) >= 3
+    world.settle(20)
+    assert before & {pod.uid for pod in world.pods}
+    assert (world.stable, {pod.digest for pod in world.pods}) == (DIGEST, {DIGEST})
+    assert world.condition("Ready")["status"] == "True"
+    assert world.status["policy"]["profile"] == "p-first"
+
+
 def test_what_is_not_the_model_or_engine_waits_for_nothing() -> None:
     world = tuned_world()
     world.edit(model=model("v2"), replicas=3)
