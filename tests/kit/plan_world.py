@@ -14,7 +14,7 @@ from sere_ext.policy import Policy
 from sere_operator.api import meta
 from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
-from sere_operator.plan import evidence, routing
+from sere_operator.plan import engine, evidence, routing
 from sere_operator.plan.children import Defaults
 from sere_operator.plan.decide import decide, stable_digest
 from sere_operator.plan.histogram import Histogram
@@ -87,6 +87,7 @@ class World:
 
     def __init__(self, replicas: int = 2, **spec: Any) -> None:
         self.now = 1_800_000_000.0
+        self.defaults = Defaults()
         self.object: dict[str, Any] = {
             "apiVersion": meta.API_VERSION, "kind": "SereDeployment",
             "metadata": {"name": "m", "namespace": "ns", "uid": "u", "generation": 1, "annotations": {}},
@@ -158,7 +159,7 @@ class World:
             pods=tuple(self.view(pod) for pod in self.pods), service_digest=self.pods[0].digest if self.pods else None,
             profiles=dict(self.profiles), similarities=dict(self.similarities), tuning_jobs=tuple(self.jobs), watched_s=self.now - self.watching_since,
         )  # fmt: skip
-        wanted = routing.wanted(snapshot, self.spec)
+        wanted = routing.wanted(snapshot, engine.effective(snapshot, self.spec, self.defaults.engine_image))
         results = []
         for pod, digest in evidence.golden_needed(snapshot, wanted, stable_digest(snapshot)):
             self.golden_runs.append((pod.name, digest))
@@ -169,7 +170,7 @@ class World:
 
     def step(self, crash_after: int | None = None) -> Plan:
         """One look. Raises CrashError once `crash_after` writes were done, if there are more."""
-        plan = decide(self.observe(), Defaults())
+        plan = decide(self.observe(), self.defaults)
         writes = [
             *((self._apply, body) for body in plan.replace), *((self._apply, body) for body in plan.apply),
             *((self._annotate, patch) for patch in plan.pods), *((self._delete, body) for body in plan.delete),

@@ -48,7 +48,7 @@ def decide(snapshot: Snapshot, defaults: Defaults) -> Plan:
     if taken is not None:
         what = f"{taken['kind']} {taken['metadata']['name']}"
         return _say(snapshot, Reason.INVALID_SPEC, f"{what} exists and is not ours; rename it or this resource")
-    return _carry_out(snapshot, spec, defaults)
+    return _carry_out(snapshot, engine.effective(snapshot, spec, defaults.engine_image), defaults)
 
 
 def owned(owner: Object, child: Object) -> bool:

@@ -12,9 +12,27 @@ from sere_operator.plan.snapshot import Object, Snapshot
 
 
 def revision(spec: SereDeploymentSpec) -> str:
-    """The model and engine, as rejections and the Deployment remember them. 12 hex digits."""
+    """The model and engine (of an `effective` spec), as rejections and the Deployment remember them. 12 hex digits."""
     state = {"model": spec.model.to_json_dict(), "engine": spec.engine.to_json_dict()}
     return hashlib.sha256(canonical_json(state)).hexdigest()[:12]
+
+
+def effective(snapshot: Snapshot, spec: SereDeploymentSpec, default_image: str) -> SereDeploymentSpec:
+    """The spec with the engine image that its pods get, so that another default of the operator is another engine.
+
+    Operators before left a default image out of the revision and of what is tuned. A Deployment of theirs is read as they
+    did for as long as it is of this model, engine and image: an upgrade alone replaces and tunes nothing.
+    """
+    live = snapshot.children.get("Deployment")
+    as_before = live is not None and not changing(snapshot, spec) and image_of(live) == default_image
+    if spec.engine.image is not None or as_before:
+        return spec
+    return spec.model_copy(update={"engine": spec.engine.model_copy(update={"image": default_image})})
+
+
+def image_of(deployment: Object) -> str | None:
+    containers = deployment["spec"]["template"]["spec"]["containers"]
+    return next((container["image"] for container in containers if container["name"] == "engine"), None)
 
 
 def changing(snapshot: Snapshot, spec: SereDeploymentSpec) -> bool:

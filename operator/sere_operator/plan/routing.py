@@ -54,8 +54,8 @@ def overridden(snapshot: Snapshot) -> bool:
 
 
 def tuning_hash(spec: SereDeploymentSpec) -> str:
-    """What a tuning run is for. Any change asks for another run; replicas, rollout and routing do not, nor where the study
-    is kept. 8 hex digits."""
+    """What a tuning run is for, of an `engine.effective` spec. Any change asks for another run; replicas, rollout and routing
+    do not, nor where the study is kept. 8 hex digits."""
     state = {
         field: getattr(spec, field).to_json_dict() if getattr(spec, field) is not None else None
         for field in ("model", "engine", "resources", "slo", "accuracy", "tuning")

@@ -87,7 +87,7 @@ class Operator:
                 return None
             owner, plan = run.object, decide_tuning(run, defaults)
         else:
-            snapshot = await observe(self.client, self.prober, namespace, name)
+            snapshot = await observe(self.client, self.prober, namespace, name, defaults)
             if snapshot is None:
                 return None
             owner, plan = snapshot.object, decide(replace(snapshot, watched_s=watched_s), defaults)

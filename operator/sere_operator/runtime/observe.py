@@ -13,7 +13,7 @@ from sere_operator.api import meta
 from sere_operator.api.common import SpecError, parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.api.tuning import SereTuningJobSpec
-from sere_operator.plan import children, evidence, routing, tuning_children, tuning_result
+from sere_operator.plan import children, engine, evidence, routing, tuning_children, tuning_result
 from sere_operator.plan.artefact import verified_digest
 from sere_operator.plan.children import Defaults
 from sere_operator.plan.decide import stable_digest
@@ -32,7 +32,7 @@ async def _ours(client: Client, kind: str, namespace: str, name: str) -> Object 
     return None if found is None else {**found, "apiVersion": meta.API_VERSION, "kind": kind}
 
 
-async def observe(client: Client, prober: Prober, namespace: str, name: str) -> Snapshot | None:
+async def observe(client: Client, prober: Prober, namespace: str, name: str, defaults: Defaults) -> Snapshot | None:
     """Everything about one SereDeployment, None if there is none."""
     found = await _ours(client, meta.DEPLOYMENT_KIND, namespace, name)
     if found is None:
@@ -57,6 +57,7 @@ async def observe(client: Client, prober: Prober, namespace: str, name: str) -> 
     )
     kept = {kind: {"kind": kind, **body} for kind, body in zip(named, objects, strict=True) if body is not None}
     snapshot = replace(snapshot, children=kept, tuning_jobs=tuple(jobs))
+    spec = engine.effective(snapshot, spec, defaults.engine_image)
     profiles = await _profiles(client, snapshot, spec)
     snapshot = replace(snapshot, profiles=profiles)
     uris = routing.similarity_uris(profiles, spec)

@@ -14,6 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 sys.path.insert(0, str(Path(__file__).parents[2] / "kit"))
 from plan_world import DIGEST, POLICY, CrashError, World, profile_body
 from sere_ext.policy import Policy
+from sere_operator.plan import engine
+from sere_operator.plan.children import Defaults
 from sere_operator.plan.tuning_first import DOWN_S
 
 TUNED: dict[str, Any] = {
@@ -199,6 +201,62 @@ def test_taking_the_change_back_in_the_middle_of_its_rollout_waits_for_nothing(l
     assert (world.stable, {pod.digest for pod in world.pods}) == (DIGEST, {DIGEST})
     assert world.condition("Ready")["status"] == "True"
     assert world.status["policy"]["profile"] == "p-first"
+
+
+NEW_DEFAULT = Defaults(engine_image="sere-engine:0.2.0")
+
+
+def images(world: World) -> set[str]:
+    return {pod.engine["image"] for pod in world.pods}
+
+
+def test_another_default_image_is_tuned_before_the_pods_of_the_old_one_go() -> None:
+    """The operator was upgraded: the same as if spec.engine.image had named the image."""
+    world = tuned_world()
+    before = [pod.uid for pod in world.pods]
+    world.defaults = NEW_DEFAULT
+    look_for(world, 10)
+    assert [pod.uid for pod in world.pods] == before
+    assert world.condition("Progressing")["reason"] == "TuningFirst"
+    assert len(world.jobs) == 2, "tuned anew"
+    assert world.jobs[-1]["spec"]["engine"]["image"] == "sere-engine:0.2.0", "on the new image, whatever the default becomes"
+    finish(world, "Chosen", policy=NEWER)
+    world.settle()
+    assert (images(world), world.stable) == ({"sere-engine:0.2.0"}, NEWER_DIGEST)
+    world.edit(engine={"image": "sere-engine:0.2.0"})
+    world.defaults = Defaults(engine_image="sere-engine:0.3.0")
+    world.settle()
+    assert (images(world), len(world.jobs)) == ({"sere-engine:0.2.0"}, 2), "pinned before the next upgrade, nothing changes"
+
+
+def test_another_default_image_waits_for_nothing_where_the_spec_names_its_own_or_asks_not_to() -> None:
+    own = tuned_world(engine={"image": "own:1"})
+    own.defaults = NEW_DEFAULT
+    assert own.step().writes == 0
+    waived = tuned_world(rollout={"requireProfile": False})
+    waived.defaults = NEW_DEFAULT
+    look_for(waived, 10)
+    assert (images(waived), len(waived.jobs)) == ({"sere-engine:0.2.0"}, 2)
+
+
+def test_an_upgrade_of_the_operator_without_another_image_tunes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even from operators that left the default image out of what they remember."""
+    with monkeypatch.context() as before:
+        before.setattr(engine, "effective", lambda _snapshot, spec, _image: spec)
+        world = tuned_world()
+    pods, (job,) = [pod.uid for pod in world.pods], world.jobs
+    assert "image" not in job["spec"]["engine"]
+    world.settle(20)
+    assert world.step().writes == 0
+    assert ([pod.uid for pod in world.pods], world.jobs) == (pods, [job])
+    world.defaults = Defaults(image_pull_policy="Always")
+    world.settle()
+    assert world.jobs == [job], "another pod template is no other engine"
+    assert {pod.digest for pod in world.pods} == {DIGEST}
+    world.defaults = NEW_DEFAULT
+    look_for(world, 10)
+    assert world.condition("Progressing")["reason"] == "TuningFirst"
+    assert len(world.jobs) == 2
 
 
 def test_what_is_not_the_model_or_engine_waits_for_nothing() -> None:
