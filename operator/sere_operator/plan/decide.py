@@ -14,6 +14,7 @@ from sere_operator.api import meta
 from sere_operator.api.common import SpecError, parse_spec
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
+from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan import children, drift, engine, rollout, routing, status, tuning_first
 from sere_operator.plan.children import Defaults, PolicyEntry
 from sere_operator.plan.routing import EXACT, Wanted
@@ -200,14 +201,28 @@ def _tune(snapshot: Snapshot, spec: SereDeploymentSpec, plan: Plan) -> None:
     """In mode Tuned: one SereTuningJob for this spec, begun once a pod answers (serving gets the first GPU)."""
     current = routing.tuning_job_name(snapshot.name, spec) if spec.routing.mode is RoutingMode.TUNED else None
     for job in snapshot.tuning_jobs:
-        ended = (job.get("status") or {}).get("outcome") is not None
-        if job["metadata"]["name"] != current and not ended and not job["metadata"].get("deletionTimestamp"):
+        outcome, name = (job.get("status") or {}).get("outcome"), job["metadata"]["name"]
+        again = name == current and outcome == "Failed" and _given_otherwise(job, spec)
+        if ((name != current and outcome is None) or again) and not job["metadata"].get("deletionTimestamp"):
             plan.delete.append(job)
+            if again:
+                plan.events.append(Event("Normal", "TuningAgain", f"{name} failed; with what the spec gives now it begins anew"))
     if current is None or any(job["metadata"]["name"] == current for job in snapshot.tuning_jobs):
         return
     if any(pod.ready for pod in snapshot.live_pods):
         plan.apply.append(tuning_job(snapshot.object, spec, current))
         plan.events.append(Event("Normal", "TuningStarted", f"SereTuningJob {current} searches a policy; serving goes on"))
+
+
+def _given_otherwise(job: Object, spec: SereDeploymentSpec) -> bool:
+    """Whether a run would now have what its name does not tell: another place for its study or its pod, other claims."""
+    try:
+        then = parse_spec(SereTuningJobSpec, job["spec"])
+    except SpecError:
+        return False  # made by another release
+    fields = ("volumes", "node_selector", "tolerations", "runtime_class_name")
+    storage = spec.tuning.storage if spec.tuning is not None else None
+    return then.tuning.storage != storage or any(getattr(then, field) != getattr(spec, field) for field in fields)
 
 
 def tuning_job(owner: Object, spec: SereDeploymentSpec, name: str) -> Object:

@@ -405,6 +405,36 @@ def test_a_changed_spec_asks_for_another_run_and_ends_the_one_that_is_not_wanted
     assert world.deleted == ["SereTuningJob"]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tuning": {**TUNED["tuning"], "storage": {"claimName": "studies"}}},
+        {"tolerations": [{"key": "gpu", "operator": "Exists"}]},
+        {"nodeSelector": {"gpu": "h100"}},
+        {"volumes": [{"name": "data", "claimName": "data", "mountPath": "/data"}]},
+        {"runtimeClassName": "nvidia"},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_a_failed_run_begins_anew_once_it_is_given_something_else(given: dict[str, Any]) -> None:
+    world = settled(**TUNED)
+    (first,) = world.jobs
+    first["status"] = {"outcome": "Failed", "stage": "ended"}
+    world.settle(20)
+    assert world.jobs == [first], "not by itself"
+    world.edit(**given)
+    world.settle(20)
+    (again,) = world.jobs
+    assert again["metadata"]["name"] == first["metadata"]["name"]
+    assert again["spec"] != first["spec"] and "status" not in again
+    assert world.deleted == ["SereTuningJob"]
+    for outcome in ("Infeasible", None, "Chosen"):  # an answer stands, and a run under way goes on
+        again["status"] = {"outcome": outcome, "profile": "p"} if outcome else {}
+        world.edit(tuning={**TUNED["tuning"], "storage": {"claimName": f"{outcome}".lower()}})
+        world.settle(20)
+        assert world.jobs == [again]
+
+
 def artefact_of(kilobytes: int, letter: str) -> tuple[str, str]:
     """(base64, digest) of something of that size."""
     return letter * (kilobytes * 1024 * 4 // 3), f"sha256:{letter * 64}"
