@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sere_operator.api import meta
 from sere_operator.api.common import SpecError, parse_spec
-from sere_operator.api.conditions import ConditionType, Reason
+from sere_operator.api.conditions import ConditionType, Reason, find_condition
 from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan import drift, status
 from sere_operator.plan.children import Defaults
@@ -71,6 +71,7 @@ def _keep(plan: Plan, body: Object, live: Object | None) -> None:
 
 def _report(snapshot: TuningSnapshot, spec: SereTuningJobSpec, result: Result, plan: Plan) -> None:
     conditions = list(snapshot.status.get("conditions") or [])
+    before = (find_condition(conditions, ConditionType.COMPLETE) or {}).get("reason")
     done = result.outcome is not None
     feasible = _FEASIBLE.get(result.outcome or "")
     for kind, judgement in (
@@ -95,6 +96,8 @@ def _report(snapshot: TuningSnapshot, spec: SereTuningJobSpec, result: Result, p
         **result.told,
     })  # fmt: skip
     plan.status = status.merge_patch(new, snapshot.status)
+    if result.reason is Reason.TUNING_BLOCKED and before != Reason.TUNING_BLOCKED:
+        plan.events.append(Event("Warning", result.reason.value, result.message))
     if done:
         plan.events.append(Event("Normal" if result.outcome == "Chosen" else "Warning", result.reason.value, result.message))
         if result.profile is not None:

@@ -23,6 +23,7 @@ from sere_operator.plan.tuning_children import labels
 
 SIMILARITY_KEY = "similarity.safetensors"
 ENDED = "ended"
+_ON_ITS_WAY = ("ContainerCreating", "PodInitializing")  # what a container waits for that nothing is wrong with
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def read_result(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> Result:
     1. outcome.json says Chosen     its profile and artefact are checked; a bad one is Failed, never used
     2. outcome.json says otherwise  that, with the tuner's own message
     3. the Job failed               Failed, with the container's last words
-    4. the pod cannot be scheduled  TuningBlocked
+    4. the pod cannot be scheduled, or its image not be had: TuningBlocked
     5. otherwise                    suspended, pending or running
     """
     data = (snapshot.result or {}).get("data") or {}
@@ -77,9 +78,10 @@ def read_result(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> Result:
         return Result("Failed", Reason.FAILED, words[: 1000 - len(lost)] + lost, trials)
     if spec.suspend:
         return Result(None, Reason.SUSPENDED, "spec.suspend is true", trials, "suspended")
-    blocked = _unschedulable(snapshot)
+    blocked = _blocked(snapshot)
     if blocked is not None:
-        return Result(None, Reason.TUNING_BLOCKED, blocked, trials, "waiting for a node")
+        stage, message = blocked
+        return Result(None, Reason.TUNING_BLOCKED, f"{message}; serving goes on", trials, stage)
     if progress:
         return Result(
             None, Reason.RUNNING, str(progress.get("now") or "running"), trials, str(progress.get("stage") or "running")
@@ -169,11 +171,21 @@ def _last_words(snapshot: TuningSnapshot) -> str | None:
     return None
 
 
-def _unschedulable(snapshot: TuningSnapshot) -> str | None:
+def _blocked(snapshot: TuningSnapshot) -> tuple[str, str] | None:
+    """Why a pod that has not begun does not: (stage, message in the scheduler's or the kubelet's words)."""
     for pod in snapshot.pods:
-        for condition in (pod.get("status") or {}).get("conditions") or []:
+        status = pod.get("status") or {}
+        if status.get("phase", "Pending") != "Pending" or pod["metadata"].get("deletionTimestamp"):
+            continue
+        for condition in status.get("conditions") or []:
             if condition["type"] == "PodScheduled" and condition["status"] == "False":
                 text = str(condition.get("message", "no node fits"))
                 cause = "InsufficientGPU: " if "gpu" in text.lower() else ""
-                return f"{cause}the tuning pod cannot be scheduled: {text}; serving goes on"
+                return "waiting for a node", f"{cause}the tuning pod cannot be scheduled: {text[:800]}"
+        for container in (*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])):
+            waiting = (container.get("state") or {}).get("waiting") or {}
+            reason = str(waiting.get("reason") or "")
+            if reason and reason not in _ON_ITS_WAY:
+                text = " ".join(str(waiting.get("message") or container.get("image") or "").split())
+                return f"waiting: {reason}", f"{reason}: the tuning pod cannot start: {text[:800]}"
     return None

@@ -390,6 +390,18 @@ def test_a_profile_that_is_gone_is_said_and_not_taken_for_tuning() -> None:
     assert {pod.digest for pod in world.pods} == {DIGEST}, "what serves stays"
 
 
+def test_a_tuning_run_that_cannot_begin_is_said_and_warned_of_once() -> None:
+    world = settled(**TUNED)
+    blocked = {"type": "Complete", "status": "False", "reason": "TuningBlocked", "message": "ImagePullBackOff: no such image"}
+    world.jobs[0]["status"] = {"stage": "waiting: ImagePullBackOff", "conditions": [blocked]}
+    plan = world.step()
+    assert [(event.type, event.reason, event.message) for event in plan.events] == [
+        ("Warning", "TuningBlocked", "ImagePullBackOff: no such image")
+    ]
+    assert world.condition("Tuned")["message"] == "ImagePullBackOff: no such image"
+    assert (world.step().events, world.condition("Ready")["status"]) == ([], "True")
+
+
 def test_a_changed_spec_asks_for_another_run_and_ends_the_one_that_is_not_wanted() -> None:
     world = settled(**TUNED)
     (first,) = world.jobs

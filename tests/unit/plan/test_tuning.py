@@ -210,14 +210,52 @@ def test_a_job_that_died_without_a_word_is_failed_with_its_last_lines() -> None:
     )
 
 
-def test_no_gpu_for_the_tuner_is_said_and_touches_nothing_else() -> None:
-    waiting = {"type": "PodScheduled", "status": "False", "message": "0/1 nodes: Insufficient nvidia.com/gpu"}
-    pod = {"metadata": {"name": "p"}, "status": {"conditions": [waiting]}}
-    plan = tuning.decide_tuning(snapshot({}, pods=(pod,)), Defaults())
+def pending(state: dict[str, Any], where: str = "containerStatuses") -> dict[str, Any]:
+    return {"metadata": {"name": "p"}, "status": {"phase": "Pending", where: [{"image": "e:9", "state": state}]}}
+
+
+NO_NODE = {"type": "PodScheduled", "status": "False", "message": "0/1 nodes: Insufficient nvidia.com/gpu"}
+NO_IMAGE = {"waiting": {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "e:9"'}}
+
+
+@pytest.mark.parametrize(
+    ("pod", "stage", "words"),
+    [
+        ({"metadata": {}, "status": {"conditions": [NO_NODE]}}, "waiting for a node", "InsufficientGPU: the tuning pod cannot"),
+        (pending(NO_IMAGE), "waiting: ImagePullBackOff", 'pod cannot start: Back-off pulling image "e:9"; serving goes on'),
+        (
+            pending({"waiting": {"reason": "ErrImagePull"}}),
+            "waiting: ErrImagePull",
+            "ErrImagePull: the tuning pod cannot start: e:9",
+        ),
+        (pending(NO_IMAGE, "initContainerStatuses"), "waiting: ImagePullBackOff", "Back-off"),
+    ],
+)
+def test_a_pod_that_cannot_begin_is_said_with_the_reason_and_warned_of_once(pod: dict[str, Any], stage: str, words: str) -> None:
+    given = snapshot({}, pods=(pod,))
+    plan = tuning.decide_tuning(given, Defaults())
     assert plan.status is not None
     complete = plan.status["conditions"][0]
-    assert (complete["status"], complete["reason"]) == ("False", "TuningBlocked")
-    assert complete["message"].startswith("InsufficientGPU: ")
+    assert (complete["status"], complete["reason"], plan.status["stage"]) == ("False", "TuningBlocked", stage)
+    assert words in complete["message"]
+    (event,) = plan.events
+    assert (event.type, event.reason, event.message) == ("Warning", "TuningBlocked", complete["message"])
+    assert tuning.decide_tuning(snapshot({}, pods=(pod,), status=plan.status), Defaults()).events == []
+
+
+@pytest.mark.parametrize(
+    "pod",
+    [
+        pending({"waiting": {"reason": "ContainerCreating"}}),
+        {"metadata": {"name": "gone", "deletionTimestamp": "now"}, "status": pending(NO_IMAGE)["status"]},
+        {"metadata": {"name": "failed"}, "status": {**pending(NO_IMAGE)["status"], "phase": "Failed"}},
+    ],
+    ids=["on its way", "being deleted", "ended"],
+)
+def test_nothing_is_wrong_with_a_pod_on_its_way_or_one_that_was_replaced(pod: dict[str, Any]) -> None:
+    plan = tuning.decide_tuning(snapshot({}, pods=(pod,)), Defaults())
+    assert plan.status is not None
+    assert (plan.status["conditions"][0]["reason"], plan.events) == ("Pending", [])
 
 
 def test_progress_is_shown_and_an_ended_run_is_left_alone() -> None:
