@@ -180,6 +180,8 @@ def test_a_new_model_is_tuned_before_the_pods_of_the_old_one_go(world: World) ->
     eventually(lambda: world.digests() == [*digests, digests[0]])
     assert world.get("Deployment", "m")["spec"] == {**before, "replicas": 3}
     assert len(world.items("ReplicaSet")) == 1
+    world.patch("Deployment", "m", {"spec": {"template": {"spec": {"terminationGracePeriodSeconds": 5}}}})
+    eventually(lambda: world.get("Deployment", "m")["spec"] == {**before, "replicas": 3}, 20, "a foreign edit is put back")
 
     publish(world, second, "Chosen", **{"profile.json": profile(key={**KEY, "modelRevision": "v2"})})
     fewest = 3

@@ -194,13 +194,13 @@ class World:
             live["metadata"]["generation"] = 1
             count = body["spec"]["replicas"]
             for pod in self.pods:
-                pod.template = pod.template or live["spec"]["template"]
+                pod.template = pod.template or copy.deepcopy(live["spec"]["template"])
             self.pods = self.pods[:count] + [self._pod(live) for _ in range(len(self.pods), count)]
         self.children[body["kind"]] = live
 
     def _pod(self, deployment: dict[str, Any]) -> Pod:
         self._made += 1
-        return Pod(f"m-{self._made}", f"uid-{self._made}", template=deployment["spec"]["template"])
+        return Pod(f"m-{self._made}", f"uid-{self._made}", template=copy.deepcopy(deployment["spec"]["template"]))
 
     def _replace_one(self) -> None:
         """The Deployment controller's part: a new pod beside the old ones, then one of those goes."""

@@ -27,6 +27,7 @@ OVERRIDE_ANNOTATION: Final = f"{GROUP}/override"  # OVERRIDE_EXACT or absent; al
 REFRESH_ANNOTATION: Final = f"{GROUP}/refresh"  # a nonce; a change makes the kubelet refresh the volume at once
 CONFIG_HASH_ANNOTATION: Final = f"{GROUP}/config-hash"  # of what the operator last applied to a child
 REVISION_ANNOTATION: Final = f"{GROUP}/revision"  # of the model and engine that a Deployment's pods are of
+TEMPLATE_ANNOTATION: Final = f"{GROUP}/template"  # the pod template that the operator last applied to a Deployment
 # Annotations of a SereDeployment that people set.
 ROLLBACK_ANNOTATION: Final = f"{GROUP}/rollback"  # digest of the policy to give up; cleared by removing it
 APPROVED_ANNOTATION: Final = f"{GROUP}/approved"  # digest that may be promoted where rollout.approval is Manual

@@ -18,7 +18,7 @@ from sere_operator.api import meta
 from sere_operator.api.common import Percentiles
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan import drift, pods
-from sere_operator.plan.engine import revision
+from sere_operator.plan.engine import remembered, revision
 
 Object = dict[str, Any]
 
@@ -187,6 +187,7 @@ def pod_template(name: str, spec: SereDeploymentSpec, defaults: Defaults) -> Obj
 
 def deployment(owner: Object, spec: SereDeploymentSpec, defaults: Defaults) -> Object:
     name = owner["metadata"]["name"]
+    template = pod_template(name, spec, defaults)
     body: Object = {
         "selector": {"matchLabels": selector(name)},
         "strategy": {
@@ -195,11 +196,11 @@ def deployment(owner: Object, spec: SereDeploymentSpec, defaults: Defaults) -> O
         },
         "progressDeadlineSeconds": 7200,
         "revisionHistoryLimit": 3,
-        "template": pod_template(name, spec, defaults),
+        "template": template,
     }
     if spec.wanted_replicas is not None:
         body["replicas"] = spec.wanted_replicas
-    annotated = {**metadata(owner, deployment_name(name)), "annotations": {meta.REVISION_ANNOTATION: revision(spec)}}
+    annotated = {**metadata(owner, deployment_name(name)), "annotations": remembered(revision(spec), template)}
     return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": annotated, "spec": body}
 
 

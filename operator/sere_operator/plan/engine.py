@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 from sere_ext.policy import canonical_json
 
@@ -24,15 +25,31 @@ def effective(snapshot: Snapshot, spec: SereDeploymentSpec, default_image: str) 
     did for as long as it is of this model, engine and image: an upgrade alone replaces and tunes nothing.
     """
     live = snapshot.children.get("Deployment")
-    as_before = live is not None and not changing(snapshot, spec) and image_of(live) == default_image
+    as_before = (
+        live is not None and not changing(snapshot, spec) and container(applied_template(live)).get("image") == default_image
+    )
     if spec.engine.image is not None or as_before:
         return spec
     return spec.model_copy(update={"engine": spec.engine.model_copy(update={"image": default_image})})
 
 
-def image_of(deployment: Object) -> str | None:
-    containers = deployment["spec"]["template"]["spec"]["containers"]
-    return next((container["image"] for container in containers if container["name"] == "engine"), None)
+def container(template: Object) -> Object:
+    """The engine's own, among those that others may have injected."""
+    return next((found for found in template["spec"]["containers"] if found["name"] == "engine"), {})
+
+
+def remembered(made_of: str, template: Object) -> Object:
+    """Annotations of the Deployment that say what its pods are meant to be."""
+    return {meta.REVISION_ANNOTATION: made_of, meta.TEMPLATE_ANNOTATION: canonical_json(template).decode()}
+
+
+def applied_template(live: Object) -> Object:
+    """The pod template that the operator last applied, whatever others have made of it. Unknown (an older operator's): theirs."""
+    try:
+        found: Object = json.loads((live["metadata"].get("annotations") or {})[meta.TEMPLATE_ANNOTATION])
+    except (KeyError, ValueError):
+        found = live["spec"]["template"]
+    return found
 
 
 def changing(snapshot: Snapshot, spec: SereDeploymentSpec) -> bool:
@@ -54,9 +71,25 @@ def replacing(snapshot: Snapshot) -> str | None:
 
 
 def kept(body: Object, live: Object) -> Object:
-    """A Deployment as wanted, but with the pods that it has: their number may change, their template does not."""
-    metadata = {
-        **body["metadata"],
-        "annotations": {meta.REVISION_ANNOTATION: live["metadata"]["annotations"][meta.REVISION_ANNOTATION]},
-    }
-    return {**body, "metadata": metadata, "spec": {**body["spec"], "template": live["spec"]["template"]}}
+    """A Deployment as wanted, but with the pods that it is meant to have: their number may change, their template does not."""
+    template = applied_template(live)
+    annotations = remembered(live["metadata"]["annotations"][meta.REVISION_ANNOTATION], template)
+    return {**body, "metadata": {**body["metadata"], "annotations": annotations}, "spec": {**body["spec"], "template": template}}
+
+
+def waiting(template: Object, live: Object) -> list[str]:
+    """Fields of the spec, beside model and engine, in which a pod template differs from the one that is kept."""
+
+    def parts(of: Object) -> dict[str, object]:
+        pod, engine = of["spec"], container(of)
+        return {
+            "resources": engine.get("resources") or None,
+            "slo": [variable for variable in engine.get("env") or [] if variable["name"].startswith("SERE_SLO_")],
+            "volumes": [
+                item for item in (*pod.get("volumes", []), *engine.get("volumeMounts", [])) if item["name"].startswith("vol-")
+            ],
+            **{field: pod.get(field) for field in ("nodeSelector", "tolerations", "runtimeClassName")},
+        }
+
+    now, then = parts(template), parts(applied_template(live))
+    return [f"spec.{field}" for field, value in now.items() if value != then[field]]

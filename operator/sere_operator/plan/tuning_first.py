@@ -47,6 +47,8 @@ def held(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable: s
         return None
     if any(pod.ready and pod.digest == stable and children.made_of(pod.object, template) for pod in snapshot.live_pods):
         return None
+    more = engine.waiting(template, snapshot.children["Deployment"])
+    too = f"; what else changes their pods waits too: {', '.join(more)}" if more else ""
     status = (routing.tuning_job_of(snapshot, spec) or {}).get("status") or {}
     complete = find_condition(status.get("conditions") or [], ConditionType.COMPLETE) or {}
     outcome = status.get("outcome")
@@ -57,7 +59,7 @@ def held(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable: s
             if blocked
             else f"{status.get('stage') or 'tuning begins'}, {status.get('progress') or '0'} trials"
         )
-        message = f"the new model or engine is tuned before the pods of the old one go ({doing})"
+        message = f"the new model or engine is tuned before the pods of the old one go ({doing}){too}"
         return Hold(Reason.TUNING_FIRST, f"{message}; to replace them now, set rollout.requireProfile: false")
     why = str(complete.get("message") or outcome)
     if outcome == "Chosen":
@@ -70,7 +72,7 @@ def held(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable: s
     way_out = (
         f"set rollout.requireProfile: false to go on with exact routing, change the limits, {again}, or take the change back"
     )
-    return Hold(Reason.PROFILE_REQUIRED, f"{message[:800]}; {way_out}")
+    return Hold(Reason.PROFILE_REQUIRED, f"{message[:700]}{too}; {way_out}")
 
 
 def _serves(snapshot: Snapshot) -> bool:

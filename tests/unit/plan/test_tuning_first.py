@@ -171,6 +171,46 @@ def test_taking_the_change_back_moves_no_pod() -> None:
     assert (world.condition("Ready")["status"], world.condition("Tuned")["reason"]) == ("True", "Certified")
 
 
+def test_while_held_foreign_edits_are_put_back_and_other_changes_of_the_pods_wait_and_are_named() -> None:
+    world = tuned_world()
+    before, template = [pod.uid for pod in world.pods], world.pods[0].template
+    world.edit(model=model("v2"), resources={"limits": {"nvidia.com/gpu": 2}})
+    look_for(world, 5)
+    edited = world.children["Deployment"]["spec"]["template"]["spec"]
+    edited["containers"][0]["image"] = "foreign:1"
+    edited["containers"].append({"name": "miner", "image": "x"})
+    world.events.clear()
+    world.step()
+    assert world.children["Deployment"]["spec"]["template"] == template
+    assert set(world.events) == {"Healed"}
+    assert "waits too: spec.resources;" in world.condition("Ready")["message"]
+    world.edit(tolerations=[{"operator": "Exists"}], slo={"tpotMs": {"p95": 30}})
+    look_for(world, 5)
+    assert world.step().writes == 0
+    assert "waits too: spec.resources, spec.slo, spec.tolerations;" in world.condition("Progressing")["message"]
+    assert [pod.uid for pod in world.pods] == before
+    finish(world, "Infeasible")
+    world.step()
+    assert "waits too: spec.resources, spec.slo, spec.tolerations;" in world.condition("Ready")["message"]
+    world.edit(rollout={"requireProfile": False})
+    world.settle(20)
+    assert revisions(world) == {"v2"}
+    assert world.pods[0].engine["resources"] == {"limits": {"nvidia.com/gpu": 2}}
+
+
+def test_pods_that_an_older_operator_made_are_held_as_they_are() -> None:
+    world = tuned_world()
+    before = [pod.uid for pod in world.pods]
+    del world.children["Deployment"]["metadata"]["annotations"]["serving.sere.dev/template"]
+    world.edit(model=model("v2"))
+    look_for(world, 5)
+    assert [pod.uid for pod in world.pods] == before
+    assert "waits too" not in world.condition("Ready")["message"]
+    world.children["Deployment"]["spec"]["template"]["spec"]["containers"][0]["image"] = "foreign:1"
+    look_for(world, 5)
+    assert [pod.uid for pod in world.pods] == before, "known from the first look on"
+
+
 @pytest.mark.parametrize("last_run", ["deleted", "Infeasible"])
 def test_taking_the_change_back_in_the_middle_of_its_rollout_waits_for_nothing(last_run: str) -> None:
     """Pods of what is wanted again serve by their policy, whatever became of the run that made it."""
