@@ -3,8 +3,8 @@
 Metrics and sources (arXiv 2602.07616 and its repository's calibration/utils.py; Ei [N, H] is expert i's output on N tokens):
 
 frobenius  1 - ||Ei - Ej||_F / the layer's largest such distance. Exact from the Gram matrix of the flattened outputs,
-           since ||Ei - Ej||^2 = Gii + Gjj - 2 Gij. The experts' mean is taken off each token's outputs first, which leaves
-           every distance as it is and makes the difference no small one, so that float32 products do.
+           since ||Ei - Ej||^2 = Gii + Gjj - 2 Gij. Where a distance is small beside the outputs, the experts' mean is taken
+           off each token's outputs first, which leaves every distance as it is, so that float32 products do.
 cosine     (mean over tokens of cos(Ei, Ej) + 1) / 2. Exact from the Gram matrix of the outputs scaled to length 1.
 cka        linear CKA, ||Yj' Yi||_F^2 / (||Yi' Yi||_F ||Yj' Yj||_F) with Y centred over tokens. Exact from the running
            cross-covariances of all pairs, which are H x H each: E (E + 1) / 2 * H^2 doubles a layer, so small models only.
@@ -23,8 +23,11 @@ from sere_ext.similarity import Metric
 
 HALVES = 2
 _DOUBLE_BYTES = 8
-_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of outputs per product: a core's share of cache; enough to fill a GPU
-_CLOSE = 1e-3  # a squared distance below this share of its squared norms is summed directly, since float32 would cost digits
+# Values of one expert per product: float32 adds up no more of them at a time, and what is made of a block stays in the cache.
+_BLOCK_VALUES = {"cpu": 1 << 17, "cuda": 1 << 20}
+# Squared distance as a share of the squared norms it comes from: float32 products keep about 2e-7 / share of a distance.
+_ALIKE = 0.1  # below it the experts' mean is taken off first
+_CLOSE = 1e-3  # below it even then the pair's distance is summed directly
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -65,21 +68,32 @@ class GramMoments:
         self.metric = metric
         self.tokens = [0] * HALVES
         self._gram = torch.zeros(HALVES, experts, experts, dtype=torch.float64, device=device)
+        self._centred = False  # whether this layer's experts were once so alike that their mean is taken off
 
     def add(self, outputs: Any, half: int) -> None:
-        import torch
-
-        outputs = _finite(outputs)
-        experts, tokens, hidden = outputs.shape
-        block = max(1, _BLOCK_BYTES.get(outputs.device.type, _BLOCK_BYTES["cpu"]) // (4 * experts * hidden))
+        _, tokens, hidden = outputs.shape
+        block = max(1, _BLOCK_VALUES.get(outputs.device.type, _BLOCK_VALUES["cpu"]) // hidden)
         for start in range(0, tokens, block):
             part = outputs[:, start : start + block]
-            if self.metric == "cosine":
-                flat = torch.nn.functional.normalize(part, dim=-1).reshape(experts, -1)
-                self._gram[half] += flat @ flat.T
-            else:
-                self._gram[half] += _centred_gram((part - part.mean(0)).reshape(experts, -1))
-        self.tokens[half] += tokens
+            gram = self._products(part)
+            if not gram.isfinite().all():  # asked of the products, which are few: nearly always all is well
+                part = _finite(part)
+                gram = self._products(part)
+            self._gram[half] += gram
+            self.tokens[half] += part.shape[1]
+
+    def _products(self, part: Any) -> Any:
+        """float64 [E, E]: this block's share of the Gram matrix."""
+        import torch
+
+        if self.metric == "cosine":
+            return _gram(torch.nn.functional.normalize(part, dim=-1))
+        if not self._centred:
+            gram = _gram(part)
+            if not _alike(gram, _ALIKE).any():
+                return gram
+            self._centred = True
+        return _exact_gram(part - part.mean(0))
 
     def matrix(self, halves: tuple[int, ...] = (0, 1)) -> Matrix:
         gram = self._gram[list(halves)].sum(0).numpy(force=True)
@@ -89,13 +103,15 @@ class GramMoments:
         return _finished((gram / max(1, sum(self.tokens[half] for half in halves)) + 1) / 2)
 
     def state(self) -> Arrays:
-        return {"gram": self._gram.numpy(force=True), "tokens": np.array(self.tokens)}
+        centred = np.array(self._centred)  # a run that goes on gives the same digits as one that was never cut short
+        return {"gram": self._gram.numpy(force=True), "tokens": np.array(self.tokens), "centred": centred}
 
     def restore(self, state: Arrays) -> None:
         import torch
 
         self._gram.copy_(torch.from_numpy(state["gram"]))
         self.tokens = state["tokens"].tolist()
+        self._centred = bool(state.get("centred", True))
 
 
 def _finite(outputs: Any) -> Any:
@@ -105,20 +121,40 @@ def _finite(outputs: Any) -> Any:
     return outputs[:, outputs.isfinite().all(-1).all(0)]
 
 
-def _centred_gram(flat: Any) -> Any:
-    """float64 [E, E] Gram matrix of float32 rows [E, M], good to float32 in every distance that follows from it, however small."""
-    import torch
-
-    gram = (flat @ flat.T).double()
+def _alike(gram: Any, share: float) -> Any:
+    """bool [E, E], above the diagonal: pairs whose squared distance is below this share of their squared norms."""
     norms = gram.diagonal()
     both = norms[:, None] + norms
-    close = ((both - gram - gram.T) < _CLOSE * both).triu(1).nonzero()
-    if len(close) > flat.shape[0]:  # layers of equal or dead experts
-        wide = flat.double()
+    return ((both - gram - gram.T) < share * both).triu(1)
+
+
+def _gram(part: Any) -> Any:
+    """float64 [E, E] Gram matrix of float32 [E, n, H]. On the CPU in a piece per core: one product of this form keeps one busy."""
+    import torch
+
+    tokens = part.shape[1]
+    pieces = max(1, min(tokens, torch.get_num_threads() if part.device.type == "cpu" else 1))
+    even = tokens - tokens % pieces
+    split = part[:, :even].unflatten(1, (pieces, even // pieces)).flatten(2).transpose(0, 1)
+    gram = (split @ split.transpose(1, 2)).double().sum(0)
+    if even < tokens:
+        rest = part[:, even:].flatten(1)
+        gram += (rest @ rest.T).double()
+    return gram
+
+
+def _exact_gram(part: Any) -> Any:
+    """As `_gram`, of outputs less their mean, and good to float32 in every distance that follows from it, however small."""
+    import torch
+
+    gram = _gram(part)
+    close = _alike(gram, _CLOSE).nonzero()
+    if len(close) > part.shape[0]:  # layers of equal or dead experts
+        wide = part.flatten(1).double()
         return wide @ wide.T
     for i, j in close.tolist():
-        squares = torch.sub(flat[i], flat[j]).square_().sum(dtype=torch.float64)
-        gram[i, j] = gram[j, i] = (both[i, j] - squares) / 2
+        squares = torch.sub(part[i], part[j]).square_().sum(dtype=torch.float64)
+        gram[i, j] = gram[j, i] = (gram[i, i] + gram[j, j] - squares) / 2
     return gram
 
 

@@ -106,6 +106,18 @@ def test_copies_are_exactly_alike_among_many_experts_of_very_different_size() ->
     np.testing.assert_allclose(got, pairwise.frobenius(made.double()).numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.06, 0.11, 1.0])
+def test_distances_keep_their_digits_whether_or_not_the_mean_is_taken_off(share: float) -> None:
+    """Experts around a common answer, their distances this share of their size: on both sides of where it is taken off."""
+    generator = torch.Generator().manual_seed(5)
+    common, own = torch.randn(1, 500, 64, generator=generator), torch.randn(16, 500, 64, generator=generator)
+    made = (1 - share) ** 0.5 * common + share**0.5 * own
+    total = make_moments("frobenius", 16, "cpu")
+    total.add(made, 0)
+    assert bool(total.state()["centred"]) == (share < 0.1)
+    np.testing.assert_allclose(total.matrix(), pairwise.frobenius(made.double()).numpy(), atol=3e-6)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_token_on_which_an_expert_overflows_is_left_out(metric: str) -> None:
     whole, total, clean = outputs(), make_moments(metric, 5, "cpu"), make_moments(metric, 5, "cpu")
