@@ -62,11 +62,17 @@ class EngineFacts:
 
 
 class EngineHost:
-    """Inside the actor's process. Every method is a coroutine on the actor's one event loop."""
+    """Inside the actor's process. Every method is a coroutine on the actor's one event loop.
 
-    def __init__(self) -> None:
-        # Ray pins OMP_NUM_THREADS for its workers; vLLM chooses its own threads.
+    Args:
+        omp_threads: OMP_NUM_THREADS as the user set it, None if it was not set.
+    """
+
+    def __init__(self, omp_threads: str | None = None) -> None:
+        # Ray sets OMP_NUM_THREADS for its workers, which would be vLLM's too; only the user's own may be.
         os.environ.pop("OMP_NUM_THREADS", None)
+        if omp_threads is not None:
+            os.environ["OMP_NUM_THREADS"] = omp_threads
         self.engine: Any = None
         self.requests = 0
         self.similarity: str | None = None
@@ -243,7 +249,7 @@ class WarmEngine:
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 64}
         if devices:
             options["num_gpus"] = min(self.spec.engine.tensor_parallel_size, devices)
-        self.actor = ray.remote(EngineHost).options(**options).remote()
+        self.actor = ray.remote(EngineHost).options(**options).remote(os.environ.get("OMP_NUM_THREADS"))
         state = self._call(self.actor.start.remote(engine_arguments(self.spec), self.similarity), timeout_s, "starting")
         self.start_seconds = time.monotonic() - began
         ranks = state["ranks"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -27,6 +28,16 @@ def hosted(engine: Any) -> EngineHost:
 
 def ranks_of(engine: Engines) -> list[Any]:
     return [worker.sere for group in engine.groups for worker in group]
+
+
+@pytest.mark.parametrize("chosen", ["1", None])
+def test_the_engine_has_the_threads_that_the_user_chose_not_those_that_ray_sets(
+    chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its pods are served with: a tuned engine with two threads says little of a served one with one."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # Ray's
+    EngineHost(chosen)
+    assert os.environ.get("OMP_NUM_THREADS") == chosen
 
 
 async def test_a_policy_is_in_force_on_every_rank_of_every_engine_after_a_clean_switch() -> None:
