@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tokenizer
 import torch
@@ -135,7 +137,7 @@ def answers(model: Reference, asked: list[Item], batch: int, route: Sere) -> lis
             take(lane, chosen[lane])
 
 
-def measure(directory: Path, count: int, seed: int, settings: list[tuple[int, int, float]]) -> dict[str, object]:
+def measure(directory: Path, count: int, seed: int, settings: list[tuple[int, int, float]]) -> dict[str, Any]:
     """Accuracy, answers that differ from exact, and active experts, for each (batch, S, rho)."""
     model = Reference(directory)
     matrix = similarity(model, items("calibration", 600, 0))
@@ -172,6 +174,12 @@ def _percent(part: int, whole: int) -> float:
     return round(100 * part / whole, 3)
 
 
+def apart(mine: dict[str, Any], other: dict[str, Any]) -> float:
+    """Largest difference in accuracy between two models' reports of the same settings, in points."""
+    pairs = zip(mine["settings"], other["settings"], strict=True)
+    return max(abs(one["accuracy"] - two["accuracy"]) for one, two in pairs)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -182,10 +190,16 @@ def main() -> None:
     parser.add_argument("--S", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rho", type=float, nargs="+", default=[0.0])
     parser.add_argument("--threads", type=int, default=1, help="more only helps on an idle machine")
+    parser.add_argument("--against", type=Path, metavar="MODEL", help="fail if an accuracy is over a point from this model's")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     settings = [(batch, S, rho) for batch in given.batch for S in given.S for rho in given.rho]
-    print(json.dumps(measure(given.model, given.items, given.seed, settings), indent=1))
+    report = measure(given.model, given.items, given.seed, settings)
+    print(json.dumps(report, indent=1))
+    if given.against:
+        points = apart(report, measure(given.against, given.items, given.seed, settings))
+        print(f"{given.model} and {given.against} differ by at most {points:.3f} points", file=sys.stderr)
+        sys.exit(points > 1)
 
 
 if __name__ == "__main__":
