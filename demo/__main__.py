@@ -103,7 +103,7 @@ def prepare(args: argparse.Namespace) -> Path:
             "deviceHours": 0.25,
             "itemsPerTrial": 160,
         },
-        "certify": {"pairs": 5, "blockSeconds": 10},
+        "certify": {"pairs": 4, "blockSeconds": 10},
         "out": str(BUILD / "run"),
     }
     path = BUILD / "tuning.yaml"
