@@ -95,19 +95,21 @@ def provide(source: Source, spec: TuningSpec, items: Sequence[Item]) -> Path | N
     return source.path
 
 
-def make_publishable(path: Path, origin: Origin, limit_bytes: int) -> None:
+def make_publishable(path: Path, origin: Origin, limit_bytes: int, settled: str | None = None) -> None:
     """Pack an artefact of this run's own, before it is measured: the packed one has a digest of its own.
 
     Args:
         limit_bytes: what the published result has room for.
+        settled: digest of the artefact that trials were measured with or that a given policy names; it stays as it is.
 
     Raises:
         UsageError: it is larger all the same; said before an engine is started for it.
     """
     from sere_ext.artifact import packed_meta, read_similarity, write_similarity
 
-    packed = read_meta(path).packing is not None
-    if not packed and origin is not Origin.GIVEN:
+    meta = read_meta(path)
+    packed = meta.packing is not None
+    if not packed and origin is not Origin.GIVEN and meta.digest != settled:
         plain = read_similarity(path)
         write_similarity(path, packed_meta(plain), plain.matrices)
         packed = True
@@ -116,3 +118,21 @@ def make_publishable(path: Path, origin: Origin, limit_bytes: int) -> None:
         raise UsageError(
             f"similarity: {path} has {size:,} bytes, of which {limit_bytes:,} fit into the published result{way_out}"
         )
+
+
+def checked_digest(path: Path, measured: str | None, out: Path) -> str:
+    """The digest of the artefact at `path`.
+
+    Args:
+        measured: digest of the one that the study in `out` was measured with, None where nothing was yet.
+
+    Raises:
+        UsageError: the two differ, so a certificate would speak of another artefact than the one that is published.
+    """
+    digest = read_meta(path).digest
+    if measured not in (None, digest):
+        raise UsageError(
+            f"similarity: {path} is not the one that {out} was measured with ({digest[:19]}, it was {measured[:19]}); "
+            "put that back, name another `out`, or add --fresh to begin anew"
+        )
+    return digest

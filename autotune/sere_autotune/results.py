@@ -21,8 +21,8 @@ from sere_ext.profile import (
     Ratio,
     SimilarityRef,
 )
-from sere_ext.similarity import read_meta
 
+from sere_autotune.calibration import checked_digest
 from sere_autotune.ladder import Rung, RungResult
 from sere_autotune.learned import noise_floor
 from sere_autotune.measures import Answer
@@ -100,7 +100,11 @@ def _paired(result: RungResult, metric: str, name: str, limit: float | None) -> 
 
 
 def build_profile(run: Run, outcome: Outcome, similarity: Path | None) -> Profile:
-    """The SereProfile of the chosen rung."""
+    """The SereProfile of the chosen rung.
+
+    Raises:
+        UsageError: the similarity artefact is no longer the one that was certified.
+    """
     assert outcome.chosen is not None
     rung, result = rung_results(run)[outcome.chosen]
     assert result is not None
@@ -154,7 +158,8 @@ def build_profile(run: Run, outcome: Outcome, similarity: Path | None) -> Profil
     )
     reference = None
     if policy.needs_similarity() and similarity is not None:
-        reference = SimilarityRef(uri=similarity.resolve().as_uri(), digest=read_meta(similarity).digest)
+        digest = checked_digest(similarity, study.get("similarity"), study.out)
+        reference = SimilarityRef(uri=similarity.resolve().as_uri(), digest=digest)
     body = ProfileSpec(
         policy=policy,
         key=ProfileKey.model_validate(study.get("key")),

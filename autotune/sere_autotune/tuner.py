@@ -159,8 +159,7 @@ def tune(
         if prepared.source.origin is calibration.Origin.CALIBRATED:
             report.stage("calibrating", 1)
         similarity = calibration.provide(prepared.source, spec, prepared.search)
-        if similarity is not None and artefact_limit is not None:
-            calibration.make_publishable(similarity, prepared.source.origin, artefact_limit)
+        digest = _settle_artefact(study, prepared, similarity, only, artefact_limit) if similarity is not None else None
 
         def on_engine(running: bool) -> None:
             now = time.monotonic()
@@ -172,7 +171,7 @@ def tune(
         engine = make_engine(spec, str(similarity) if similarity else None, on_engine)
         run = Run(spec, study, engine, budget, Traffic(spec.workload, prepared.items), prepared.search, prepared.cert, report)
         run.advisory = advisory
-        run.similarity_digest = read_meta(similarity).digest if similarity else None
+        run.similarity_digest = digest
         try:
             outcome = _run(run, ledger, prepared, only)
         finally:
@@ -182,6 +181,24 @@ def tune(
         return results.finish(run, outcome, similarity)
     finally:
         study.close()
+
+
+def _settle_artefact(study: TuningStudy, prepared: Prepared, path: Path, only: Policy | None, limit: int | None) -> str:
+    """Digest of the artefact that all trials and the certificate use and that is published; it may not change under them.
+
+    Args:
+        limit: bytes that it may have where the result is published; None where it is not.
+
+    Raises:
+        UsageError: too large, or trials were measured with another one; said before an engine is started.
+    """
+    before: str | None = study.get("similarity") if study.complete() else None
+    if limit is not None:
+        settled = before or (only.similarity_digest if only is not None else None)
+        calibration.make_publishable(path, prepared.source.origin, limit, settled)
+    digest = calibration.checked_digest(path, before, study.out)
+    study.put("similarity", digest)
+    return digest
 
 
 def _check_same_engine(study: TuningStudy, key: dict[str, Any]) -> None:
