@@ -102,7 +102,7 @@ class TuningStudy:
         budget.wall_spent_s = spent.get("wallSeconds", 0.0)
 
     def note_spent(self, budget: Budget) -> None:
-        """Write down what was spent; called at every trial and block, so that a kill loses at most that much."""
+        """Write down what was spent; called at every trial and block, and meanwhile by the meter's thread (`meter.py`)."""
         now = time.monotonic()
         self.put("spent", {"deviceSeconds": budget.device_used(now), "wallSeconds": budget.wall_used(now)})
 

@@ -20,6 +20,7 @@ from sere_autotune.budget import Budget
 from sere_autotune.items import Item, load_items, set_digest, split
 from sere_autotune.ladder import MIN_SPEEDUP, Rung, RungResult
 from sere_autotune.ledger import Ledger
+from sere_autotune.meter import Meter
 from sere_autotune.outcome import BudgetExhaustedError, Ending, NearestMiss, Outcome, nearest_miss
 from sere_autotune.run import Engine, Reporter, Run
 from sere_autotune.spec import TuningSpec
@@ -160,23 +161,17 @@ def tune(
             report.stage("calibrating", 1)
         similarity = calibration.provide(prepared.source, spec, prepared.search)
         digest = _settle_artefact(study, prepared, similarity, only, artefact_limit) if similarity is not None else None
-
-        def on_engine(running: bool) -> None:
-            now = time.monotonic()
-            budget.engine_started(now) if running else budget.engine_stopped(now)
-            study.note_spent(budget)
-
         if budget.left_s(time.monotonic()) < 10:
             raise BudgetExhaustedError(f"{budget.which(time.monotonic())} is spent; raise it and run the same line again")
-        engine = make_engine(spec, str(similarity) if similarity else None, on_engine)
-        run = Run(spec, study, engine, budget, Traffic(spec.workload, prepared.items), prepared.search, prepared.cert, report)
-        run.advisory = advisory
-        run.similarity_digest = digest
-        try:
-            outcome = _run(run, ledger, prepared, only)
-        finally:
-            engine.stop()
-            study.note_spent(budget)
+        with contextlib.closing(Meter(study, budget)) as meter:
+            engine = make_engine(spec, str(similarity) if similarity else None, meter.engine)
+            run = Run(spec, study, engine, budget, Traffic(spec.workload, prepared.items), prepared.search, prepared.cert, report)
+            run.advisory = advisory
+            run.similarity_digest = digest
+            try:
+                outcome = _run(run, ledger, prepared, only)
+            finally:
+                engine.stop()
         study.put("outcome", outcome.to_dict())
         return results.finish(run, outcome, similarity)
     finally:

@@ -89,7 +89,9 @@ class Stopping(PlantedEngine):
         return super().block(*args, **kwargs)
 
 
-def test_what_is_published_is_what_was_certified_also_where_only_the_second_start_publishes(artefact: Path, tmp_path: Path) -> None:
+def test_what_is_published_is_what_was_certified_also_where_only_the_second_start_publishes(
+    artefact: Path, tmp_path: Path
+) -> None:
     write_items(tmp_path / "items.jsonl", 6000)
     spec = spec_for(tmp_path / "out", tmp_path / "items.jsonl", search__policies=["sere"], search__trials=2, search__rungs=1)
     plain = read_similarity(artefact)

@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,10 @@ from typing import Any
 import pytest
 from planted import PlantedEngine, Quiet, run, spec_for, truth, write_items
 from rich.console import Console
+from sere_autotune import meter
+from sere_autotune.budget import Budget
 from sere_autotune.engine import EngineFacts
-from sere_autotune.outcome import Ending
+from sere_autotune.outcome import BudgetExhaustedError, Ending
 from sere_autotune.progress import Progress
 from sere_autotune.study import TuningStudy
 from sere_ext.errors import SereError, UnsupportedError, UsageError
@@ -113,6 +117,31 @@ def test_killed_with_minus_9_it_goes_on_and_loses_at_most_the_trial_in_flight(tm
     blocks = len(calls.read_text().splitlines())
     rungs = sum(rung["result"] is not None for rung in json.loads((tmp_path / "out" / "summary.json").read_text())["ladder"])
     assert blocks <= 2 + 7 * 2 + 6 * rungs + 2 * kills
+
+
+def test_a_kill_while_the_engine_starts_has_paid_for_the_start(
+    tmp_path: Path, items: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies on disk half-way through a start is what a kill there leaves; it is charged to the run that goes on."""
+    monkeypatch.setattr(meter, "BEAT_S", 0.05)
+    spec, left = spec_for(tmp_path / "out", items, engine__tensorParallelSize=2), tmp_path / "left"
+
+    class Slow(PlantedEngine):
+        def start(self) -> EngineFacts:
+            time.sleep(0.6)
+            shutil.copytree(tmp_path / "out", left)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, Slow())
+    assert not any(thread.name == "meter" for thread in threading.enumerate()), "nothing is written after the end"
+    study, budget = TuningStudy(left, None), Budget.of(spec.search, devices=2)
+    study.restore(budget)
+    study.close()
+    assert 2 * 0.4 <= budget.device_spent_s <= 2 * 0.9
+    assert budget.wall_spent_s >= 0.4
+    with pytest.raises(BudgetExhaustedError, match="deviceHours"):
+        run(spec_for(left, items, engine__tensorParallelSize=2, search__deviceHours=20.5 / 3600), PlantedEngine())
 
 
 def test_a_crashing_kind_is_infeasible_and_never_chosen(tmp_path: Path, items: Path) -> None:
