@@ -31,6 +31,7 @@ from sere_autotune.planner import percent
 from sere_autotune.report import render
 from sere_autotune.run import Run
 from sere_autotune.spec import TuningSpec
+from sere_autotune.study import TuningStudy
 
 GOLDEN_PROMPTS = 24
 
@@ -196,9 +197,8 @@ def golden(run: Run) -> tuple[GoldenPrompt, ...]:
     )
 
 
-def build_summary(run: Run, outcome: Outcome, profile: Profile | None) -> dict[str, Any]:
-    """Everything that the report shows, as plain JSON."""
-    study, spec = run.study, run.spec
+def tried(study: TuningStudy) -> list[dict[str, Any]]:
+    """Every complete trial, as the summary tells it."""
     trials = []
     for trial in study.complete():
         levels = study.levels(trial)
@@ -213,6 +213,12 @@ def build_summary(run: Run, outcome: Outcome, profile: Profile | None) -> dict[s
             "crash": trial.user_attrs.get("crash"), "stopped": next((lv.stopped for lv in levels if lv.stopped), None),
             "seconds": trial.user_attrs.get("seconds"), "levels": [level.to_dict() for level in levels],
         })  # fmt: skip
+    return trials
+
+
+def build_summary(run: Run, outcome: Outcome, profile: Profile | None) -> dict[str, Any]:
+    """Everything that the report shows, as plain JSON."""
+    study, spec = run.study, run.spec
     rungs = []
     for index, (rung, result) in enumerate(rung_results(run)):
         verdict = result.verdict if result else "not run"
@@ -226,7 +232,7 @@ def build_summary(run: Run, outcome: Outcome, profile: Profile | None) -> dict[s
         "accuracy": {"maxDropPoints": spec.accuracy.max_drop_points, "confidence": spec.accuracy.confidence,
                      "searchItems": len(run.search), "certItems": len(run.cert), "alpha": study.get("alpha"),
                      "earlierOpenings": study.get("openings")},
-        "noiseFloor": noise_floor(run), "trials": trials, "counts": outcome.trials, "ladder": rungs,
+        "noiseFloor": noise_floor(run), "trials": tried(study), "counts": outcome.trials, "ladder": rungs,
         "searchEnded": study.get("searchEnded"), "ladderEnded": study.get("ladderEnded"),
         "spent": {"deviceHours": spent.get("deviceSeconds", 0.0) / 3600, "wallSeconds": spent.get("wallSeconds", 0.0)},
         "seconds": study.get("seconds", {}), "pace": study.get("pace"),

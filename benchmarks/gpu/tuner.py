@@ -5,6 +5,8 @@
 The model is the small trained one, widened so that expert weights rule a step; it keeps its accuracy. A first, short run under a
 limit that binds nobody finds what exact routing and the best policy that keeps the accuracy take; the second has the geometric mean
 of the two as its limit, so exact routing breaks it and the tuner must find a policy that does not. Needs vLLM, Ray and Optuna.
+Each run is told how long it may take and keeps what its certificate needs; after `--time-limit` seconds one that is still running is
+stopped, and the table is made of what there is (`"timedOut": true` in the JSON).
 Try it on a CPU with `--factor 64 --trials 4 --pairs 2`.
 """
 
@@ -21,15 +23,22 @@ from typing import Any
 
 from report import RESULTS, ROOT, Check, Report, at_least, at_most, engine_env
 
+TUNE = (sys.executable, "-m", "sere_ext.cli", "tune", "--json")
+TIME_LIMIT_S = 480.0  # a machine that is lent for ten minutes at a time
+STOP_S = 60.0  # for an engine to end, and the table
+LEAST_S = 30.0  # a shorter run would not even start its engine
+PROBE_SHARE = 0.5  # of the time, at most
+TIMED_OUT, SPENT = "TimedOut", "BudgetExhausted"
+HEAD = ("trial", "policy", "TPOT p95 ms", "points lost", "feasible")
 CONCURRENCY, ITEMS_PER_TRIAL, PROBE_TRIALS, UNBOUND_MS = 16, 300, 8, 10_000.0
 ON_GPU = ("--dtype", "bfloat16", "--max-num-seqs", "32", "--max-num-batched-tokens", "1024")
 ON_CPU = ("--dtype", "float32", "--max-num-seqs", "32", "--enforce-eager")
 
 
 def flags(
-    folder: Path, model: Path, similarity: Path, name: str, limit_ms: float, trials: int, pairs: int, gpu: bool
+    folder: Path, model: Path, similarity: Path, name: str, limit_ms: float, trials: int, pairs: int, gpu: bool, wall_s: float
 ) -> list[str]:
-    """Arguments of one `sere tune`."""
+    """Arguments of one `sere tune` that is to end by itself within `wall_s` seconds."""
     block_s = 10 if pairs > 2 else 2
     found = {
         "--model": model, "--similarity": similarity, "--out": folder / name, "--engine-max-model-len": 128,
@@ -37,7 +46,7 @@ def flags(
         "--slo-tpot-ms-p95": f"{limit_ms:.4f}", "--accuracy-tasks": f"[{{file: '{folder / 'items.jsonl'}', maxTokens: 24}}]",
         "--accuracy-max-drop-points": 1, "--search-trials": trials, "--search-items-per-trial": ITEMS_PER_TRIAL,
         "--search-trial-seconds": 30, "--search-rungs": 1, "--search-device-hours": 0.25, "--certify-pairs": pairs,
-        "--certify-block-seconds": block_s,
+        "--certify-block-seconds": block_s, "--search-wall-minutes": f"{wall_s / 60:.4f}",
     }  # fmt: skip
     return [part for flag, value in found.items() for part in (flag, str(value))]
 
@@ -62,19 +71,62 @@ def between(summary: dict[str, Any]) -> tuple[float, float, float]:
     return exact, best, math.sqrt(exact * best)
 
 
-def tune(folder: Path, arguments: list[str], report: Report) -> dict[str, Any]:
-    """One run; its summary."""
+def tune(folder: Path, name: str, arguments: list[str], report: Report, until_s: float) -> dict[str, Any]:
+    """One run; its summary, or what its study holds where the time ended first.
+
+    Args:
+        until_s: when it is stopped, on the report's clock.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    from sere_autotune.study import forget
+
+    forget(folder / name)  # here, so that what is found after the time has ended is this run's
     (folder / "sere-ledger.json").unlink(missing_ok=True)  # a benchmark's items are not evidence for anybody
     machine = report.result["machine"]
     env = engine_env("gpu" in machine, machine.get("vllm", "0.32")) | os.environ
-    command = [sys.executable, "-m", "sere_ext.cli", "tune", "--fresh", "--json", *arguments]
     report.say("sere tune " + " ".join(arguments))
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=env)
-    if not done.stdout.strip():
-        raise SystemExit(f"sere tune ended with {done.returncode} and no summary; what it said is above")
-    found: dict[str, Any] = json.loads(done.stdout)
+    with subprocess.Popen([*TUNE, *arguments], stdout=subprocess.PIPE, text=True, env=env) as process:
+        try:
+            said, _ = process.communicate(timeout=max(until_s - report.seconds(), 0))
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it stops its engine and leaves its study whole
+            try:
+                process.communicate(timeout=STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            return out_of_time(folder / name, report)
+    if not said.strip():
+        raise SystemExit(f"sere tune ended with {process.returncode} and no summary; what it said is above")
+    found: dict[str, Any] = json.loads(said)
     report.say(f"{found['outcome']}: {found['message']}")
     return found
+
+
+def out_of_time(out: Path | None, report: Report) -> dict[str, Any]:
+    """In place of a summary: the complete trials of the study in a folder; None where no run was begun."""
+    from sere_autotune.results import tried
+    from sere_autotune.study import TuningStudy
+
+    trials = []
+    if out is not None:
+        study = TuningStudy(out, None)
+        trials = tried(study)
+        study.close()
+    message = f"the time ended after {report.seconds():.0f} s, with {len(trials)} trials of this run"
+    report.say(message)
+    return {"outcome": TIMED_OUT, "message": message, "trials": trials, "ladder": []}
+
+
+def rows(trials: list[dict[str, Any]]) -> list[list[str]]:
+    return [
+        [
+            str(trial["number"]), trial["policy"], f"{p95(trial):.3f}",
+            f"{trial['dropPoints']:+.2f}", "yes" if trial["feasible"] else "",
+        ]
+        for trial in trials
+    ]  # fmt: skip
 
 
 def checks(summary: dict[str, Any] | None, exact: float | None, limit: float | None) -> list[Check]:
@@ -82,11 +134,13 @@ def checks(summary: dict[str, Any] | None, exact: float | None, limit: float | N
     result = (rung or {}).get("result") or {}
     chosen = result.get("latency_ms", {}).get("chosen", {}).get("tpot", {}).get("p95")
     ratio = result.get("speedup", {}).get("p95", {}).get("value")
+    outcome = summary["outcome"] if summary else ""
+    certified = None if outcome in ("", TIMED_OUT, SPENT) else outcome == "Chosen"
     return [
         at_least("exact routing breaks the limit: its TPOT p95 over the limit", exact and limit and exact / limit, 1, "x"),
         at_most(f"the chosen policy keeps it ({limit or 0:.3f} ms)", chosen, limit or 0, " ms"),
         at_least("speed-up of p95 TPOT in the certification's paired blocks", ratio, 1, "x"),
-        Check("certified", summary["outcome"] if summary else "", summary and summary["outcome"] == "Chosen"),
+        Check("certified", outcome, certified),
     ]
 
 
@@ -95,6 +149,7 @@ def main() -> None:
     parser.add_argument("--factor", type=int, default=1024, help="of the widening")
     parser.add_argument("--trials", type=int, default=14)
     parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S, help="seconds after which it stops with what there is")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench-gpu" / "tuner")
     parser.add_argument("--out", type=Path, default=RESULTS / "tuner.json")
     args = parser.parse_args()
@@ -109,27 +164,35 @@ def main() -> None:
     if not (folder / "items.jsonl").exists():
         make_items(folder / "items.jsonl", "eval", 10_000, seed=7)
     report.keep(factor=args.factor, trained=True, concurrency=CONCURRENCY)
-    given = (folder, model, similarity)
-    probe = tune(folder, flags(*given, "probe", UNBOUND_MS, min(PROBE_TRIALS, args.trials), 2, gpu), report)
-    report.keep(probe={key: probe[key] for key in ("outcome", "message", "trials")})
+    given, until_s = (folder, model, similarity), args.time_limit
+
+    def one(name: str, limit_ms: float, trials: int, pairs: int, share: float) -> dict[str, Any]:
+        wall_s = share * (until_s - report.seconds())
+        if wall_s < LEAST_S:
+            return out_of_time(None, report)
+        return tune(folder, name, flags(*given, name, limit_ms, trials, pairs, gpu, wall_s), report, until_s)
+
+    probe = one("probe", UNBOUND_MS, min(PROBE_TRIALS, args.trials), 2, PROBE_SHARE)
+    report.keep(
+        probe={key: probe[key] for key in ("outcome", "message", "trials")}, timedOut=probe["outcome"] in (TIMED_OUT, SPENT)
+    )
     try:
         exact, best, limit = between(probe)
     except ValueError as error:
         report.say(str(error))
-        return report.finish(["outcome"], [[str(error)]], checks(None, None, None))
+        report.keep(problem=str(error))
+        return report.finish(HEAD, rows(probe["trials"]), checks(None, None, None))
     report.keep(exactMs=exact, bestMs=best, limitMs=limit)
-    summary = tune(folder, flags(*given, "run", limit, args.trials, args.pairs, gpu), report)
+    summary = one("run", limit, args.trials, args.pairs, 0.95)
     report.keep(
-        summary={key: summary[key] for key in ("outcome", "message", "trials", "ladder", "noiseFloor", "seconds", "spent")}
+        summary={
+            k: summary[k]
+            for k in ("outcome", "message", "trials", "ladder", "noiseFloor", "searchEnded", "seconds", "spent")
+            if k in summary
+        },
+        timedOut=summary["outcome"] in (TIMED_OUT, SPENT),
     )
-    rows = [
-        [
-            str(trial["number"]), trial["policy"], f"{p95(trial):.3f}",
-            f"{trial['dropPoints']:+.2f}", "yes" if trial["feasible"] else "",
-        ]
-        for trial in summary["trials"]
-    ]  # fmt: skip
-    report.finish(["trial", "policy", "TPOT p95 ms", "points lost", "feasible"], rows, checks(summary, exact, limit))
+    report.finish(HEAD, rows(summary["trials"] or probe["trials"]), checks(summary, exact, limit))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from planted import PlantedEngine, run, spec_for, write_items
 
 from sere_ext import build
 
@@ -251,12 +252,54 @@ def test_the_tuners_flags_are_a_tuning_file(tmp_path: Path) -> None:
     from sere_autotune.options import leaves, overrides
     from sere_autotune.tuning_file import load_spec
 
-    flags = tuner.flags(tmp_path, tmp_path / "m", tmp_path / "s", "run", 6.0, 14, 6, gpu=True)
+    flags = tuner.flags(tmp_path, tmp_path / "m", tmp_path / "s", "run", 6.0, 14, 6, gpu=True, wall_s=90.0)
     given, names = dict(zip(flags[::2], flags[1::2], strict=True)), {leaf.flag: leaf.name for leaf in leaves()}
     spec = load_spec(None, overrides({names[flag]: value for flag, value in given.items()}))
     assert spec.slo.tpot_ms is not None
     assert spec.slo.tpot_ms.p95 == 6.0
     assert "bfloat16" in spec.engine.extra_args
+    assert spec.search.wall_minutes == 1.5
+
+
+def test_a_tuner_out_of_time_ends_with_the_table_of_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The run measures some trials and then hangs; its study is all that is left of it."""
+    import json
+
+    class Hanging(PlantedEngine):
+        def block(self, *args: Any, **kwargs: Any) -> Any:
+            if self.blocks >= 5:
+                raise KeyboardInterrupt
+            return super().block(*args, **kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(spec_for(tmp_path / "made", write_items(tmp_path / "items.jsonl", 2000), accuracy__maxDropPoints=2), Hanging())
+    hang = f"cp -r {tmp_path}/made {tmp_path}/probe && trap '' TERM && while true; do sleep 0.1; done"
+    monkeypatch.setattr(tuner, "TUNE", ("sh", "-c", hang))
+    monkeypatch.setattr(tuner, "STOP_S", 0.3)
+    monkeypatch.setattr(tuner, "LEAST_S", 0.1)
+    monkeypatch.setitem(sys.modules, "ext", SimpleNamespace(widened=lambda *_: (tmp_path / "m", tmp_path / "s")))
+    out = tmp_path / "tuner.json"
+    monkeypatch.setattr(sys, "argv", ["tuner.py", "--time-limit", "1.5", "--folder", str(tmp_path), "--out", str(out)])
+    tuner.main()
+    result = json.loads(out.read_text())
+    assert result["timedOut"] is True
+    assert result["seconds"] < 30
+    trials = result["probe"]["trials"]
+    assert len(trials) >= 2
+    assert {check["met"] for check in result["checks"]} == {None}, "nothing is met or missed in a run that did not end"
+    said = capfd.readouterr().out.rstrip().splitlines()
+    assert said[-1] == str(out), "the table is the last thing it prints"
+    head = next(i for i, line in enumerate(said) if line.split() == " ".join(tuner.HEAD).split())
+    assert said[head + 1].split()[:2] == ["0", "exact"]
+    assert [line.split()[0] for line in said[head + 1 : head + 1 + len(trials)]] == [str(trial["number"]) for trial in trials]
+
+
+def test_a_run_is_not_begun_without_time_for_it(tmp_path: Path) -> None:
+    made = tuner.out_of_time(None, report.Report("tuner", tmp_path / "tuner.json"))
+    assert (made["outcome"], made["trials"]) == (tuner.TIMED_OUT, [])
+    assert [check.met for check in tuner.checks(made, 9.0, 6.0)] == [True, None, None, None]
 
 
 def wheel(path: Path) -> Path:
