@@ -355,6 +355,38 @@ def test_names_of_distributions(text: str, name: str) -> None:
     assert carry.name_of(text) == name
 
 
+def resolved(name: str, version: str, *needs: str) -> dict[str, Any]:
+    return {"metadata": {"name": name, "version": version, "requires_dist": list(needs)}}
+
+
+RESOLVED = [
+    resolved("vllm", "0.26.0", "torch==2.11.0", "numpy<3", "fastapi[standard]>=0.115", "NumPy>=2.3; python_version < '3.12'", "six>=1.16",
+             "outlines>=9; extra == 'all'"),
+    resolved("torch", "2.11.0", "nvidia-nccl-cu13==2.28"), resolved("numpy", "2.4.1"), resolved("nvidia-nccl-cu13", "2.28"),
+    resolved("fastapi", "0.130.0", "Typing_Extensions>=4.8", "jinja2>=3.1; extra == 'standard'"),
+    resolved("typing_extensions", "4.15.0"), resolved("Jinja2", "3.1.6"), resolved("six", "1.17.0"),
+]  # fmt: skip
+
+
+def test_a_version_that_will_not_do_travels_and_every_other_version_is_told() -> None:
+    have = carry.installed("torch==2.11.0+cu130\nnumpy==2.2.6\njinja2==3.0.3\nfastapi==0.110.0\ntyping-extensions==4.15.0\nsix\n")
+    wanted, said = carry.to_carry(["vllm==0.26.0"], RESOLVED, have)
+    assert wanted == ["vllm==0.26.0", "fastapi==0.130.0", "Jinja2==3.1.6"], (
+        "by name alone, jinja2 and fastapi would have stayed away"
+    )
+    assert said == [
+        "numpy 2.2.6 is there and will do (resolved: 2.4.1)",
+        "fastapi 0.110.0 is there and will not do: vllm needs >=0.115; 0.130.0 travels",
+        "jinja2 3.0.3 is there and will not do: fastapi needs >=3.1; 3.1.6 travels",
+    ]
+    assert carry.to_carry(["vllm==0.26.0", "numpy>=2.4"], RESOLVED, have)[0][1] == "numpy==2.4.1"
+
+
+def test_another_torch_is_refused_before_anything_travels() -> None:
+    with pytest.raises(SystemExit, match=r"torch 2\.10\.0\+cu128 is there and cannot be replaced: vllm needs ==2\.11\.0"):
+        carry.to_carry(["vllm==0.26.0"], RESOLVED, carry.installed("torch==2.10.0+cu128\n"))
+
+
 def test_a_table_is_in_line_and_targets_say_what_was_not_measured() -> None:
     assert report.table(["a", "bcd"], [["12", "3"]]) == " a  bcd\n12    3\n"
     assert report.at_most("t", None, 3).line() == ["t", "", "not measured"]
