@@ -27,18 +27,21 @@ from sere_autotune.budget import Budget
 from sere_autotune.measures import Answer, LevelResult
 from sere_autotune.model import Observation
 from sere_autotune.space import Space, Table
-from sere_autotune.spec import TuningSpec
+from sere_autotune.spec import SearchSpec, TuningSpec
 
 JOURNAL = "study.journal"
 
 # What may change between a run and its continuation: budgets and places, not what is measured.
 _BUDGETS = {"trials", "device_hours", "wall_minutes"}
+# Fields of `search` that came after studies had been written: left out where they have their default, so that those go on.
+_LATER = ("min_share",)
 
 
 def fingerprint(spec: TuningSpec, cert_digest: str, config_digest: str) -> str:
     """Content address of everything that a study's trials must have in common."""
     kept = spec.model_dump(mode="json", exclude={"out"})
-    kept["search"] = spec.search.model_dump(mode="json", exclude=_BUDGETS)
+    unused = {name for name in _LATER if getattr(spec.search, name) == SearchSpec.model_fields[name].default}
+    kept["search"] = spec.search.model_dump(mode="json", exclude=_BUDGETS | unused)
     text = canonical_json({"spec": kept, "cert": cert_digest, "model": config_digest})
     return "sha256:" + hashlib.sha256(text).hexdigest()
 
