@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from sere_ext.errors import SimilarityError
 from sere_ext.policy import Record, canonical_json
 from sere_ext.problems import explain
+from sere_ext.shards import SHARD_MAGIC
 
 SCHEMA_VERSION = 1
 _MAX_HEADER_BYTES = 16 * 1024 * 1024
@@ -98,6 +99,11 @@ def similarity_digest(meta: SimilarityMeta, matrices: dict[int, bytes]) -> str:
     return "sha256:" + state.hexdigest()
 
 
+def similarity_file(digest: str) -> str:
+    """The name under which the artefact with this digest lies in a policy directory."""
+    return f"similarity-{digest.removeprefix('sha256:')[:12]}.safetensors"
+
+
 def read_meta(path: str | Path) -> SimilarityMeta:
     """Read and check the header alone, and that the file is as long as the header says.
 
@@ -109,6 +115,8 @@ def read_meta(path: str | Path) -> SimilarityMeta:
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(8)
+            if SHARD_MAGIC.startswith(head) and len(head) == 8:
+                raise SimilarityError(f"{path} is one shard of a similarity file; put it together with `sere similarity join`")
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER_BYTES + 1
             if length > _MAX_HEADER_BYTES:
                 raise SimilarityError(f"{path} is no safetensors file; make one with `sere calibrate MODEL --data FILE`")

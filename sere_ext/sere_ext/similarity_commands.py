@@ -66,13 +66,13 @@ def shard_command(
 ) -> None:
     """Print ConfigMaps that hold a file too large for one: pipe them into `kubectl apply --server-side -f -`."""
     from sere_ext.artifact import read_similarity
-    from sere_ext.shards import config_maps
+    from sere_ext.shards import config_maps, encoded, uri
 
     read_similarity(file)
-    items = config_maps(file.read_bytes(), name, max_kib * 1024)
+    items = config_maps(encoded(file.read_bytes(), max_kib * 1024), name)
     json.dump({"apiVersion": "v1", "kind": "List", "items": items}, sys.stdout)
     typer.echo()
-    typer.echo(f"{len(items)} ConfigMaps", err=True)
+    typer.echo(f"{len(items)} ConfigMaps; routing.similarity.uri: {uri(items)}", err=True)
 
 
 @similarity_app.command("join")

@@ -2,7 +2,8 @@
 
 `desired` is pure: names and contents of the small files in, one decision out. `Watcher` does the reading and the
 applying. Order of what decides: override > pod.policy > stable. A digest that is missing or damaged never changes what
-is in force; it is said in `error`. Files are in ARCHITECTURE.md.
+is in force; it is said in `error`. A similarity artefact lies there whole or in shards, each from a ConfigMap of its own, and the
+kubelet may show a policy a moment before all of them: for that moment nothing is wrong. Files are in ARCHITECTURE.md.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from sere_ext.errors import PolicyError, SereError
+from sere_ext.errors import PolicyError, SereError, SimilarityError
 from sere_ext.policy import EXACT_POLICY, Policy
 from sere_ext.problems import explain
 from sere_ext.profile import ProfileKey
+from sere_ext.shards import join, pieces
+from sere_ext.similarity import similarity_file
 
 if TYPE_CHECKING:
     from sere_ext.control import LiveControl
@@ -29,6 +34,7 @@ logger = logging.getLogger("vllm.sere")
 
 POLL_SECONDS = 0.25  # the kubelet shows a change within 0.2 s; reading a few small files costs microseconds
 RETRY_SECONDS = 5.0  # after the engine refused what the files say
+PATIENCE_SECONDS = 30.0  # for an artefact that is not there whole: the operator has the kubelet look again after 15 s
 EXACT = "exact"
 
 
@@ -37,9 +43,11 @@ class Desired:
     """What the files ask for. `policy` None: keep what is in force, `error` says why."""
 
     policy: Policy | None
-    similarity: str | None = None  # file name in the directory
+    similarity: str | None = None  # name of the artefact's file
     override: bool = False
     error: str | None = None
+    awaited: bool = False  # what is missing of the artefact may still be on its way
+    shards: tuple[str, ...] = field(default=(), compare=False)  # names of the files to join; none: it is there whole
     by: str = field(default="", compare=False)  # the file that decided, for the audit trail
 
 
@@ -81,10 +89,15 @@ def _named(files: Mapping[str, bytes], digest: str, key: ProfileKey | None) -> D
         return Desired(policy)
     if policy.similarity_digest is None:
         return Desired(None, error=f"{digest}.json has no similarityDigest, so its similarity file is not known")
-    name = f"similarity-{policy.similarity_digest.removeprefix('sha256:')[:12]}.safetensors"
-    if name not in files:
-        return Desired(None, error=f"policy {digest} needs {name}, which is missing; the policy in force stays")
-    return Desired(policy, name)
+    name = similarity_file(policy.similarity_digest)
+    if name in files:
+        return Desired(policy, name)
+    there, count = pieces(files, name)
+    if count and len(there) == count:
+        return Desired(policy, name, shards=tuple(there))
+    lacking = f"of which {len(there)} of {count} shards are there" if count else "which is missing"
+    said = f"policy {digest} needs {name}, {lacking}; the policy in force stays"
+    return Desired(None, name, error=said, awaited=True)
 
 
 def _word(files: Mapping[str, bytes], name: str) -> str:
@@ -119,7 +132,7 @@ def read_directory(directory: Path) -> dict[str, bytes]:
         if name.startswith("..") or not path.is_file():
             continue
         try:
-            files[name] = b"" if name.endswith(".safetensors") else path.read_bytes()
+            files[name] = b"" if ".safetensors" in name else path.read_bytes()
         except OSError:
             continue
     return files
@@ -135,6 +148,7 @@ class Watcher:
         self._applied: Desired | None = None
         self._refused: Desired | None = None
         self._retry_at = 0.0
+        self._awaited: tuple[str | None, float] | None = None  # an artefact, and since when it is not there whole
 
     async def run(self) -> None:
         """For ever; nothing in a directory may end it."""
@@ -152,31 +166,66 @@ class Watcher:
             self._key = ProfileKey.model_validate(state["key"])
         want = desired(read_directory(self._directory), self._key)
         now = asyncio.get_running_loop().time()
+        if self._patient(want, now):
+            want = Desired(None)
         if want == self._applied or (self._retry_at > now and self._refused == want):
             return
         if want.policy is None:
             await self._control.say(want.error)
             self._applied = want
-            logger.warning("sere: %s", want.error)
+            if want.error:
+                logger.warning("sere: %s", want.error)
             return
         await self._apply(want, want.policy, now)
+
+    def _patient(self, want: Desired, now: float) -> bool:
+        """Whether to wait without a word for the rest of an artefact."""
+        if not want.awaited:
+            self._awaited = None
+            return False
+        if self._awaited is None or self._awaited[0] != want.similarity:
+            self._awaited = (want.similarity, now)
+        return now - self._awaited[1] < PATIENCE_SECONDS
 
     async def _apply(self, want: Desired, policy: Policy, now: float) -> None:
         from sere_ext.control import PolicyChange
 
-        path = str(self._directory / want.similarity) if want.similarity else None
         # With the policy, not after it: whoever reads the state must not see an override beside what it replaced.
         note = {"override": want.override, "error": want.error}
+        who = f"{self._directory}/{want.by}"
         try:
-            await self._control.change(
-                PolicyChange(policy=policy, similarity=path), "file", f"{self._directory}/{want.by}", note=note
-            )
+            with ExitStack() as stack:
+                try:
+                    path = stack.enter_context(_whole(self._directory, want))
+                except SimilarityError as error:
+                    self._control.refuse("file", who, error, policy)
+                    raise
+                await self._control.change(PolicyChange(policy=policy, similarity=path), "file", who, note=note)
         except SereError as error:
             self._refused, self._retry_at = want, now + RETRY_SECONDS
             logger.warning("sere: %s", error)
             await self._control.say(str(error))
         else:
             self._applied, self._refused = want, None
+
+
+@contextmanager
+def _whole(directory: Path, want: Desired) -> Iterator[str | None]:
+    """The path of the artefact's file. Shards are joined into one that is there while the engine reads it.
+
+    Raises:
+        SimilarityError: they do not make the file that their headers name.
+    """
+    if want.similarity is None or not want.shards:
+        yield str(directory / want.similarity) if want.similarity else None
+        return
+    with tempfile.TemporaryDirectory(prefix="sere-") as scratch:
+        path = Path(scratch) / want.similarity
+        try:
+            path.write_bytes(join([(directory / name).read_bytes() for name in want.shards]))
+        except OSError as error:
+            raise SimilarityError(f"the shards of {want.similarity} cannot be joined: {error}") from error
+        yield str(path)
 
 
 def policy_files(policy: Policy, key: ProfileKey | None = None) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from sere_ext.client import get_state, put_policy
 from sere_ext.errors import ConflictError, PolicyError, UnauthorizedError
 from sere_ext.policy import EXACT_POLICY, Policy
 from sere_ext.profile import ProfileKey
+from sere_ext.shards import piece_name, split
+from sere_ext.similarity import similarity_file
 from sere_ext.watch import policy_files
 from serving import Load, Server, complete, metrics_of, serving
 
@@ -151,10 +153,15 @@ def test_a_policy_directory_is_followed_without_a_failed_request(deepseek: Path,
 
             for name, text in policy_files(sere, ProfileKey.model_validate(state["key"])).items():
                 (volume / name).write_text(text)
-            state = wait_for(url, "the missing artefact", lambda s: "similarity-" in (s["error"] or ""))
-            digest = meta.digest.removeprefix("sha256:")[:12]
+            # In shards, as the operator gives it: until all are there nothing is wrong, and nothing changes.
             artefact = (tmp_path / "packed.safetensors").read_bytes()
-            (volume / f"similarity-{digest}.safetensors").write_bytes(artefact)
+            shards = split(artefact, len(artefact) // 2 + 600)
+            for index, shard in enumerate(shards, 1):
+                state = wait_for(url, "patience", lambda s: s["error"] is None)
+                assert state["policyDigest"] == "exact"
+                (tmp_path / "shard").write_bytes(shard)  # whole at once, as in a projected volume
+                (tmp_path / "shard").rename(volume / piece_name(similarity_file(meta.digest), index, len(shards)))
+            assert len(shards) == 2
             state = wait_for(url, "the policy", lambda s: s["policyDigest"] == sere.digest)
             assert (state["error"], state["similarityDigest"]) == (None, meta.digest)
             time.sleep(1)

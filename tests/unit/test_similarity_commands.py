@@ -52,6 +52,7 @@ def test_packed_sharded_and_joined_it_is_the_same_file(similarity: Path, tmp_pat
     assert said.exit_code == 0 and "packing changes" in said.output and read_meta(packed).digest in said.output
     assert packed.stat().st_size < similarity.stat().st_size / 2
     listed = sere("similarity", "shard", packed, "--name", "tiny", "--max-kib", 1)
+    assert "routing.similarity.uri: configmap://tiny-1/shard-001-of-00" in listed.stderr
     folder = tmp_path / "mounted"
     folder.mkdir()
     for item in json.loads(listed.stdout)["items"]:

@@ -12,6 +12,7 @@ import pytest
 from sere_ext.control import LiveControl
 from sere_ext.policy import Policy
 from sere_ext.profile import ProfileKey
+from sere_ext.shards import piece_name, split
 from sere_ext.watch import Watcher, desired, policy_files, read_directory
 
 TOPK = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 2}]})
@@ -110,6 +111,7 @@ class Worker:
         self.note: dict[str, Any] = {}
         self.refusing = False
         self.applied: list[tuple[str, str | None]] = []
+        self.read: list[bytes] = []  # artefacts, as the engine finds them while it changes over
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
         replaced = self.policy.digest
@@ -120,6 +122,7 @@ class Worker:
         if method == "sere_try_apply":
             self.policy, self.generation, self.note = Policy.parse(args[0]), self.generation + 1, args[3]
             self.applied.append((self.policy.digest, args[2]))
+            self.read += map(Path.read_bytes, map(Path, filter(None, args[2:3])))
         return [
             {
                 "rank": 0, "policy": self.policy.to_json_dict(), "policyDigest": self.policy.digest, "similarityDigest": None,
@@ -199,3 +202,70 @@ async def test_what_the_engine_refuses_is_said_and_tried_again(tmp_path: Path, m
     state = await control.state()
     assert (state["policyDigest"], state["error"], state["ready"]) == (SERE.digest, None, True)
     assert worker.applied == [(SERE.digest, os.path.join(tmp_path, SIMILARITY_FILE))]
+
+
+CONTENT = bytes(range(256)) * 20
+SHARDS = {piece_name(SIMILARITY_FILE, i, 4): shard for i, shard in enumerate(split(CONTENT, 2000), 1)}
+
+
+async def test_an_artefact_in_shards_is_joined_once_all_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each shard is a ConfigMap of its own, which the kubelet may see later than the policy. That is no error: a canary that
+    names one is given up."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    worker, volume = Worker(), tmp_path / "volume"
+    control = LiveControl(worker, None, str(volume))
+    watcher = Watcher(control, volume)
+    project(volume, files(TOPK, stable=TOPK.digest, pod_policy=SERE.digest), "0")
+    await watcher.once()
+    assert "there is no" in (await control.state())["error"]
+    for there in range(4):
+        parts = dict(list(SHARDS.items())[:there])
+        project(volume, files(TOPK, SERE, stable=TOPK.digest, pod_policy=SERE.digest) | parts, f"{there + 1}")
+        await watcher.once()
+        state = await control.state()
+        assert (state["error"], state["policyDigest"], worker.applied) == (None, "exact", [])
+    project(volume, files(TOPK, SERE, stable=TOPK.digest, pod_policy=SERE.digest) | SHARDS, "5")
+    await watcher.once()
+    state = await control.state()
+    assert (state["error"], state["policyDigest"]) == (None, SERE.digest)
+    assert worker.read == [CONTENT]
+    assert list(scratch.iterdir()) == [], "it is read by now"
+    await watcher.once()
+    assert len(worker.applied) == 1
+
+
+async def test_what_never_arrives_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sere_ext.watch.PATIENCE_SECONDS", 0.05)
+    control = LiveControl(Worker(), None, str(tmp_path))
+    watcher = Watcher(control, tmp_path)
+    project(tmp_path, files(SERE, stable=SERE.digest), "1")
+    await watcher.once()
+    assert (await control.state())["error"] is None
+    await asyncio.sleep(0.06)
+    await watcher.once()
+    assert f"needs {SIMILARITY_FILE}, which is missing" in (await control.state())["error"]
+    project(tmp_path, files(SERE, stable=SERE.digest) | dict(list(SHARDS.items())[1:]), "2")
+    await watcher.once()
+    assert "of which 3 of 4 shards are there" in (await control.state())["error"]
+    project(tmp_path, files(SERE, stable=SERE.digest) | SHARDS, "3")
+    await watcher.once()
+    state = await control.state()
+    assert (state["error"], state["policyDigest"]) == (None, SERE.digest)
+
+
+async def test_shards_that_do_not_make_the_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sere_ext.watch.RETRY_SECONDS", 0.0)
+    worker = Worker()
+    control = LiveControl(worker, None, str(tmp_path))
+    watcher = Watcher(control, tmp_path)
+    torn = {name: shard[:-1] for name, shard in SHARDS.items()}
+    project(tmp_path, files(SERE, stable=SERE.digest) | torn, "1")
+    await watcher.once()
+    assert "shard 1 of 4 is damaged" in (await control.state())["error"]
+    assert control.refusals == {("file", "SimilarityError"): 1}
+    project(tmp_path, files(SERE, stable=SERE.digest) | SHARDS, "2")
+    await watcher.once()
+    assert (await control.state())["policyDigest"] == SERE.digest
+    assert worker.read == [CONTENT]
