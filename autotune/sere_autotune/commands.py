@@ -15,6 +15,7 @@ from rich.console import Console
 from sere_ext.errors import SereError, UsageError
 from sere_ext.policy import Policy
 from sere_ext.settings import read_policy_file
+from sere_ext.shards import MAX_FILE_BYTES
 
 from sere_autotune.options import LeavesCommand, overrides, with_leaves
 from sere_autotune.spec import TuningSpec
@@ -104,7 +105,6 @@ def _main(
 def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, fresh: bool, as_json: bool, publisher: Any) -> int:
     from sere_autotune import engine, planner, results, tuner
     from sere_autotune.progress import Progress
-    from sere_autotune.publish import MAX_ARTEFACT_BYTES
 
     console = Console(stderr=True, highlight=False)
     if only is not None:
@@ -123,7 +123,7 @@ def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, f
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with Progress(console, f"sere tune {spec.model}", publisher.progress if publisher else None) as progress:
-            limit = MAX_ARTEFACT_BYTES if publisher else None
+            limit = MAX_FILE_BYTES if publisher else None
             finished = tuner.tune(
                 prepared, make_engine, progress, advisory=advisory, fresh=fresh, only=only, artefact_limit=limit
             )

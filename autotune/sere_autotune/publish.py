@@ -1,11 +1,11 @@
-"""`--publish configmap/<namespace>/<name>`: the result as one ConfigMap, by server-side apply from inside the pod.
+"""`--publish configmap/<namespace>/<name>`: the result as a ConfigMap, by server-side apply from inside the pod.
 
-The whole object is applied each time under one field manager, so a later apply without a key removes it.
+The whole object is applied each time under one field manager, so a later apply without a key removes it. The similarity
+artefact lies in ConfigMaps beside it (`sere_ext.shards`), written before the profile names the first of them.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import time
@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx2
 from sere_ext.errors import SereError, UsageError
+from sere_ext.shards import MAX_FILE_BYTES, config_maps, encoded, uri
 
 from sere_autotune.results import Finished
 
@@ -23,7 +24,6 @@ FIELD_MANAGER = "sere-tuner"
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _PROGRESS_EVERY_S = 5.0
 _FINAL_PATIENCE_S = 300.0
-MAX_ARTEFACT_BYTES = 900_000  # a ConfigMap holds 1 MiB in all, the profile beside it
 
 
 class PublishError(SereError):
@@ -76,50 +76,71 @@ def _spent_and_tried(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 class Publisher:
-    """Applies the ConfigMap. Progress is best effort and within a stage seldom, the end is tried for five minutes."""
+    """Applies the ConfigMaps. Progress is best effort and within a stage seldom, the end is tried for five minutes."""
 
     def __init__(self, target: Target, access: Access) -> None:
         self.target, self.access = target, access
         self._last = 0.0
         self._stage: Any = None
+        self._told: dict[str, str] = {}  # data of the last progress
 
     def progress(self, snapshot: dict[str, Any]) -> None:
         now = time.monotonic()
         if now - self._last < _PROGRESS_EVERY_S and snapshot.get("stage") == self._stage:
             return  # but never a new stage: it may be the last that is told for minutes
         self._last, self._stage = now, snapshot.get("stage")
+        self._told = {"progress.json": json.dumps(snapshot)}
         try:
-            self._apply({"progress.json": json.dumps(snapshot)}, {})
+            self._apply(self._result(self._told))
         except (httpx2.HTTPError, PublishError):
             pass  # the next one, or the end, will do
 
     def finish(self, finished: Finished) -> None:
         """The outcome, and what the operator needs where a policy was chosen."""
         data = {"outcome.json": json.dumps(finished.outcome.published() | _spent_and_tried(finished.summary))}
-        binary: dict[str, str] = {}
         if finished.profile is not None:
-            data["profile.json"] = json.dumps(finished.profile)
+            profile = finished.profile
             if finished.similarity is not None:
-                content = finished.similarity.read_bytes()
-                if len(content) > MAX_ARTEFACT_BYTES:
-                    raise PublishError(
-                        f"the similarity artefact has {len(content):,} bytes, too many for a ConfigMap; tune with one that "
-                        "`sere similarity pack` made, named in `similarity`"
-                    )
-                binary["similarity.safetensors"] = base64.b64encode(content).decode()
-        self._persist(data, binary)
+                profile = _with_uri(profile, self._publish_artefact(finished.similarity.read_bytes()))
+            data["profile.json"] = json.dumps(profile)
+        self._persist(self._result(data))
+
+    def _publish_artefact(self, content: bytes) -> str:
+        """Write the artefact's shards; the URI by which the profile refers to them.
+
+        They have the result's owners, so they go with the run. What an earlier attempt left of a longer file is referred to
+        by nothing and goes with the run as well.
+        """
+        if len(content) > MAX_FILE_BYTES:
+            raise PublishError(
+                f"the similarity artefact has {len(content):,} bytes, of which {MAX_FILE_BYTES:,} can be given to pods; "
+                "tune with one that `sere similarity pack` made, named in `similarity`"
+            )
+        owners = [
+            {key: owner[key] for key in ("apiVersion", "kind", "name", "uid", "controller") if key in owner}
+            for owner in self._persist(self._result(self._told))["metadata"].get("ownerReferences", [])
+        ]
+        bodies = config_maps(encoded(content), self.target.name)
+        for body in bodies:
+            if owners:
+                body["metadata"]["ownerReferences"] = owners
+            self._persist(body)
+        return uri(bodies)
 
     def failed(self, message: str, exit_code: int, outcome: str = "Failed") -> None:
         body = {"outcome": outcome, "message": message, "exitCode": exit_code, "trials": {}}
-        self._persist({"outcome.json": json.dumps(body)}, {})
+        self._persist(self._result({"outcome.json": json.dumps(body)}))
 
-    def _persist(self, data: dict[str, str], binary: dict[str, str]) -> None:
+    def _result(self, data: dict[str, str]) -> dict[str, Any]:
+        return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": self.target.name}, "data": data}
+
+    def _persist(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Apply, with patience; the object as it is then."""
         deadline = time.monotonic() + _FINAL_PATIENCE_S
         pause = 1.0
         while True:
             try:
-                self._apply(data, binary)
-                return
+                return self._apply(body)
             except httpx2.HTTPError as error:
                 if time.monotonic() > deadline:
                     raise PublishError(f"the API server at {self.access.url} cannot be reached: {error}") from error
@@ -129,16 +150,8 @@ class Publisher:
             time.sleep(pause)
             pause = min(pause * 2, 30)
 
-    def _apply(self, data: dict[str, str], binary: dict[str, str]) -> None:
-        name, namespace = self.target.name, self.target.namespace
-        body: dict[str, Any] = {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": {"name": name, "namespace": namespace},
-            "data": data,
-        }
-        if binary:
-            body["binaryData"] = binary
+    def _apply(self, body: dict[str, Any]) -> dict[str, Any]:
+        name, namespace = body["metadata"]["name"], self.target.namespace
         answer = httpx2.patch(
             f"{self.access.url}/api/v1/namespaces/{namespace}/configmaps/{name}",
             params={"fieldManager": FIELD_MANAGER, "force": "true"},
@@ -150,6 +163,14 @@ class Publisher:
         if answer.status_code >= 300:
             kind = "refused for good" if answer.status_code in (400, 403, 404, 422) else "refused for now"
             raise PublishError(f"the API server {kind} configmap {namespace}/{name} ({answer.status_code}): {_message(answer)}")
+        applied: dict[str, Any] = answer.json()
+        return applied
+
+
+def _with_uri(profile: dict[str, Any], where: str) -> dict[str, Any]:
+    """The profile with its artefact where the cluster can read it."""
+    spec = profile["spec"]
+    return {**profile, "spec": {**spec, "similarity": {**spec["similarity"], "uri": where}}}
 
 
 def _message(answer: Any) -> str:

@@ -8,6 +8,7 @@ which tests have inside `one-node -k`. Real engines in real pods are tested in t
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import subprocess
@@ -20,7 +21,10 @@ from typing import Any
 from kubernetes import client as kube
 from kubernetes import config as kube_config
 from kubernetes.dynamic import DynamicClient
+from kubernetes.dynamic.exceptions import NotFoundError
 from sere_ext.profile import ProfileKey
+from sere_ext.shards import join, pieces
+from sere_ext.similarity import similarity_file
 
 MANAGED = "app.kubernetes.io/managed-by=sere-operator"
 BOUNDS_MS = (5.0, 10.0, 20.0, 50.0, 100.0, 500.0)
@@ -56,6 +60,7 @@ class FakePod:
     ready: bool = False
     switches: list[str] = field(default_factory=list)
     key: dict[str, Any] = field(default_factory=dict)  # the ProfileKey that it says it runs
+    similarity: bytes = b""  # the artefact that it joined last
 
 
 class FakeNode:
@@ -231,7 +236,7 @@ class FakeNode:
 
     def _project(self, known: FakePod, pod: dict[str, Any], maps: dict[tuple[str, str], dict[str, str]]) -> None:
         namespace = known.namespace
-        name = next(
+        name, *optional = (
             source["configMap"]["name"]
             for volume in pod["spec"]["volumes"] if volume["name"] == "policy"
             for source in volume["projected"]["sources"] if "configMap" in source
@@ -244,6 +249,14 @@ class FakeNode:
         known.error = None
         if digest != "exact" and f"{digest}.json" not in data:
             known.error, digest = f"policy {digest} is not in the ConfigMap", known.digest
+        needs = json.loads(data.get(f"{digest}.json", "{}")).get("similarityDigest")
+        if needs and digest != known.digest:  # megabytes, which a kubelet would not read anew all the time either
+            shards = self._shards(namespace, optional)
+            there, count = pieces(shards, similarity_file(needs))
+            if count and len(there) == count:
+                known.similarity = join([shards[name] for name in there])
+            else:
+                digest = known.digest  # not yet
         made = json.loads(data.get(f"{digest}.key.json", "null"))
         stale = made and ProfileKey.model_validate(made).mismatch(ProfileKey.model_validate(known.key))
         if stale:
@@ -259,6 +272,17 @@ class FakeNode:
             known.digest, known.pending, known.override = digest, None, override
             known.generation += 1
             known.switches.append(digest)
+
+    def _shards(self, namespace: str, names: list[str]) -> dict[str, bytes]:
+        """The files that the volume's optional ConfigMaps hold."""
+        found: dict[str, bytes] = {}
+        for name in names:
+            try:
+                held = self._maps.get(name=name, namespace=namespace).to_dict().get("binaryData") or {}
+            except NotFoundError:
+                continue
+            found |= {file: base64.b64decode(text) for file, text in held.items()}
+        return found
 
     def _serve(self, pod: FakePod) -> None:
         tpots = pod.counts.setdefault(pod.digest, [])

@@ -14,7 +14,7 @@ from sere_ext.policy import Policy
 from sere_operator.api import meta
 from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
-from sere_operator.plan import engine, evidence, routing
+from sere_operator.plan import engine, evidence, policies, routing
 from sere_operator.plan.children import Defaults
 from sere_operator.plan.decide import decide, stable_digest
 from sere_operator.plan.histogram import Histogram
@@ -97,6 +97,7 @@ class World:
             },
         }  # fmt: skip
         self.children: dict[str, Any] = {}
+        self.shards: dict[str, Any] = {}
         self.pods = [Pod(f"m-{i}", f"uid-{i}") for i in range(replicas)]
         self._made = 100
         self.profiles: dict[str, Any] = {}
@@ -156,7 +157,7 @@ class World:
         self._deployment_status()
         snapshot = Snapshot(
             now=self.now, object=copy.deepcopy(self.object), children=copy.deepcopy(self.children),
-            pods=tuple(self.view(pod) for pod in self.pods), service_digest=self.pods[0].digest if self.pods else None,
+            shards=copy.deepcopy(self.shards), pods=tuple(self.view(pod) for pod in self.pods), service_digest=self.pods[0].digest if self.pods else None,
             profiles=dict(self.profiles), similarities=dict(self.similarities), tuning_jobs=tuple(self.jobs), watched_s=self.now - self.watching_since,
         )  # fmt: skip
         wanted = routing.wanted(snapshot, engine.effective(snapshot, self.spec, self.defaults.engine_image))
@@ -190,6 +191,9 @@ class World:
             self.jobs.append(live)
             return
         live["metadata"]["uid"] = f"uid-{body['kind']}"
+        if body["metadata"]["name"] in meta.policy_shards("m"):
+            self.shards[body["metadata"]["name"]] = live
+            return
         if body["kind"] == "Deployment":
             live["metadata"]["generation"] = 1
             count = body["spec"]["replicas"]
@@ -228,6 +232,8 @@ class World:
                 pod.annotations = {key: value for key, value in merged.items() if value is not None}
 
     def _delete(self, body: dict[str, Any]) -> None:
+        if self.shards.pop(body["metadata"]["name"], None) is not None:
+            return
         self.deleted.append(body["kind"])
         self.jobs = [job for job in self.jobs if job["metadata"]["name"] != body["metadata"]["name"]]
 
@@ -262,7 +268,16 @@ class World:
         digest = pod.annotations.get(meta.POLICY_ANNOTATION) or data["stable"]
         if digest != "exact" and self._refusal(pod):
             return "exact"
-        return str(digest) if digest == "exact" or f"{digest}.json" in data else None
+        return str(digest) if digest == "exact" or self.whole(str(digest)) else None
+
+    def whole(self, digest: str) -> bool:
+        """Whether the volume holds the policy, and its similarity artefact if it needs one."""
+        text = (self.children.get("ConfigMap") or {}).get("data", {}).get(f"{digest}.json")
+        if text is None:
+            return False
+        policy = Policy.parse(text)
+        held = policies.recovered_shards(self.shards.values(), policy.similarity_digest or "")
+        return held is not None or not policy.needs_similarity()
 
     def _refusal(self, pod: Pod) -> str | None:
         """What the plug-in says of a policy that was made for another model."""

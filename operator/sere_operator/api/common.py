@@ -43,7 +43,7 @@ SimilarityUri = Annotated[
         min_length=1,
         max_length=1024,
         pattern=r"^(configmap://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[-._a-zA-Z0-9]+|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.+|file:///.+)$",
-        description="a similarity.safetensors: configmap://name/key, pvc://claim/path, or file:///path inside the image",
+        description="a similarity.safetensors: configmap://name/key (of shards the first), pvc://claim/path, or file:///path inside the image",
     ),
 ]
 AbsolutePath = Annotated[str, Field(min_length=2, max_length=1024, pattern=r"^/[^:]+$")]

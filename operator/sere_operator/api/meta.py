@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Final
 
+from sere_ext.shards import POLICY_SHARDS
+
 GROUP: Final = "serving.sere.dev"
 VERSION: Final = "v1alpha1"
 API_VERSION: Final = f"{GROUP}/{VERSION}"
@@ -45,6 +47,7 @@ COMPONENT_LABEL: Final = "app.kubernetes.io/component"
 DEPLOYMENT_LABEL: Final = f"{GROUP}/deployment"  # the owning SereDeployment's label value (see `label_value`)
 ENGINE_COMPONENT: Final = "engine"
 TUNER_COMPONENT: Final = "tuner"
+SHARD_COMPONENT: Final = "policy-shard"
 
 MAX_NAME: Final = 63  # RFC 1123 label: Services, labels, and pod names' prefixes
 _HASH_LENGTH: Final = 8
@@ -73,6 +76,11 @@ def child_name(parent: str, suffix: str, limit: int = MAX_NAME) -> str:
 def policy_config_map(deployment: str) -> str:
     """Name of the ConfigMap that holds `stable` and every policy by digest."""
     return child_name(deployment, "policy", 253)
+
+
+def policy_shards(deployment: str) -> list[str]:
+    """Names of the ConfigMaps beside it, each for one shard of a similarity artefact."""
+    return [child_name(deployment, f"policy-shard-{index}", 253) for index in range(POLICY_SHARDS)]
 
 
 def label_value(name: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import struct
 from typing import Any
@@ -14,17 +12,16 @@ from sere_ext.problems import explain
 from sere_ext.similarity import SimilarityMeta, similarity_digest
 
 
-def verified_digest(encoded: str) -> str:
+def verified_digest(data: bytes) -> str:
     """The digest of an artefact, recomputed from its matrices.
 
     Args:
-        encoded: the file in base64, as it stands in a ConfigMap's binaryData.
+        data: the whole file.
 
     Raises:
         SimilarityError: no artefact, truncated, or content that its own digest does not fit.
     """
     try:
-        data = base64.b64decode(encoded, validate=True)
         length = struct.unpack("<Q", data[:8])[0]
         header: dict[str, Any] = json.loads(data[8 : 8 + length])
         meta = SimilarityMeta.model_validate(json.loads(header.pop("__metadata__")["sere"]))
@@ -34,7 +31,7 @@ def verified_digest(encoded: str) -> str:
         raise SimilarityError(
             f"the similarity artefact is not of this release's form: {explain(error, SimilarityMeta)}"
         ) from error
-    except (binascii.Error, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SimilarityError(f"this is no similarity artefact ({error}); make one with `sere calibrate`") from error
     if max((end for _, end in spans.values()), default=0) != len(body):
         raise SimilarityError("the similarity artefact is truncated; make it again with `sere calibrate`")

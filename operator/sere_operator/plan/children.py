@@ -1,18 +1,14 @@
 """The objects that a SereDeployment owns, as the dicts that the operator applies. Pure builders.
 
-The policy stands nowhere in the pod template: a policy change is a change of the policy ConfigMap and of pods'
+The policy stands nowhere in the pod template: a policy change is a change of ConfigMaps (`plan/policies.py`) and of pods'
 annotations, so it can never restart a pod.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
-
-from sere_ext.policy import Policy
-from sere_ext.profile import ProfileKey
 
 from sere_operator.api import meta
 from sere_operator.api.common import Percentiles
@@ -32,18 +28,6 @@ class Defaults:
 
     engine_image: str = "sere-engine:0.1.0"
     image_pull_policy: str = "IfNotPresent"
-
-
-MAX_ARTEFACTS_BYTES = 960 * 1024  # of all similarity artefacts in the policy ConfigMap, which holds 1 MiB in all
-
-
-@dataclass(frozen=True)
-class PolicyEntry:
-    """One policy as it goes into the policy ConfigMap. `similarity` is (digest, base64 bytes)."""
-
-    policy: Policy
-    key: ProfileKey | None = None
-    similarity: tuple[str, str] | None = None
 
 
 def owner_reference(owner: Object) -> Object:
@@ -108,8 +92,11 @@ def _limits(percentiles: Percentiles | None) -> str:
     return ",".join(f"{value:g}" for value in (percentiles.p50, percentiles.p95, percentiles.p99) if value is not None)
 
 
-def policy_volume(config_map: str) -> Object:
-    """One projected volume, so that a digest never shows with the old ConfigMap (separate volumes were seen to)."""
+def policy_volume(name: str) -> Object:
+    """One projected volume, so that a digest never shows with the old ConfigMap (separate volumes were seen to).
+
+    It has every shard's ConfigMap that there may ever be, as optional: whichever are there at a time, the template stays.
+    """
     annotation = {
         "pod.policy": meta.POLICY_ANNOTATION,
         "pod.override": meta.OVERRIDE_ANNOTATION,
@@ -119,7 +106,8 @@ def policy_volume(config_map: str) -> Object:
         {"path": path, "fieldRef": {"apiVersion": "v1", "fieldPath": f"metadata.annotations['{key}']"}}
         for path, key in annotation.items()
     ]
-    sources = [{"downwardAPI": {"items": items}}, {"configMap": {"name": config_map}}]
+    shards = [{"configMap": {"name": shard, "optional": True}} for shard in meta.policy_shards(name)]
+    sources = [{"downwardAPI": {"items": items}}, {"configMap": {"name": meta.policy_config_map(name)}}, *shards]
     return {"name": "policy", "projected": {"defaultMode": 0o444, "sources": sources}}
 
 
@@ -129,7 +117,7 @@ def pod_template(name: str, spec: SereDeploymentSpec, defaults: Defaults) -> Obj
     model = pods.model_path(spec.model, storage)
     storage.extra(spec.volumes)
     storage.scratch()
-    storage.volumes.append(policy_volume(meta.policy_config_map(name)))
+    storage.volumes.append(policy_volume(name))
     storage.mounts.append({"name": "policy", "mountPath": pods.POLICY_DIR, "readOnly": True})
 
     engine = spec.engine
@@ -272,43 +260,3 @@ def replicas_handed_over(spec: SereDeploymentSpec, live: Object | None) -> Objec
             replicas = live["spec"].get("replicas", 1)
             return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": named, "spec": {"replicas": replicas}}
     return None
-
-
-def policy_config_map(owner: Object, stable: str, override: bool, entries: dict[str, PolicyEntry]) -> Object:
-    """The ConfigMap that the pods' policy volume projects (ARCHITECTURE.md, declarative source).
-
-    Args:
-        stable: digest that pods without an annotation run.
-        entries: by policy digest; `exact` needs none.
-    """
-    name = owner["metadata"]["name"]
-    data = {meta.STABLE_KEY: stable}
-    binary: dict[str, str] = {}
-    if override:
-        data[meta.OVERRIDE_KEY] = meta.OVERRIDE_EXACT
-    for digest, entry in sorted(entries.items()):
-        data[f"{digest}.json"] = entry.policy.model_dump_json(by_alias=True, exclude_none=True)
-        if entry.key is not None:
-            data[f"{digest}.key.json"] = entry.key.model_dump_json(by_alias=True, exclude_none=True)
-        if entry.similarity is not None:
-            similarity, encoded = entry.similarity
-            binary[similarity_file(similarity)] = encoded
-    body: Object = {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": metadata(owner, meta.policy_config_map(name)),
-        "data": data,
-    }
-    if binary:
-        body["binaryData"] = binary
-    return body
-
-
-def fit(entries: Iterable[PolicyEntry | None]) -> bool:
-    """Whether one policy ConfigMap holds these policies' similarity artefacts, each once."""
-    artefacts = dict(entry.similarity for entry in entries if entry is not None and entry.similarity is not None)
-    return sum(len(encoded) * 3 // 4 for encoded in artefacts.values()) <= MAX_ARTEFACTS_BYTES
-
-
-def similarity_file(digest: str) -> str:
-    return f"similarity-{digest.removeprefix('sha256:')[:12]}.safetensors"

@@ -15,8 +15,9 @@ from sere_operator.api.common import SpecError, parse_spec
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
 from sere_operator.api.tuning import SereTuningJobSpec
-from sere_operator.plan import children, drift, engine, rollout, routing, status, tuning_first
-from sere_operator.plan.children import Defaults, PolicyEntry
+from sere_operator.plan import children, drift, engine, policies, rollout, routing, status, tuning_first
+from sere_operator.plan.children import Defaults
+from sere_operator.plan.policies import PolicyEntry
 from sere_operator.plan.routing import EXACT, Wanted
 from sere_operator.plan.snapshot import Event, Object, Plan, PodPatch, PodView, Snapshot
 from sere_operator.plan.step import Step
@@ -45,7 +46,7 @@ def decide(snapshot: Snapshot, defaults: Defaults) -> Plan:
         return _say(snapshot, Reason.SUSPENDED, "spec.suspend is true: the operator changes nothing, what runs goes on")
     autoscaled = children.autoscaler(snapshot.object, spec) is not None
     wanted = {kind: child for kind, child in snapshot.children.items() if kind != "HorizontalPodAutoscaler" or autoscaled}
-    taken = next((child for child in wanted.values() if not owned(snapshot.object, child)), None)
+    taken = next((child for child in (*wanted.values(), *snapshot.shards.values()) if not owned(snapshot.object, child)), None)
     if taken is not None:
         what = f"{taken['kind']} {taken['metadata']['name']}"
         return _say(snapshot, Reason.INVALID_SPEC, f"{what} exists and is not ours; rename it or this resource")
@@ -71,11 +72,10 @@ def stable_digest(snapshot: Snapshot) -> str:
 
 
 def recovered_entry(snapshot: Snapshot, digest: str) -> PolicyEntry | None:
-    """A policy as the live ConfigMap holds it, None if it is not there whole."""
+    """A policy as the live ConfigMaps hold it, None if it is not there whole."""
     if digest == EXACT:
         return PolicyEntry(EXACT_POLICY)
-    config_map = snapshot.children.get("ConfigMap") or {}
-    data, binary = config_map.get("data") or {}, config_map.get("binaryData") or {}
+    data = (snapshot.children.get("ConfigMap") or {}).get("data") or {}
     try:
         policy = Policy.parse(data[f"{digest}.json"])
         key = ProfileKey.model_validate_json(data[f"{digest}.key.json"]) if f"{digest}.key.json" in data else None
@@ -85,16 +85,18 @@ def recovered_entry(snapshot: Snapshot, digest: str) -> PolicyEntry | None:
         return None
     if not policy.needs_similarity():
         return PolicyEntry(policy, key)
-    encoded = binary.get(children.similarity_file(policy.similarity_digest or ""))
-    return PolicyEntry(policy, key, (policy.similarity_digest or "", encoded)) if encoded else None
+    shards = policies.recovered_shards(snapshot.shards.values(), policy.similarity_digest or "")
+    return PolicyEntry(policy, key, (policy.similarity_digest or "", shards)) if shards else None
 
 
 def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults) -> Plan:
     wanted = routing.wanted(snapshot, spec)
     stable = stable_digest(snapshot)
     recovered = recovered_entry(snapshot, stable)
-    if not wanted.hold and not children.fit((recovered, wanted.entry)):
-        room = "do not fit into one ConfigMap together; to change over, set spec.routing.mode: Exact until that is applied"
+    if not wanted.hold and (why := policies.too_large(wanted.entry)) is not None:
+        wanted = routing.held(wanted, f"policy {wanted.digest} cannot be rolled out: {why}")
+    if not wanted.hold and not policies.fit((recovered, wanted.entry)):
+        room = "are too large to be held together; to change over, set spec.routing.mode: Exact until that is applied"
         wanted = routing.held(wanted, f"the similarity artefacts of policy {wanted.digest} and of the one in force {room}")
     known = {EXACT: PolicyEntry(EXACT_POLICY), **({} if wanted.hold else {wanted.digest: wanted.entry})}
     if stable not in known and recovered is None:
@@ -111,7 +113,7 @@ def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults)
     # The one before comes last: where there is no room for its artefact, going back to it means exact routing.
     for digest in (step.stable, *step.pod_policy.values(), candidate or EXACT, step.previous or EXACT):
         entry = known.get(digest) or recovered_entry(snapshot, digest)
-        if entry is not None and digest != EXACT and children.fit((*entries.values(), entry)):
+        if entry is not None and digest != EXACT and policies.fit((*entries.values(), entry)):
             entries[digest] = entry
     if step.stable != EXACT and step.stable not in entries:
         step = replace(step, stable=EXACT)  # `stable` must never name what is not there: pods would keep what they have
@@ -119,8 +121,10 @@ def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults)
     owner, plan = snapshot.object, Plan()
     if hold is not None:
         deployment = engine.kept(deployment, snapshot.children["Deployment"])
-    config_map = drift.stamped(children.policy_config_map(owner, step.stable, routing.overridden(snapshot), entries))
+    config_map = drift.stamped(policies.policy_config_map(owner, step.stable, routing.overridden(snapshot), entries))
+    shards = [drift.stamped(body) for body in policies.shard_config_maps(owner, snapshot.shards, entries.values())]
     bodies = [
+        *shards,  # before the policies that need them
         config_map,
         drift.stamped(deployment),
         drift.stamped(children.service(owner)),
@@ -134,8 +138,11 @@ def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults)
         bodies.append(drift.stamped(autoscaler))
     elif live_autoscaler is not None and owned(owner, live_autoscaler):
         plan.delete.append(live_autoscaler)
+    kept = {body["metadata"]["name"] for body in shards}
+    plan.delete += [live for name, live in snapshot.shards.items() if name not in kept]
     for body in bodies:
-        live = snapshot.children.get(body["kind"])
+        name = body["metadata"]["name"]
+        live = snapshot.shards.get(name) if name in kept else snapshot.children.get(body["kind"])
         cleaned = drift.without_foreign(body, live) if live is not None and _same_config(body, live) else None
         if cleaned is not None:
             plan.replace.append(cleaned)

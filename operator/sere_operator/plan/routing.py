@@ -14,7 +14,7 @@ from sere_operator.api import meta
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
 from sere_operator.plan import engine
-from sere_operator.plan.children import PolicyEntry
+from sere_operator.plan.policies import PolicyEntry
 from sere_operator.plan.snapshot import Object, Similarity, Snapshot
 
 EXACT = "exact"
@@ -183,7 +183,7 @@ def _with_similarity(snapshot: Snapshot, spec: SereDeploymentSpec, chosen: Wante
         return chosen
     found = snapshot.similarities.get(uri) if uri else Similarity(problem="no similarity artefact is named")
     expected = policy.similarity_digest
-    if found is None or found.data is None or found.digest is None:
+    if found is None or not found.shards or found.digest is None:
         why = found.problem if found else f"{uri} cannot be read"
         message = f"policy {chosen.digest} re-routes by similarity, but {why}; the policy in force is kept"
         return held(chosen, message)
@@ -192,7 +192,7 @@ def _with_similarity(snapshot: Snapshot, spec: SereDeploymentSpec, chosen: Wante
         return held(chosen, message)
     # The plug-in finds the artefact by the digest in the policy, so a policy that names none gets this one.
     policy = policy.model_copy(update={"similarity_digest": found.digest})
-    entry = PolicyEntry(policy, chosen.entry.key, (found.digest, found.data))
+    entry = PolicyEntry(policy, chosen.entry.key, (found.digest, found.shards))
     return Wanted(entry, policy.digest, chosen.source, chosen.profile_name, chosen.profile)
 
 

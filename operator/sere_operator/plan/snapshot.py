@@ -83,9 +83,9 @@ class GoldenResult:
 
 @dataclass(frozen=True)
 class Similarity:
-    """A similarity artefact's bytes, ready for a ConfigMap's binaryData, or why they cannot be had."""
+    """A similarity artefact's file in shards, ready for ConfigMaps' binaryData, or why it cannot be had."""
 
-    data: str | None = None  # base64
+    shards: tuple[str, ...] = ()  # base64
     digest: str | None = None
     problem: str | None = None
 
@@ -128,6 +128,7 @@ class Snapshot(Resource):
 
     children       "Deployment", "Service", "ConfigMap", "PodDisruptionBudget", "HorizontalPodAutoscaler" -> object as
                    read (absent: none)
+    shards         ConfigMaps with shards of similarity artefacts, and whatever has such a name, by name
     service_digest policy digest under which a real token last came through the Service, None if none did
     tuning_jobs    the SereTuningJobs that this SereDeployment owns
     profiles       SereProfiles that may be wanted, by name
@@ -137,6 +138,7 @@ class Snapshot(Resource):
     """
 
     children: dict[str, Object] = field(default_factory=dict)
+    shards: dict[str, Object] = field(default_factory=dict)
     pods: tuple[PodView, ...] = ()
     service_digest: str | None = None
     tuning_jobs: tuple[Object, ...] = ()
@@ -153,10 +155,11 @@ class Snapshot(Resource):
 
 @dataclass(frozen=True)
 class TuningSnapshot(Resource):
-    """Everything about one SereTuningJob. `result` is the ConfigMap that the tuner writes."""
+    """Everything about one SereTuningJob. `result` is the ConfigMap that the tuner writes, `similarity` what it refers to."""
 
     children: dict[tuple[str, str], Object] = field(default_factory=dict)  # by kind and name
     result: Object | None = None
+    similarity: Similarity | None = None
     pods: tuple[Object, ...] = ()  # the Job's pods
 
     def child(self, kind: str, name: str) -> Object | None:

@@ -1,11 +1,14 @@
 """The objects that a SereTuningJob owns: rights, the tuner's input, its result's place, and the Job that runs it. Pure.
 
-The tuner writes one ConfigMap that is named and made beforehand; its rights end there.
+The tuner writes a ConfigMap that is named and made beforehand, and beside it those that hold its similarity artefact; its
+rights end there.
 """
 
 from __future__ import annotations
 
 import json
+
+from sere_ext.shards import POLICY_SHARDS, config_map_name
 
 from sere_operator.api import meta
 from sere_operator.api.tuning import SereTuningJobSpec
@@ -81,7 +84,8 @@ def build(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaults)
     # Of this run alone: one of the same name that was deleted and made again begins anew.
     folder = f"{name}-{str(owner['metadata']['uid'])[:8]}"
     text = json.dumps(tuning_file(spec, storage, folder), indent=2)  # JSON is YAML
-    rules = [{"apiGroups": [""], "resources": ["configmaps"], "resourceNames": [result_name(name)], "verbs": ["create", "patch"]}]
+    written = [result_name(name), *(config_map_name(result_name(name), index) for index in range(1, POLICY_SHARDS + 1))]
+    rules = [{"apiGroups": [""], "resources": ["configmaps"], "resourceNames": written, "verbs": ["create", "patch"]}]
     rbac = "rbac.authorization.k8s.io"
     return [
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, **metadata}},

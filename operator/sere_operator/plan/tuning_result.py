@@ -11,17 +11,16 @@ from typing import Any
 
 from sere_ext.errors import SereError
 from sere_ext.profile import Profile, SimilarityRef
+from sere_ext.shards import config_maps, uri
 
 from sere_operator.api import meta
 from sere_operator.api.common import SpecError
 from sere_operator.api.conditions import Reason
 from sere_operator.api.profile import profile_name
 from sere_operator.api.tuning import MAX_CANDIDATES, SereTuningJobSpec
-from sere_operator.plan.artefact import verified_digest
 from sere_operator.plan.snapshot import Object, TuningSnapshot
 from sere_operator.plan.tuning_children import labels
 
-SIMILARITY_KEY = "similarity.safetensors"
 ENDED = "ended"
 _ON_ITS_WAY = ("ContainerCreating", "PodInitializing")  # what a container waits for that nothing is wrong with
 
@@ -93,7 +92,7 @@ def read_result(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> Result:
 
 
 def chosen_objects(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> tuple[list[Object], str]:
-    """The SereProfile, and the ConfigMap with its artefact, of a chosen result.
+    """The SereProfile, and the ConfigMaps with its artefact, of a chosen result.
 
     Raises:
         SereError: the profile cannot be read, its policy is exact, or the artefact is missing or not the one it names.
@@ -108,25 +107,35 @@ def chosen_objects(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> tuple[l
         metadata["ownerReferences"] = [{key: value for key, value in references[0].items() if key != "controller"}]
     objects: list[Object] = []
     if profile.policy.needs_similarity():
-        encoded = (result.get("binaryData") or {}).get(SIMILARITY_KEY)
-        if not encoded or profile.similarity is None:
-            raise SpecError("the chosen policy re-routes by similarity, but the result holds no artefact")
-        digest = verified_digest(encoded)
+        found = snapshot.similarity
+        if found is None or profile.similarity is None:
+            raise SpecError("the chosen policy re-routes by similarity, but the result refers to no artefact")
+        if found.digest is None:
+            raise SpecError(str(found.problem))
+        digest = found.digest
         if digest != profile.similarity.digest or digest != profile.policy.similarity_digest:
             raise SpecError(f"the artefact is {digest}, the profile was made with {profile.similarity.digest}")
         name = meta.child_name(owner_name, f"similarity-{digest.removeprefix('sha256:')[:12]}")
-        uri = f"configmap://{name}/{SIMILARITY_KEY}"
-        profile = profile.model_copy(update={"similarity": SimilarityRef(uri=uri, digest=digest)})
-        objects.append({
-            "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, **metadata}, "immutable": True,
-            "binaryData": {SIMILARITY_KEY: encoded},
-        })  # fmt: skip
+        objects = config_maps(found.shards, name)
+        for body in objects:
+            named: Object = body["metadata"]
+            body["metadata"] = {**metadata, **named, "labels": {**metadata["labels"], **named["labels"]}}
+            body["immutable"] = True
+        profile = profile.model_copy(update={"similarity": SimilarityRef(uri=uri(objects), digest=digest)})
     name = profile_name(owner_name, profile)
     objects.append({
         "apiVersion": meta.API_VERSION, "kind": meta.PROFILE_KIND, "metadata": {"name": name, **metadata},
         "spec": profile.to_json_dict(),
     })  # fmt: skip
     return objects, name
+
+
+def similarity_uri(result: Object | None) -> str | None:
+    """What `observe` must read: the artefact that a chosen result's profile refers to."""
+    spec = _json(((result or {}).get("data") or {}).get("profile.json")).get("spec")
+    reference = spec.get("similarity") if isinstance(spec, dict) else None
+    named = reference.get("uri") if isinstance(reference, dict) else None
+    return named if isinstance(named, str) else None
 
 
 def _json(text: Any) -> Object:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from dataclasses import replace
 
-from sere_ext.errors import SereError
+from sere_ext.errors import SereError, SimilarityError
 from sere_ext.policy import Policy
+from sere_ext.shards import encoded, join, places
 
 from sere_operator.api import meta
 from sere_operator.api.common import SpecError, parse_spec
@@ -62,9 +64,26 @@ async def observe(client: Client, prober: Prober, namespace: str, name: str, def
     snapshot = replace(snapshot, profiles=profiles)
     uris = routing.similarity_uris(profiles, spec)
     found_similarities = {uri: await read_similarity(client, namespace, uri) for uri in uris}
+    snapshot = replace(snapshot, shards=await _shards(client, snapshot, bool(uris)))
     views, service = await _ask(prober, snapshot, spec, pods)
     snapshot = replace(snapshot, now=time.time(), pods=tuple(views), service_digest=service, similarities=found_similarities)
     return await _golden(prober, snapshot, spec)
+
+
+async def _shards(client: Client, snapshot: Snapshot, more: bool) -> dict[str, Object]:
+    """The ConfigMaps with shards of similarity artefacts.
+
+    Args:
+        more: others may be written, so somebody else's objects of their names matter.
+    """
+    name, namespace = snapshot.name, snapshot.namespace
+    ours = {meta.DEPLOYMENT_LABEL: meta.label_value(name), meta.COMPONENT_LABEL: meta.SHARD_COMPONENT}
+    listed = {body["metadata"]["name"]: body for body in await client.list("ConfigMap", namespace, _selector(ours))}
+    names = meta.policy_shards(name)
+    others = [shard for shard in names if shard not in listed] if more else []
+    bodies = await asyncio.gather(*(client.get("ConfigMap", namespace, shard) for shard in others))
+    found = listed | {shard: {"kind": "ConfigMap", **body} for shard, body in zip(others, bodies, strict=True) if body}
+    return {shard: found[shard] for shard in names if shard in found}
 
 
 async def _profiles(client: Client, snapshot: Snapshot, spec: SereDeploymentSpec) -> dict[str, Object]:
@@ -144,18 +163,25 @@ def golden_concurrency(policy: Policy) -> int:
 
 
 async def read_similarity(client: Client, namespace: str, uri: str) -> Similarity:
-    """The artefact behind `configmap://name/key`, checked. A claim cannot be read from here."""
+    """The artefact behind `configmap://name/key`, checked; the key may be its first shard's. A claim cannot be read from here."""
     if not uri.startswith("configmap://"):
         return Similarity(problem=f"{uri} cannot be read by the operator; put the artefact into a ConfigMap")
     name, _, key = uri.removeprefix("configmap://").partition("/")
-    config_map = await client.get("ConfigMap", namespace, name)
-    encoded = ((config_map or {}).get("binaryData") or {}).get(key)
-    if encoded is None:
-        return Similarity(problem=f"ConfigMap {name} has no binary key {key}")
     try:
-        return Similarity(encoded, verified_digest(encoded))
+        sharded = places(name, key)
+        parts = await asyncio.gather(*(_binary(client, namespace, *place) for place in sharded or [(name, key)]))
+        content = join(parts) if sharded else parts[0]
+        return Similarity(encoded(content), verified_digest(content))
     except SereError as error:
-        return Similarity(problem=f"ConfigMap {name} key {key}: {error}")
+        return Similarity(problem=f"{uri}: {error}")
+
+
+async def _binary(client: Client, namespace: str, name: str, key: str) -> bytes:
+    config_map = await client.get("ConfigMap", namespace, name)
+    text = ((config_map or {}).get("binaryData") or {}).get(key)
+    if text is None:
+        raise SimilarityError(f"ConfigMap {name} has no binary key {key}")
+    return base64.b64decode(text)
 
 
 async def observe_tuning(client: Client, namespace: str, name: str, defaults: Defaults) -> TuningSnapshot | None:
@@ -171,7 +197,9 @@ async def observe_tuning(client: Client, namespace: str, name: str, defaults: De
     if snapshot.status.get("outcome"):
         return snapshot
     result = await client.get("ConfigMap", namespace, tuning_children.result_name(name))
-    snapshot = replace(snapshot, result=result)
+    uri = tuning_result.similarity_uri(result)
+    similarity = await read_similarity(client, namespace, uri) if uri else None
+    snapshot = replace(snapshot, result=result, similarity=similarity)
     wanted = [(body["kind"], body["metadata"]["name"]) for body in tuning_children.build(snapshot, spec, defaults)]
     wanted += [(body["kind"], body["metadata"]["name"]) for body in tuning_result.read_result(snapshot, spec).objects]
     label = _selector({meta.INSTANCE_LABEL: meta.label_value(name), meta.COMPONENT_LABEL: meta.TUNER_COMPONENT})

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
 import kubernetes_validate
 import pytest
 from sere_ext.policy import Policy
+from sere_ext.shards import encoded, join
+from sere_ext.watch import desired
 from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
-from sere_operator.plan import children
-from sere_operator.plan.children import Defaults, PolicyEntry
+from sere_operator.plan import children, policies
+from sere_operator.plan.children import Defaults
+from sere_operator.plan.policies import PolicyEntry
 
 OWNER = {
     "apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereDeployment",
@@ -31,7 +35,8 @@ def test_children_are_valid_and_owned() -> None:
     policy = Policy.parse({"buckets": [{"minTokens": 8, "kind": "topk", "S": 2}]})
     bodies = [
         children.deployment(OWNER, wanted, Defaults()), children.service(OWNER), children.disruption_budget(OWNER, wanted),
-        children.policy_config_map(OWNER, "exact", False, {policy.digest: PolicyEntry(policy)}),
+        policies.policy_config_map(OWNER, "exact", False, {policy.digest: PolicyEntry(policy)}),
+        *policies.shard_config_maps(OWNER, {}, [PolicyEntry(policy, similarity=("sha256:0", ("AAAA",)))]),
     ]  # fmt: skip
     for body in bodies:
         kubernetes_validate.validate(body, "1.34", strict=True)
@@ -100,15 +105,26 @@ def test_a_claim_is_mounted_once_and_read_only() -> None:
     assert (mounts["/v"]["readOnly"], mounts["/v"]["subPath"]) == (True, "s")
 
 
-def test_the_policy_config_map_is_what_the_plug_in_reads() -> None:
+def test_the_policy_config_maps_are_what_the_plug_in_reads() -> None:
     policy = Policy.parse({"buckets": [{"minTokens": 8, "kind": "sere", "S": 2}], "similarityDigest": "sha256:" + "ab" * 32})
-    entry = PolicyEntry(policy, similarity=(policy.similarity_digest or "", "AAAA"))
-    body = children.policy_config_map(OWNER, policy.digest, True, {policy.digest: entry})
+    content = bytes(range(256)) * 20
+    entry = PolicyEntry(policy, similarity=(policy.similarity_digest or "", encoded(content, 2000)))
+    body = policies.policy_config_map(OWNER, policy.digest, True, {policy.digest: entry})
     assert body["data"]["stable"] == policy.digest
     assert body["data"]["override"] == "exact"
     assert Policy.parse(body["data"][f"{policy.digest}.json"]).digest == policy.digest
-    assert body["binaryData"] == {"similarity-abababababab.safetensors": "AAAA"}
     assert json.loads(body["data"][f"{policy.digest}.json"])["similarityDigest"] == policy.similarity_digest
+    volume = {name: text.encode() for name, text in body["data"].items()}
+    shards = policies.shard_config_maps(OWNER, {}, [entry])
+    assert [shard["metadata"]["name"] for shard in shards] == [f"m-policy-shard-{i}" for i in range(4)]
+    for shard in shards:
+        ((name, text),) = shard["binaryData"].items()
+        volume[name] = base64.b64decode(text)
+    wanted = desired(volume, None)
+    assert wanted.policy is not None and wanted.override
+    wanted = desired({name: text for name, text in volume.items() if name != "override"}, None)
+    assert wanted.policy == policy
+    assert join([volume[name] for name in wanted.shards]) == content
 
 
 @pytest.mark.parametrize("name", ["m", "m" * 200])

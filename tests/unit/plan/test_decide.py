@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kit"))
-from plan_world import DIGEST, POLICY, Pod, World, profile_body
+from plan_world import DIGEST, POLICY, CrashError, Pod, World, profile_body
+from sere_ext.shards import POLICY_SHARDS
 from sere_operator.plan.candidate import SETTLE_S, WATCH_S, candidates_turn
-from sere_operator.plan.children import MAX_ARTEFACTS_BYTES, Defaults
+from sere_operator.plan.children import Defaults
 from sere_operator.plan.decide import decide
 from sere_operator.plan.snapshot import Similarity
 
@@ -447,36 +448,125 @@ def test_a_failed_run_begins_anew_once_it_is_given_something_else(given: dict[st
         assert world.jobs == [again]
 
 
-def artefact_of(kilobytes: int, letter: str) -> tuple[str, str]:
-    """(base64, digest) of something of that size."""
-    return letter * (kilobytes * 1024 * 4 // 3), f"sha256:{letter * 64}"
+SERE = {"buckets": [{"minTokens": 8, "kind": "sere", "S": 2, "rho": 0.3}]}
 
 
-@pytest.mark.parametrize(("kilobytes", "moves"), [(450, True), (500, False)])
-def test_two_artefacts_that_do_not_fit_together_are_never_written(kilobytes: int, moves: bool) -> None:
-    """The API server would refuse the ConfigMap, again and again, and nothing would be said."""
+def with_artefact(world: World, letter: str, shards: int) -> dict[str, Any]:
+    """`routing` of a policy with an artefact of so many shards."""
+    uri = f"configmap://s-{letter}-1/shard-001-of-{shards:03d}"
+    world.similarities[uri] = Similarity(tuple(f"{letter}{i}" for i in range(shards)), f"sha256:{letter * 64}")
+    return {"mode": "Static", "policy": SERE, "similarity": {"uri": uri}}
+
+
+def held(world: World) -> list[str]:
+    """The shards in the volume, in the order of their ConfigMaps."""
+    return [shard for _, body in sorted(world.shards.items()) for shard in body["binaryData"].values()]
+
+
+def test_another_artefact_is_rolled_out_without_a_new_pod_template() -> None:
+    world = settled()
+    template, pods = world.children["Deployment"]["spec"]["template"], [pod.uid for pod in world.pods]
+    seen: list[str | None] = []
+    for letter in ("a", "b", "c"):
+        world.edit(routing=with_artefact(world, letter, 3))
+        world.settle()
+        seen.append(world.stable)
+        assert {pod.digest for pod in world.pods} == {world.stable}
+    assert len({*seen, "exact"}) == 4
+    # The one in force, and the one before, to go back to.
+    assert sorted(held(world)) == ["b0", "b1", "b2", "c0", "c1", "c2"]
+    assert world.children["Deployment"]["spec"]["template"] == template
+    assert [pod.uid for pod in world.pods] == pods
+    (volume,) = (volume for volume in template["spec"]["volumes"] if volume["name"] == "policy")
+    optional = [source["configMap"] for source in volume["projected"]["sources"] if "optional" in source.get("configMap", {})]
+    assert set(world.shards) < {source["name"] for source in optional}
+    world.edit(routing={"mode": "Exact"})
+    world.settle()
+    world.edit(routing=STATIC)
+    world.settle()
+    world.edit(routing={"mode": "Exact"})
+    world.settle()
+    assert world.shards == {}, "nothing needs them any more"
+    assert world.deleted == []
+
+
+def test_shards_are_written_before_the_policy_that_needs_them() -> None:
+    world = settled()
+    world.edit(routing=with_artefact(world, "a", 3))
+    written = [body["metadata"]["name"] for body in world.step().apply]
+    assert written == ["m-policy-shard-0", "m-policy-shard-1", "m-policy-shard-2", "m-policy"]
+
+
+def test_killed_between_any_two_writes_the_policy_in_force_is_always_whole() -> None:
+    """A pod may start at any moment; and what it needs must not move, or its volume would lack it for a moment."""
+    world = World(2)
+    places: dict[str, str] = {}
+    for letter in ("a", "b", "c", "d"):
+        world.edit(routing=with_artefact(world, letter, 6))
+        for look in range(120):
+            try:
+                world.step(crash_after=look % 5)
+            except CrashError:
+                pass
+            world.tick()
+            assert world.stable in (None, "exact") or world.whole(str(world.stable))
+            for name, body in world.shards.items():
+                (shard,) = body["binaryData"].values()
+                assert places.setdefault(shard, name) == name, "moved"
+        world.settle()
+        assert {pod.digest for pod in world.pods} == {world.stable}
+        assert f"{letter}5" in held(world)
+
+
+def test_a_shard_that_was_lost_or_changed_is_put_back() -> None:
+    world = World(2)
+    world.edit(routing=with_artefact(world, "a", 3))
+    world.settle()
+    before = held(world)
+    name = sorted(world.shards)[1]
+    del world.shards[name]
+    world.shards[sorted(world.shards)[0]]["binaryData"]["foreign"] = "x"
+    world.settle()
+    assert held(world) == before
+
+
+def test_an_object_of_somebody_else_with_a_shards_name_is_left_alone() -> None:
+    world = World(2)
+    world.edit(routing=with_artefact(world, "a", 3))
+    theirs = {"kind": "ConfigMap", "metadata": {"name": "m-policy-shard-1"}, "data": {"a": "b"}}
+    world.shards["m-policy-shard-1"] = theirs
+    assert world.step().apply == []
+    assert "ConfigMap m-policy-shard-1 exists and is not ours" in world.condition("Ready")["message"]
+
+
+@pytest.mark.parametrize(("shards", "moves"), [(POLICY_SHARDS // 2, True), (POLICY_SHARDS // 2 + 1, False)])
+def test_two_artefacts_that_do_not_fit_together_are_never_written(shards: int, moves: bool) -> None:
     digests = []
     world = World(2)
     for letter in ("a", "b", "c"):
-        encoded, digest = artefact_of(kilobytes, letter)
-        world.similarities[f"configmap://s/{letter}"] = Similarity(encoded, digest)
-        table = {"buckets": [{"minTokens": 8, "kind": "sere", "S": 2, "rho": 0.3}]}
-        static = {"mode": "Static", "policy": table, "similarity": {"uri": f"configmap://s/{letter}"}}
+        static = with_artefact(world, letter, shards)
         world.edit(routing=static)
         world.settle(40)
         digests.append(world.stable)
-        held = sum(len(text) for text in world.children["ConfigMap"]["binaryData"].values()) * 3 // 4
-        assert held <= MAX_ARTEFACTS_BYTES
     assert (len(set(digests)) == 3) is moves
     if not moves:
         condition = world.condition("PolicyApplied")
         assert condition["reason"] == "InvalidSpec"
-        assert "do not fit into one ConfigMap together" in condition["message"]
+        assert "too large to be held together" in condition["message"]
         world.edit(routing={"mode": "Exact"})
         world.settle()
         world.edit(routing=static)
         world.settle()
         assert world.stable not in (digests[0], "exact"), "the way out that the message names"
+
+
+def test_an_artefact_larger_than_pods_can_be_given_is_held_and_said() -> None:
+    world = settled(routing=STATIC)
+    world.edit(routing=with_artefact(world, "a", POLICY_SHARDS + 1))
+    world.settle(40)
+    assert world.stable == DIGEST
+    assert world.shards == {}
+    assert "larger than the 15 MB that pods can be given" in world.condition("PolicyApplied")["message"]
 
 
 def test_a_lost_config_map_comes_back_with_the_same_stable_policy() -> None:

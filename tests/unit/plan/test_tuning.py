@@ -13,16 +13,17 @@ import kubernetes_validate
 import pytest
 from sere_ext.errors import SimilarityError
 from sere_ext.policy import Policy
+from sere_ext.shards import POLICY_SHARDS, encoded, join, places
 from sere_ext.similarity import SimilarityMeta, similarity_digest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kit"))
 from plan_world import POLICY, profile_body
 from sere_operator.api.common import parse_spec
 from sere_operator.api.tuning import SereTuningJobSpec
-from sere_operator.plan import pods, tuning, tuning_children, tuning_result
+from sere_operator.plan import pods, tuning, tuning_children
 from sere_operator.plan.artefact import verified_digest
 from sere_operator.plan.children import Defaults
-from sere_operator.plan.snapshot import TuningSnapshot
+from sere_operator.plan.snapshot import Similarity, TuningSnapshot
 
 OWNER = {"apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereDeployment", "name": "m", "uid": "u", "controller": True}
 SPEC = {
@@ -37,21 +38,19 @@ SPEC = {
 }  # fmt: skip
 
 
-def snapshot(
-    data: dict[str, Any] | None = None, binary: dict[str, str] | None = None, status: dict[str, Any] | None = None, **changes: Any
-) -> TuningSnapshot:
+def snapshot(data: dict[str, Any] | None = None, status: dict[str, Any] | None = None, **changes: Any) -> TuningSnapshot:
     body = {
         "apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereTuningJob", "spec": {**SPEC, **changes.pop("spec", {})},
         "metadata": {"name": "m-tune-1", "namespace": "ns", "uid": "t", "generation": 1, "ownerReferences": [OWNER]},
         "status": status or {},
     }  # fmt: skip
     texts = {key: json.dumps(value) for key, value in (data or {}).items()}
-    result = {"data": texts, "binaryData": binary or {}} if data is not None else None
+    result = {"data": texts} if data is not None else None
     return TuningSnapshot(now=1_800_000_000.0, object=body, result=result, **changes)
 
 
-def artefact() -> tuple[str, str]:
-    """(base64, digest) of a small similarity file, written here byte by byte."""
+def artefact() -> tuple[bytes, str]:
+    """(content, digest) of a small similarity file, written here byte by byte."""
     matrix = struct.pack("<4f", 1.0, 0.5, 0.5, 1.0)
     meta = SimilarityMeta(
         model_type="qwen3_moe",
@@ -66,7 +65,7 @@ def artefact() -> tuple[str, str]:
     text = meta.model_copy(update={"digest": digest}).model_dump_json(by_alias=True)
     header = {"__metadata__": {"sere": text}, "layer.0": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, len(matrix)]}}
     head = json.dumps(header).encode()
-    return base64.b64encode(struct.pack("<Q", len(head)) + head + matrix).decode(), digest
+    return struct.pack("<Q", len(head)) + head + matrix, digest
 
 
 def test_children_are_valid_and_the_rights_end_at_the_result() -> None:
@@ -75,9 +74,9 @@ def test_children_are_valid_and_the_rights_end_at_the_result() -> None:
         kubernetes_validate.validate(body, "1.34", strict=True)
         assert body["metadata"]["ownerReferences"][0]["uid"] == "t"
     by_kind = {body["kind"]: body for body in bodies if body["kind"] != "ConfigMap"}
-    assert by_kind["Role"]["rules"] == [
-        {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": ["m-tune-1-result"], "verbs": ["create", "patch"]}
-    ]
+    (rule,) = by_kind["Role"]["rules"]
+    assert (rule["apiGroups"], rule["resources"], rule["verbs"]) == ([""], ["configmaps"], ["create", "patch"])
+    assert rule["resourceNames"] == ["m-tune-1-result", *(f"m-tune-1-result-{i}" for i in range(1, POLICY_SHARDS + 1))]
     job = by_kind["Job"]["spec"]
     assert job["template"]["spec"]["restartPolicy"] == "Never"
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2, 3, 4, 5]
@@ -122,27 +121,33 @@ def test_uris_become_paths_that_are_mounted() -> None:
 
 
 def chosen(**changes: Any) -> dict[str, Any]:
-    encoded, digest = artefact()
+    content, digest = artefact()
     policy = {"buckets": [{"minTokens": 8, "kind": "sere", "S": 2, "rho": 0.3}], "similarityDigest": digest}
     profile = profile_body(policy)
-    profile["spec"]["similarity"] = {"uri": "file:///var/lib/sere/run/similarity.safetensors", "digest": digest}
+    profile["spec"]["similarity"] = {"uri": "configmap://m-tune-1-result-1/shard-001-of-003", "digest": digest}
     profile["metadata"] = {}
     profile["spec"].update(changes)
     return {
         "data": {"outcome.json": {"outcome": "Chosen"}, "profile.json": profile},
-        "binary": {tuning_result.SIMILARITY_KEY: encoded},
+        "similarity": Similarity(encoded(content, 800), digest),
     }
 
 
 def test_a_chosen_result_becomes_a_profile_that_outlives_the_run() -> None:
     plan = tuning.decide_tuning(snapshot(**chosen()), Defaults())
-    made = {body["kind"]: body for body in plan.apply if (body["metadata"]["name"].startswith(("m-similarity", "m-")) and
-            body["kind"] in ("SereProfile",)) or body.get("immutable")}  # fmt: skip
-    profile, config_map = made["SereProfile"], made["ConfigMap"]
-    for body in (profile, config_map):
+    *config_maps, profile = [body for body in plan.apply if body.get("immutable") or body["kind"] == "SereProfile"]
+    assert profile["kind"] == "SereProfile", "after what it refers to"
+    for body in (profile, *config_maps):
         (reference,) = body["metadata"]["ownerReferences"]
         assert reference["uid"] == "u", "owned by the SereDeployment, not by the run"
-    assert profile["spec"]["similarity"]["uri"] == f"configmap://{config_map['metadata']['name']}/{tuning_result.SIMILARITY_KEY}"
+        assert body["metadata"]["labels"]["serving.sere.dev/deployment"] == "m"
+    for body in config_maps:
+        kubernetes_validate.validate(body, "1.34", strict=True)
+    _, _, name, key = profile["spec"]["similarity"]["uri"].split("/")
+    held = {(body["metadata"]["name"], key): text for body in config_maps for key, text in body["binaryData"].items()}
+    where = places(name, key)
+    assert where is not None and len(where) == 2
+    assert join([base64.b64decode(held[place]) for place in where]) == artefact()[0]
     assert plan.status is not None
     assert (plan.status["outcome"], plan.status["profile"]) == ("Chosen", profile["metadata"]["name"])
     conditions = {c["type"]: c["status"] for c in plan.status["conditions"]}
@@ -153,8 +158,8 @@ def test_a_chosen_result_becomes_a_profile_that_outlives_the_run() -> None:
     ("result", "words"),
     [
         ({"data": {"outcome.json": {"outcome": "Chosen"}}}, "profile:"),
-        ({**chosen(), "binary": {}}, "holds no artefact"),
-        ({**chosen(), "binary": {tuning_result.SIMILARITY_KEY: "AAAA"}}, "no similarity artefact"),
+        ({**chosen(), "similarity": None}, "refers to no artefact"),
+        ({**chosen(), "similarity": Similarity(problem="shard 2 of 3 is missing")}, "shard 2 of 3 is missing"),
         (chosen(similarity={"uri": "file:///x", "digest": "sha256:" + "0" * 64}), "the profile was made with sha256:000"),
     ],
 )
@@ -296,16 +301,16 @@ def test_suspend_reaches_a_running_job_without_touching_its_template() -> None:
 
 
 def test_the_artefacts_digest_is_recomputed() -> None:
-    encoded, digest = artefact()
-    assert verified_digest(encoded) == digest
-    raw = bytearray(base64.b64decode(encoded))
+    content, digest = artefact()
+    assert verified_digest(content) == digest
+    raw = bytearray(content)
     raw[-1] ^= 1
     with pytest.raises(SimilarityError, match="its content is sha256"):
-        verified_digest(base64.b64encode(bytes(raw)).decode())
+        verified_digest(bytes(raw))
     with pytest.raises(SimilarityError, match="truncated"):
-        verified_digest(base64.b64encode(bytes(raw[:-4])).decode())
+        verified_digest(bytes(raw[:-4]))
     with pytest.raises(SimilarityError, match="no similarity artefact"):
-        verified_digest("!!!")
+        verified_digest(b"!!!")
 
 
 def test_a_policy_without_similarity_needs_no_artefact() -> None:
