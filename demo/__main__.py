@@ -1,7 +1,8 @@
 """`python -m demo`: tune the small widened model on the local engine, then roll a tuned policy out on a cluster.
 
 Stage 1 (the engine): widen the committed model, calibrate, `sere tune`.
-Stage 2 (the cluster): where Kubernetes binaries are found, a one-node cluster, `helm install`, a SereDeployment.
+Stage 2 (the cluster): where Kubernetes binaries are found a one-node cluster, or with --kubeconfig one of the user's,
+`helm install`, a SereDeployment.
 Everything that is printed as a figure was measured in this run; it ends with build/demo.json.
 """
 
@@ -21,26 +22,31 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from demo import preflight
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "demo"
 MODEL = ROOT / "tests" / "assets" / "tiny_moe"
 MAKE = ROOT / "tests" / "assets" / "make"
+TAKE_DOWN_S = 420  # helm uninstall and the end of a namespace, both within their own limits
 console = Console(stderr=True, highlight=False)
 
 
-def run(*command: str | Path, check: bool = True, env: dict[str, str] | None = None) -> int:
-    """Run a command in the foreground in its own process group; Ctrl-C ends the group and then this program."""
+def run(*command: str | Path, check: bool = True, patience_s: float = 20) -> int:
+    """Run a command in the foreground in its own process group; Ctrl-C ends the group and then this program.
+
+    Args:
+        patience_s: how long the group may take to end after Ctrl-C; a second one ends it at once.
+    """
     console.print("[dim]$ " + " ".join(str(part).replace(f"{ROOT}/", "") for part in command) + "[/dim]")
-    process = subprocess.Popen(
-        [str(part) for part in command], cwd=ROOT, env={**os.environ, **(env or {})}, start_new_session=True
-    )
+    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, start_new_session=True)
     try:
         status = process.wait()
     except BaseException:
-        for number, patience_s in ((signal.SIGINT, 20), (signal.SIGTERM, 10), (signal.SIGKILL, 5)):
+        for number, wait_s in ((signal.SIGINT, patience_s), (signal.SIGTERM, 10), (signal.SIGKILL, 5)):
             try:
                 os.killpg(process.pid, number)
-                process.wait(patience_s)
+                process.wait(wait_s)
                 break
             except (ProcessLookupError, subprocess.TimeoutExpired, KeyboardInterrupt):
                 continue
@@ -133,16 +139,19 @@ def stage_engine(args: argparse.Namespace) -> dict[str, Any]:
 
 def stage_cluster(args: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
     """The rollout's figures, or None and one sentence on why no cluster could run."""
-    heading("2/2  Roll out: a one-node Kubernetes cluster, the operator, a SereDeployment")
+    heading(f"2/2  Roll out: {args.kubeconfig or 'a one-node Kubernetes cluster'}, the operator, a SereDeployment")
     if args.no_cluster:
         return None, "left out with --no-cluster"
-    for probe in ("assets", "node-packages"):
-        found = subprocess.run([ROOT / "tests" / "kit" / probe], capture_output=True, text=True, cwd=ROOT, check=False)
-        if found.returncode:
-            return None, found.stdout.strip() or found.stderr.strip()
     out = BUILD / "rollout.json"
     out.unlink(missing_ok=True)
-    status = run(ROOT / "demo" / "cluster", out, check=False)
+    if args.kubeconfig:
+        status = run(sys.executable, "-m", "demo.cluster", out, check=False, patience_s=TAKE_DOWN_S)
+    else:
+        for probe in ("assets", "node-packages"):
+            found = subprocess.run([ROOT / "tests" / "kit" / probe], capture_output=True, text=True, cwd=ROOT, check=False)
+            if found.returncode:
+                return None, found.stdout.strip() or found.stderr.strip()
+        status = run(ROOT / "demo" / "cluster", out, check=False)
     if status or not out.exists():
         console.print(f"The cluster stage failed (exit code {status}); its logs are in build/demo/cluster.")
         raise SystemExit(status or 1)
@@ -196,15 +205,44 @@ def show(answer: dict[str, Any], condition: str) -> None:
     console.print("Report: build/demo/run/report.html    Figures: build/demo.json")
 
 
-def main() -> None:
+def arguments(given: list[str]) -> argparse.Namespace:
+    """The command line; what cannot go together is refused."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("--max-drop-points", type=float, default=1.0, help="accuracy budget of stage 1 in points")
     parser.add_argument("--tpot-p95-ms", type=float, default=200.0, help="latency limit of stage 1 in ms")
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--items", type=int, default=4000)
+    parser.add_argument(
+        "--kubeconfig",
+        metavar="FILE",
+        default=os.environ.get("SERE_KUBECONFIG") or None,
+        help="stage 2 on the cluster of its current context, in a namespace of its own that is removed at the end",
+    )
+    parser.add_argument(
+        "--images",
+        metavar="PREFIX[:TAG]",
+        default=os.environ.get("SERE_IMAGES") or None,
+        help="with --kubeconfig: that cluster pulls PREFIX/sere-operator:TAG and PREFIX/sere-engine:TAG; TAG is dev unless given",
+    )
     parser.add_argument("--no-cluster", action="store_true", help="stage 1 alone")
     parser.add_argument("--resume", dest="fresh", action="store_false", help="go on with an earlier run's study")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
+    if args.images and not args.kubeconfig:
+        parser.error("--images goes with --kubeconfig: the cluster that the demo starts itself gets images of this tree")
+    if args.kubeconfig:
+        args.kubeconfig = str(Path(args.kubeconfig).expanduser().absolute())
+    return args
+
+
+def main() -> None:
+    args = arguments(sys.argv[1:])
+    if args.kubeconfig and not args.no_cluster:
+        os.environ.update(SERE_KUBECONFIG=args.kubeconfig, SERE_IMAGES=args.images or "")
+        try:  # before the minutes of stage 1
+            preflight.check(args.kubeconfig, args.images or "")
+        except preflight.RefusedError as error:
+            console.print(str(error), soft_wrap=True)
+            raise SystemExit(2) from None
     began = time.monotonic()
     spec = stage_engine(args)
     rollout, why_not = stage_cluster(args)
@@ -220,5 +258,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        console.print("\nStopped; nothing is left running. `make demo` starts again.")
+        console.print("\nStopped; nothing is left running here. `make demo` starts again.")
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""`python -m demo.cluster OUT.json`, run inside `tests/kit/one-node`: install, serve, tune, switch hot under traffic.
+"""`python -m demo.cluster OUT.json` on the cluster of demo/site.py: install, serve, tune, switch hot under traffic.
 
 Writes {"requests", "errors", "pod_restarts", "seconds"}: what a client saw while the policy was rolled out, and how long
 it took from the policy's first write to the last pod that runs it, canary and analysis included.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from demo import kube
+from demo import kube, site
+from demo.preflight import RefusedError
 from demo.traffic import Traffic
 
 ROOT = kube.ROOT
@@ -27,15 +29,17 @@ DATA = BUILD / "data"  # what the pods see as the claim `data`
 MAKE = ROOT / "tests" / "assets" / "make"
 SIMILARITY = BUILD / "similarity.safetensors"
 SAMPLE = ROOT / "manifests" / "samples" / "demo.yaml"
-NAMESPACE = "default"
 ITEMS = 1500  # certify a limit of 2 points
 NAME = "demo"
+SITE = site.current()
+NAMESPACE = SITE.namespace
 
 console = Console(stderr=True, highlight=False)
 
 
 def show(*command: str) -> None:
     """Print a kubectl command and what it says, as a newcomer would type and see it."""
+    command = (*command, *(() if "-n" in command else SITE.flags))
     console.print("[dim]$ kubectl " + " ".join(command) + "[/dim]")
     console.print(kube.kubectl(*command).rstrip(), soft_wrap=True)
 
@@ -55,14 +59,13 @@ def prepare() -> list[str]:
         subprocess.run([sys.executable, MAKE / "items.py", *options], check=True, stdout=subprocess.DEVNULL)
     if SIMILARITY.exists():  # of the same model, made by the first stage
         shutil.copy(SIMILARITY, DATA)
-    kube.readable(DATA)
     return [json.loads(line)["prompt"] for line in (DATA / "client.jsonl").read_text().splitlines()]
 
 
 def serve() -> None:
     """Apply the sample and wait until it is Ready: a real token came through its Service."""
     resource = yaml.safe_load(SAMPLE.read_text())
-    resource["spec"] = kube.small_engine(resource["spec"])
+    resource["spec"] = SITE.spec(resource["spec"])
     if SIMILARITY.exists():
         resource["spec"]["tuning"]["similarity"] = {"uri": f"pvc://data/{SIMILARITY.name}"}
     console.print(f"[dim]$ kubectl apply -f {SAMPLE.relative_to(ROOT)}[/dim]")
@@ -108,7 +111,7 @@ def roll_out(prompts: list[str]) -> dict[str, Any]:
     """Watch the policy reach every pod while a client sends requests. Returns the figures."""
     before = [kube.identity(pod) for pod in kube.pods(NAME, NAMESPACE)]
     config = f"{NAME}-policy"
-    with Traffic(kube.service_address(NAME, NAMESPACE), NAME, prompts, concurrency=8, tokens=16) as traffic:
+    with Traffic(SITE.service(NAME), NAME, prompts, concurrency=8, tokens=16) as traffic:
 
         def written() -> bool:
             data = (kube.get("configmap", config, NAMESPACE) or {}).get("data") or {}
@@ -127,7 +130,7 @@ def roll_out(prompts: list[str]) -> dict[str, Any]:
             if found.get("reason") == "Rejected":
                 raise SystemExit(f"the canary was rejected: {found.get('message')}")
             pods = kube.pods(NAME, NAMESPACE)
-            running = {kube.in_pod(pod, "/sere")["policyDigest"] for pod in pods}
+            running = {kube.get_json(SITE.pod(pod) + "/sere")["policyDigest"] for pod in pods}
             return bool(pods) and found.get("status") == "True" and "exact" not in running
 
         kube.wait_for("the policy on every pod", applied, 600, every_s=0.5)
@@ -147,11 +150,12 @@ def diagnose() -> None:
     folder = BUILD / "cluster"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    scope = SITE.flags or ("-A",)
     for name, command in {
-        "objects": ("get", "sere,seretune,sereprof,deploy,job,pod,cm,svc", "-A", "-o", "wide"),
-        "resources": ("get", "sere,seretune,sereprof", "-A", "-o", "yaml"),
+        "objects": ("get", "sere,seretune,sereprof,deploy,job,pod,cm,svc", *scope, "-o", "wide"),
+        "resources": ("get", "sere,seretune,sereprof", *scope, "-o", "yaml"),
         "pods": ("describe", "pods", "-n", NAMESPACE),
-        "operator": ("logs", "-n", kube.SYSTEM, "deploy/sere-operator", "--tail=-1"),
+        "operator": ("logs", "-n", SITE.system, "deploy/sere-operator", "--tail=-1"),
         "engine": ("logs", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=engine", "--tail=2000"),
         "tuner": ("logs", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=tuner", "--tail=2000"),
     }.items():
@@ -163,10 +167,10 @@ def diagnose() -> None:
 
 def main(out: Path) -> None:
     prompts = prepare()
-    console.print("[dim]$ helm install sere helm/sere-operator --namespace sere-system[/dim]")
-    kube.install()
-    show("-n", kube.SYSTEM, "get", "pods")
-    kube.prepare_namespace(NAMESPACE, {"data": DATA})
+    console.print(f"[dim]$ helm install sere helm/sere-operator --namespace {SITE.system}[/dim]")
+    SITE.install()
+    show("-n", SITE.system, "get", "pods")
+    SITE.prepare({"data": DATA})
     serve()
     tune()
     figures = roll_out(prompts)
@@ -175,14 +179,31 @@ def main(out: Path) -> None:
     out.write_text(json.dumps(figures) + "\n")
 
 
-if __name__ == "__main__":
+def guarded(out: Path) -> int:
+    """`main`, and whatever comes, the cluster left as it was found. Returns the exit status."""
+    status = 1
     try:
-        main(Path(sys.argv[1]))
+        main(out)
+        status = 0
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except RefusedError as refusal:
+        console.print(f"[red]{refusal}[/red]", soft_wrap=True)
     except BaseException as error:
+        console.print(f"[red]{error}[/red]", soft_wrap=True)
         diagnose()
-        if isinstance(error, SystemExit):
+        if not isinstance(error, SystemExit | kube.KubectlError | TimeoutError):
             raise
-        console.print(f"[red]{error}[/red]")
-        raise
+    finally:
+        SITE.remove()
+    return status
+
+
+if __name__ == "__main__":
+    # A plain kill ends as Ctrl-C does: a cluster of the user's is not left with half a demo.
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        sys.exit(guarded(Path(sys.argv[1])))
+    except kube.KubectlError as error:  # of the taking down
+        console.print(f"[red]{error}[/red]", soft_wrap=True)
+        sys.exit(1)

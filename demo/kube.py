@@ -1,31 +1,29 @@
-"""Kubernetes for the demo and the cluster tests: kubectl as the one client, data by local PersistentVolumes, helm.
+"""Kubernetes for the demo and the cluster tests: kubectl and helm as the only clients.
 
-Everything is asked of the cluster that KUBECONFIG names; `tests/kit/one-node` sets it.
+Everything is asked of the cluster that KUBECONFIG names; `demo/site.py` says which one that is.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
 import subprocess
-import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "helm" / "sere-operator"
-SYSTEM = "sere-system"
-POLICY_ANNOTATION = "serving.sere.dev/policy"
 
 Object = dict[str, Any]
 
 
 class KubectlError(RuntimeError):
-    """kubectl ended with an error; the message is its own."""
+    """kubectl or helm ended with an error, or a pod did not answer; the message is theirs."""
 
 
 def kubectl(*arguments: str, stdin: str | None = None, timeout_s: float = 120) -> str:
@@ -34,9 +32,23 @@ def kubectl(*arguments: str, stdin: str | None = None, timeout_s: float = 120) -
     Raises:
         KubectlError: with what kubectl wrote on standard error.
     """
-    done = subprocess.run(["kubectl", *arguments], input=stdin, capture_output=True, text=True, check=False, timeout=timeout_s)
+    return _output("kubectl", *arguments, stdin=stdin, timeout_s=timeout_s)
+
+
+def helm(*arguments: str, timeout_s: float = 300) -> str:
+    """As `kubectl`. The binary is the one of KUBEBUILDER_ASSETS where there is one, else that on PATH."""
+    beside = Path(os.environ.get("KUBEBUILDER_ASSETS", ""), "helm")
+    return _output(str(beside) if beside.is_file() else shutil.which("helm") or "helm", *arguments, timeout_s=timeout_s)
+
+
+def _output(program: str, *arguments: str, stdin: str | None = None, timeout_s: float) -> str:
+    shown = " ".join((Path(program).name, *arguments))
+    try:
+        done = subprocess.run([program, *arguments], input=stdin, capture_output=True, text=True, check=False, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise KubectlError(f"{shown}: no answer within {timeout_s:.0f} s") from None
     if done.returncode:
-        raise KubectlError(f"kubectl {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
+        raise KubectlError(f"{shown}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
 
 
@@ -47,10 +59,19 @@ def apply(*objects: Object, namespace: str) -> None:
     )
 
 
+def existing(kind: str, name: str, namespace: str) -> Object:
+    """The object.
+
+    Raises:
+        KubectlError: also if there is none.
+    """
+    return json.loads(kubectl("get", kind, name, "--namespace", namespace, "-o", "json"))  # type: ignore[no-any-return]
+
+
 def get(kind: str, name: str, namespace: str) -> Object | None:
     """The object, or None if there is none."""
     try:
-        return json.loads(kubectl("get", kind, name, "--namespace", namespace, "-o", "json"))  # type: ignore[no-any-return]
+        return existing(kind, name, namespace)
     except KubectlError as error:
         if "NotFound" in str(error):
             return None
@@ -87,7 +108,7 @@ def wait_for(what: str, ask: Callable[[], Any], timeout_s: float, every_s: float
     """Ask until the answer is true; returns it.
 
     Raises:
-        TimeoutError: it never was; an AssertionError of the last question is its cause.
+        TimeoutError: it never was; what the last question asserted is its end and its cause.
     """
     until, last = time.monotonic() + timeout_s, None
     while True:
@@ -97,51 +118,10 @@ def wait_for(what: str, ask: Callable[[], Any], timeout_s: float, every_s: float
         except AssertionError as error:
             last = error
         if time.monotonic() > until:
-            raise TimeoutError(f"{what} did not happen within {timeout_s:.0f} s") from last
+            raise TimeoutError(f"{what} did not happen within {timeout_s:.0f} s" + (f": {last}" if last else "")) from last
         time.sleep(every_s)
 
 
-def claim(name: str, folder: Path, namespace: str, node: str = "node") -> list[Object]:
-    """A read-only local PersistentVolume on `folder` of the node, and the claim bound to it."""
-    volume = f"{namespace}-{name}"
-    size: Object = {"storage": "1Gi"}
-    return [
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolume",
-            "metadata": {"name": volume},
-            "spec": {
-                "capacity": size,
-                "accessModes": ["ReadOnlyMany"],
-                "storageClassName": "",
-                "persistentVolumeReclaimPolicy": "Retain",
-                "claimRef": {"namespace": namespace, "name": name},
-                "local": {"path": str(folder)},
-                "nodeAffinity": {
-                    "required": {
-                        "nodeSelectorTerms": [
-                            {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}]}
-                        ]
-                    }
-                },
-            },
-        },
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolumeClaim",
-            "metadata": {"name": name},
-            "spec": {
-                "accessModes": ["ReadOnlyMany"],
-                "storageClassName": "",
-                "volumeName": volume,
-                "resources": {"requests": size},
-            },
-        },
-    ]
-
-
-# The tests' engine image holds no torch and no vLLM: they come from this process's own environment, mounted read-only.
-ENVIRONMENT_CLAIM = "environment"
 ENGINE_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     # vLLM would bind each engine to the same first core, and two engines share two cores here.
@@ -157,58 +137,36 @@ def small_engine(spec: Object) -> Object:
     given = {variable["name"] for variable in engine.get("env", [])}
     added = [{"name": name, "value": value} for name, value in ENGINE_ENVIRONMENT.items() if name not in given]
     engine["env"] = [*engine.get("env", []), *added]
-    volume = {"name": ENVIRONMENT_CLAIM, "claimName": ENVIRONMENT_CLAIM, "mountPath": sys.prefix}
     # Without a request the kernel gives a pod 1/500 of another's share: an engine beside anything busy would never start.
     resources = spec.get("resources") or {"requests": {"cpu": "500m", "memory": "1Gi"}}
-    return {**spec, "engine": engine, "resources": resources, "volumes": [*spec.get("volumes", []), volume]}
+    return {**spec, "engine": engine, "resources": resources}
 
 
-def readable(folder: Path) -> None:
-    """Let the pods' unprivileged user read a folder of data that this process made."""
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-
-
-def prepare_namespace(namespace: str, claims: dict[str, Path]) -> None:
-    """A namespace that enforces restricted pods, with a claim for each folder and one for the engine's environment."""
+def make_namespace(name: str) -> None:
+    """A namespace that takes restricted pods alone."""
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}}, namespace="default")
-    for name, folder in {**claims, ENVIRONMENT_CLAIM: Path(sys.prefix)}.items():
-        apply(*claim(name, folder, namespace), namespace=namespace)
+    apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}, namespace="default")
 
 
-def install(*values: str) -> None:
-    """`helm install` of the chart with the images that images/build.py made, until its pod is ready.
+def install_chart(namespace: str, *values: str) -> None:
+    """`helm install sere` for small clusters: one replica.
 
     Args:
         values: further `--set` values.
     """
-    helm = Path(os.environ.get("KUBEBUILDER_ASSETS", ""), "helm")
-    binary = str(helm) if helm.is_file() else shutil.which("helm") or "helm"
-    restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
-    apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM, "labels": restricted}}, namespace="default")
     # Two engines starting on two cores can starve the operator for longer than a Lease of 15 s.
-    settings = ["replicas=1", "image.tag=dev", "engine.image.tag=dev", "leaderElection.leaseSeconds=30", *values]
-    command = [binary, "install", "sere", str(CHART), "--namespace", SYSTEM]
-    subprocess.run([*command, *(w for value in settings for w in ("--set", value))], check=True, stdout=subprocess.DEVNULL)
-    kubectl("--namespace", SYSTEM, "rollout", "status", "deployment/sere-operator", "--timeout=120s", timeout_s=150)
+    settings = ["replicas=1", "leaderElection.leaseSeconds=30", *values]
+    helm("install", "sere", str(CHART), "--namespace", namespace, *(word for one in settings for word in ("--set", one)))
 
 
-def in_pod(pod: Object, path: str) -> Object:
-    """`GET path` of an engine pod, decoded."""
-    import urllib.request
+def get_json(url: str) -> Object:
+    """What a pod answers to `GET url`, decoded.
 
-    with urllib.request.urlopen(f"http://{pod['status']['podIP']}:8000{path}", timeout=10) as answer:
-        return json.loads(answer.read())  # type: ignore[no-any-return]
-
-
-def service_address(name: str, namespace: str) -> tuple[str, int]:
-    service = get("service", name, namespace)
-    if service is None:
-        raise KubectlError(f"service {name} does not exist in {namespace}")
-    return service["spec"]["clusterIP"], int(service["spec"]["ports"][0]["port"])
-
-
-def config_map(name: str, data: dict[str, str], binary: dict[str, bytes] | None = None) -> Object:
-    encoded = {key: base64.b64encode(value).decode() for key, value in (binary or {}).items()}
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data, "binaryData": encoded}
+    Raises:
+        KubectlError: an answer that is none, with its status and first words.
+    """
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.loads(answer.read())  # type: ignore[no-any-return]
+    except urllib.error.HTTPError as error:
+        raise KubectlError(f"GET {url}: {error.code} {error.read(300).decode(errors='replace')}") from error

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
+from urllib.parse import urlsplit
 
 TIMEOUT_S = 60.0
 
@@ -17,12 +18,16 @@ TIMEOUT_S = 60.0
 class Traffic:
     """Keeps `concurrency` requests in flight until the end of a `with` block.
 
-    Each request has a connection of its own, so that kube-proxy spreads them over the pods. A failed request is counted
-    and its first causes kept; none is tried again, which would hide it.
+    Each request has a connection of its own, so that kube-proxy spreads them over the pods (behind the API server's proxy
+    it is the API server that does). A failed request is counted and its first causes kept; none is tried again, which
+    would hide it.
+
+    Args:
+        url: the Service, without a path of the engine's own.
     """
 
-    def __init__(self, address: tuple[str, int], model: str, prompts: Sequence[str], concurrency: int = 4, tokens: int = 8):
-        self._address, self._model, self._tokens = address, model, tokens
+    def __init__(self, url: str, model: str, prompts: Sequence[str], concurrency: int = 4, tokens: int = 8):
+        self._url, self._model, self._tokens = urlsplit(url), model, tokens
         self._prompts = itertools.cycle(prompts)
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -61,9 +66,10 @@ class Traffic:
 
     def _ask(self, prompt: str) -> None:
         body = {"model": self._model, "prompt": prompt, "max_tokens": self._tokens, "temperature": 0}
-        connection = http.client.HTTPConnection(*self._address, timeout=TIMEOUT_S)
+        connection = http.client.HTTPConnection(self._url.netloc, timeout=TIMEOUT_S)
         try:
-            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", f"{self._url.path}/v1/completions", json.dumps(body), headers)
             answer = connection.getresponse()
             text = answer.read()
             if answer.status != 200:

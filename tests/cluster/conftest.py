@@ -1,4 +1,4 @@
-"""A real node with the operator installed by the real helm. Started by tests/kit/cluster-rung.
+"""A real node with the operator installed by the real helm. Started by tests/kit/cluster-rung, or a cluster of SERE_KUBECONFIG.
 
 Engines are few: two cores carry two at a time, and each takes about a minute to start.
 """
@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from demo import kube
+from demo import site
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKE = ROOT / "tests" / "assets" / "make"
-NAMESPACE = "default"
+SITE = site.current()
+NAMESPACE = SITE.namespace
 ITEMS = 1500  # certify a limit of 2 points
 BROKEN: dict[str, str] = {}  # by file: the test that ended its story
 
@@ -33,8 +34,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def node() -> None:
     """A cluster to test on, or one line on what is missing."""
-    if not os.environ.get("KUBE_DIR"):
-        why = "no cluster: run tests/kit/cluster-rung, which starts one (root, containerd and Kubernetes binaries needed)"
+    if not os.environ.get("KUBE_DIR") and not os.environ.get("SERE_KUBECONFIG"):
+        why = (
+            "no cluster: run tests/kit/cluster-rung, which starts one (root, containerd and Kubernetes binaries needed), "
+            "or name yours with SERE_KUBECONFIG and SERE_IMAGES"
+        )
         if os.environ.get("SERE_REQUIRE_RUNGS") == "1":
             pytest.fail(why)
         pytest.skip(why)
@@ -48,8 +52,6 @@ def data(node: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, split, count in (("items", "eval", ITEMS), ("calib", "calibration", 64)):
         options = ["--split", split, "--count", str(count), "--seed", "5", "--out", str(folder / f"{name}.jsonl")]
         subprocess.run([sys.executable, MAKE / "items.py", *options], check=True, stdout=subprocess.DEVNULL)
-    folder.chmod(0o755)
-    kube.readable(folder)
     return folder
 
 
@@ -60,16 +62,22 @@ def prompts(data: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def operator(data: Path) -> Iterator[None]:
-    """The chart, installed; a namespace that enforces restricted pods, with the data; logs kept when a test fails."""
-    kube.install()
-    kube.prepare_namespace(NAMESPACE, {"data": data})
-    yield
-    log = subprocess.run(
-        ["kubectl", "logs", "-n", kube.SYSTEM, "deploy/sere-operator", "--tail=-1"], capture_output=True, text=True, check=False
-    )
-    folder = ROOT / "build" / "test" / "cluster"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "operator.log").write_text(log.stdout + log.stderr)
+    """The chart, installed; a namespace that enforces restricted pods, with the data; the operator's log is kept."""
+    try:
+        SITE.install()
+        SITE.prepare({"data": data})
+        yield
+        log = subprocess.run(
+            ["kubectl", "logs", "-n", SITE.system, "deploy/sere-operator", "--tail=-1"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        folder = ROOT / "build" / "test" / "cluster"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "operator.log").write_text(log.stdout + log.stderr)
+    finally:
+        SITE.remove()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -78,11 +86,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     if report.failed:
         BROKEN.setdefault(item.path.name, item.name)
-    if report.when == "call" and report.failed and os.environ.get("KUBE_DIR"):
+    if report.when == "call" and report.failed:
         for title, command in {
             "objects": ("get", "sere,seretune,sereprof,job,pod", "-n", NAMESPACE, "-o", "wide"),
             "status": ("get", "sere,seretune", "-n", NAMESPACE, "-o", "jsonpath={range .items[*]}{.status}{'\\n'}{end}"),
-            "operator": ("logs", "-n", kube.SYSTEM, "deploy/sere-operator", "--tail=20"),
+            "operator": ("logs", "-n", SITE.system, "deploy/sere-operator", "--tail=20"),
             "engine": ("logs", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=engine", "--tail=25"),
             "tuner": ("logs", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=tuner", "--tail=40"),
         }.items():

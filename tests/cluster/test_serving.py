@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from demo import kube
+from demo import kube, site
 from demo.traffic import Traffic
 
-NAMESPACE = "default"
+SITE = site.current()
+NAMESPACE = SITE.namespace
 NAME = "story"
+OPERATOR = "app.kubernetes.io/component=operator"
 # topk needs no similarity artefact. One bucket for every batch size, so that single requests are re-routed too.
 POLICY = {"buckets": [{"minTokens": 1, "maxTokens": 64, "kind": "topk", "S": 2}]}
 
@@ -36,7 +38,7 @@ def story(operator: None) -> dict[str, Any]:
     }
     resource = {
         "apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereDeployment",
-        "metadata": {"name": NAME}, "spec": kube.small_engine(spec),
+        "metadata": {"name": NAME}, "spec": SITE.spec(spec),
     }  # fmt: skip
     kube.apply(resource, namespace=NAMESPACE)
     return resource
@@ -46,9 +48,13 @@ def condition(kind: str) -> dict[str, Any]:
     return kube.condition(kube.get("sere", NAME, NAMESPACE), kind)
 
 
+def state(pod: dict[str, Any]) -> dict[str, Any]:
+    return kube.get_json(f"{SITE.pod(pod)}/sere")
+
+
 def digests() -> dict[str, str]:
     """What each serving pod itself says it runs."""
-    return {pod["metadata"]["name"]: kube.in_pod(pod, "/sere")["policyDigest"] for pod in kube.pods(NAME, NAMESPACE)}
+    return {pod["metadata"]["name"]: state(pod)["policyDigest"] for pod in kube.pods(NAME, NAMESPACE)}
 
 
 def identities() -> list[tuple[str, int]]:
@@ -62,20 +68,20 @@ def set_routing(**routing: object) -> None:
 
 
 def traffic(prompts: list[str]) -> Traffic:
-    return Traffic(kube.service_address(NAME, NAMESPACE), NAME, prompts, concurrency=4)
+    return Traffic(SITE.service(NAME), NAME, prompts, concurrency=4)
 
 
 def test_operator_pod_is_unprivileged(operator: None) -> None:
-    (pod,) = kube.items("pods", kube.SYSTEM, "app.kubernetes.io/component=operator")
+    (pod,) = kube.items("pods", SITE.system, OPERATOR)
     assert pod["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"]
     user = kube.kubectl(
-        "exec", "-n", kube.SYSTEM, pod["metadata"]["name"], "--", "python3", "-c", "import os; print(os.getuid())"
+        "exec", "-n", SITE.system, pod["metadata"]["name"], "--", "python3", "-c", "import os; print(os.getuid())"
     )
     assert int(user) != 0
 
 
 def test_operator_cannot_read_secrets(operator: None) -> None:
-    account = f"system:serviceaccount:{kube.SYSTEM}:sere-operator"
+    account = f"system:serviceaccount:{SITE.system}:sere-operator"
     for verb, kind in (("get", "secrets"), ("patch", "seredeployments.serving.sere.dev"), ("create", "pods")):
         done = subprocess.run(
             ["kubectl", "auth", "can-i", verb, kind, "--as", account, "-n", NAMESPACE],
@@ -91,11 +97,8 @@ def test_ready_means_a_real_token_through_the_service(story: dict[str, Any]) -> 
     kube.kubectl("wait", f"sere/{NAME}", "-n", NAMESPACE, "--for=condition=Ready", "--timeout=10s")
     assert len(kube.pods(NAME, NAMESPACE)) == 2
     assert set(digests().values()) == {"exact"}
-    address, port = kube.service_address(NAME, NAMESPACE)
     body = json.dumps({"model": NAME, "prompt": "1+1=", "max_tokens": 2, "temperature": 0}).encode()
-    request = urllib.request.Request(
-        f"http://{address}:{port}/v1/completions", body, headers={"Content-Type": "application/json"}
-    )
+    request = urllib.request.Request(f"{SITE.service(NAME)}/v1/completions", body, headers={"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         assert json.loads(answer.read())["usage"]["completion_tokens"] >= 1
     shown = kube.kubectl("get", "sere", NAME, "-n", NAMESPACE)
@@ -127,21 +130,21 @@ def test_policy_is_switched_hot_canary_first(story: dict[str, Any], prompts: lis
     status = (kube.get("sere", NAME, NAMESPACE) or {})["status"]
     assert status["policy"]["stable"] == digest
     for pod in kube.pods(NAME, NAMESPACE):
-        counters = kube.in_pod(pod, "/sere")["counters"]
+        counters = state(pod)["counters"]
         assert any(key.startswith(digest) and value["calls"] > 0 for key, value in counters.items()), counters
 
 
 def test_kill_switch_works_with_the_operator_down(story: dict[str, Any], prompts: list[str]) -> None:
     before, (policy,) = identities(), set(digests().values())
-    kube.kubectl("scale", "-n", kube.SYSTEM, "deploy/sere-operator", "--replicas=0")
-    kube.wait_for("the operator's end", lambda: not kube.items("pods", kube.SYSTEM), 90)
+    kube.kubectl("scale", "-n", SITE.system, "deploy/sere-operator", "--replicas=0")
+    kube.wait_for("the operator's end", lambda: not kube.items("pods", SITE.system, OPERATOR), 90)
     with traffic(prompts) as client:
         began = time.monotonic()
         kube.kubectl("sere", "exact", NAME, "-n", NAMESPACE)
         kube.wait_for("exact routing on every pod", lambda: set(digests().values()) == {"exact"}, 60, every_s=0.2)
         print(f"exact on both pods after {time.monotonic() - began:.1f} s")
-        kube.kubectl("scale", "-n", kube.SYSTEM, "deploy/sere-operator", "--replicas=1")
-        kube.kubectl("rollout", "status", "-n", kube.SYSTEM, "deploy/sere-operator", "--timeout=240s", timeout_s=250)
+        kube.kubectl("scale", "-n", SITE.system, "deploy/sere-operator", "--replicas=1")
+        kube.kubectl("rollout", "status", "-n", SITE.system, "deploy/sere-operator", "--timeout=240s", timeout_s=250)
         kube.wait_for("the operator's word", lambda: condition("PolicyApplied").get("reason") == "Overridden", 150)
         assert set(digests().values()) == {"exact"}, "the operator undid the kill switch"
         kube.kubectl("sere", "exact", NAME, "--off", "-n", NAMESPACE)
@@ -159,4 +162,4 @@ def test_deletion_leaves_nothing(story: dict[str, Any]) -> None:
         return [f"{one['kind']} {one['metadata']['name']}" for one in found]
 
     kube.wait_for(f"the end of {left()}", lambda: not left(), 150)
-    subprocess.run(["kubectl", "get", "pods", "-n", kube.SYSTEM], check=True)
+    subprocess.run(["kubectl", "get", "pods", "-n", SITE.system], check=True)

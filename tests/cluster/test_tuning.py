@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from demo import kube
+from demo import kube, site
 from demo.traffic import Traffic
 
-NAMESPACE = "default"
+SITE = site.current()
+NAMESPACE = SITE.namespace
 NAME = "demo"
 
 pytestmark = pytest.mark.timeout(1800)
@@ -20,13 +21,17 @@ pytestmark = pytest.mark.timeout(1800)
 def tuned(operator: None) -> dict[str, Any]:
     """The demo's sample: one serving engine and one tuning engine."""
     resource = yaml.safe_load((kube.ROOT / "manifests/samples/demo.yaml").read_text())
-    resource["spec"] = kube.small_engine(resource["spec"])
+    resource["spec"] = SITE.spec(resource["spec"])
     kube.apply(resource, namespace=NAMESPACE)
     return resource
 
 
 def condition(kind: str) -> dict[str, Any]:
     return kube.condition(kube.get("sere", NAME, NAMESPACE), kind)
+
+
+def state(pod: dict[str, Any]) -> dict[str, Any]:
+    return kube.get_json(f"{SITE.pod(pod)}/sere")
 
 
 def job() -> dict[str, Any]:
@@ -38,7 +43,7 @@ def test_ready_does_not_wait_for_tuning(tuned: dict[str, Any]) -> None:
     kube.wait_for("Ready", lambda: condition("Ready").get("status") == "True", 1200, every_s=2)
     assert condition("Tuned").get("status") != "True"
     (pod,) = kube.pods(NAME, NAMESPACE)
-    assert kube.in_pod(pod, "/sere")["policyDigest"] == "exact"
+    assert state(pod)["policyDigest"] == "exact"
 
 
 def test_tuning_ends_in_a_certified_profile(tuned: dict[str, Any]) -> None:
@@ -57,13 +62,13 @@ def test_profile_reaches_the_pod_hot(tuned: dict[str, Any], prompts: list[str]) 
     """One pod alone: the stable policy and the candidate take turns on it. It never restarts, and no request fails."""
     (pod,) = kube.pods(NAME, NAMESPACE)
     before = kube.identity(pod)
-    with Traffic(kube.service_address(NAME, NAMESPACE), NAME, prompts, concurrency=8, tokens=16) as client:
+    with Traffic(SITE.service(NAME), NAME, prompts, concurrency=8, tokens=16) as client:
         kube.wait_for("the profile's policy", lambda: condition("PolicyApplied").get("status") == "True", 900, every_s=1)
     assert client.errors == 0, client.causes
     (pod,) = kube.pods(NAME, NAMESPACE)
     assert kube.identity(pod) == before
     profile = kube.get("sereprof", job()["status"]["profile"], NAMESPACE) or {}
-    running = kube.in_pod(pod, "/sere")
+    running = state(pod)
     assert running["policy"] == profile["spec"]["policy"]
     assert running["policyDigest"] == (kube.get("sere", NAME, NAMESPACE) or {})["status"]["policy"]["stable"] != "exact"
     assert condition("Tuned")["status"] == "True"
@@ -71,11 +76,11 @@ def test_profile_reaches_the_pod_hot(tuned: dict[str, Any], prompts: list[str]) 
 
 def test_deleting_the_tuning_job_never_touches_traffic(tuned: dict[str, Any], prompts: list[str]) -> None:
     (pod,) = kube.pods(NAME, NAMESPACE)
-    before = kube.in_pod(pod, "/sere")["policyDigest"]
-    with Traffic(kube.service_address(NAME, NAMESPACE), NAME, prompts, concurrency=2) as client:
+    before = state(pod)["policyDigest"]
+    with Traffic(SITE.service(NAME), NAME, prompts, concurrency=2) as client:
         kube.kubectl("delete", "seretune", "--all", "-n", NAMESPACE, "--timeout=60s")
         kube.wait_for("traffic", lambda: client.requests > 30, 60)
     assert client.errors == 0, client.causes
     assert kube.identity(kube.pods(NAME, NAMESPACE)[0]) == kube.identity(pod)
-    assert kube.in_pod(pod, "/sere")["policyDigest"] == before
+    assert state(pod)["policyDigest"] == before
     kube.kubectl("delete", "sere", NAME, "-n", NAMESPACE, "--timeout=60s")

@@ -47,16 +47,16 @@ class Engine(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def address() -> Iterator[tuple[str, int]]:
+def address() -> Iterator[str]:
     server = http.server.HTTPServer(("127.0.0.1", 0), Engine)
     Engine.served = Engine.bad = 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield ("127.0.0.1", server.server_port)
+    yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
 
 
-def test_every_kind_of_failure_counts(address: tuple[str, int]) -> None:
+def test_every_kind_of_failure_counts(address: str) -> None:
     with Traffic(address, "m", ["a", "b"], concurrency=2) as client:
         until = time.monotonic() + 20
         while Engine.bad < 6 and time.monotonic() < until:
@@ -67,7 +67,7 @@ def test_every_kind_of_failure_counts(address: tuple[str, int]) -> None:
 
 
 def test_nobody_there_is_an_error() -> None:
-    with Traffic(("127.0.0.1", 9), "m", ["a"], concurrency=1) as client:
+    with Traffic("http://127.0.0.1:9", "m", ["a"], concurrency=1) as client:
         time.sleep(0.1)
     assert client.errors == client.requests > 0
 
