@@ -67,11 +67,11 @@ def _check_power(run: Run, ladder: Sequence[Rung]) -> None:
     if run.advisory or not ladder or max(rung.power for rung in ladder) >= _HOPELESS:
         return
     rung = max(ladder, key=lambda r: r.power)
-    needed = stats.items_needed(rung.discordance, rung.drop, run.max_drop, run.spec.accuracy.alpha)
+    needed = stats.items_needed(rung.discordance, rung.drop, run.max_drop, run.alpha)
     wanted = f"about {needed:,} items are needed" if needed else "no number of items is enough at this drop"
     raise planner.CannotCertifyError(
         f"the search saw {rung.discordance:.1%} of items differ under {rung.describe}, with a drop near {rung.drop * 100:.2f} "
-        f"points: {len(run.cert):,} held-out items certify {run.max_drop * 100:g} points with a chance of {rung.power:.0%} only, "
+        f"points: {run.cert_items:,} held-out items certify {run.max_drop * 100:g} points with a chance of {rung.power:.0%} only, "
         f"{wanted}. They were left unopened; give more items, widen accuracy.maxDropPoints, or add --advisory"
     )
 
@@ -87,12 +87,11 @@ def declare(run: Run, index: int, rung: Rung) -> dict[str, int]:
     rate = load.requests_per_second or pace["rate"] * max(1.0, rung.speedup)
     share = run.traffic.labelled_share
     alpha = float(run.study.get("alpha", run.spec.accuracy.alpha))
-    usable = min(len(run.cert), run.spec.certify.items or len(run.cert))
-    needed = stats.items_needed(rung.discordance, rung.drop, run.max_drop, alpha) or usable
-    requests = planner.block_requests(run.spec, rate, pace["residence"], share, min(needed, usable))
+    needed = stats.items_needed(rung.discordance, rung.drop, run.max_drop, alpha) or run.cert_items
+    requests = planner.block_requests(run.spec, rate, pace["residence"], share, min(needed, run.cert_items))
     per_block = max(1, round(requests * share))
     blocks = run.spec.certify.pairs * len(load.levels)
-    plan = {"items": min(usable, per_block * blocks), "perBlock": per_block}
+    plan = {"items": min(run.cert_items, per_block * blocks), "perBlock": per_block}
     run.study.put(f"plan.{index}", plan)
     return plan
 

@@ -73,8 +73,7 @@ def freeze_ladder(run: Run) -> list[Rung]:
     model = fitted_model(run, space, run.spec.search.seed)
     noise = noise_discordance(run)
     allowed = _allowed(run, space, model)
-    items, alpha = len(run.cert), run.spec.accuracy.alpha
-    picks = pick_ladder(model, run.max_drop, run.spec.search.rungs, noise, allowed, items=items, alpha=alpha)
+    picks = pick_ladder(model, run.max_drop, run.spec.search.rungs, noise, allowed, items=run.cert_items, alpha=run.alpha)
     ladder = [_rung(run, space, model, fraction, candidate) for fraction, candidate in picks]
     if ladder or not run.study.get("searchEnded"):  # a search cut short may go on with a raised budget
         run.study.put("ladder", [rung.to_dict() for rung in ladder])
@@ -86,10 +85,9 @@ def _rung(run: Run, space: Space, model: MonotoneModel, fraction: float, candida
     index = [model.choices.index(choice) for choice in candidate.table]
     drops = np.mean([model.drop(b)[:, i] for b, i in enumerate(index)], axis=0)
     excess = np.mean([model.excess(b)[:, i] for b, i in enumerate(index)], axis=0)
-    n = len(run.cert)
     some = np.linspace(0, len(drops) - 1, 24).astype(int)
     chance = [
-        stats.power(n, noise_discordance(run) + float(excess[i]), float(drops[i]), run.max_drop, run.spec.accuracy.alpha)
+        stats.power(run.cert_items, noise_discordance(run) + float(excess[i]), float(drops[i]), run.max_drop, run.alpha)
         for i in some
     ]
     return Rung(

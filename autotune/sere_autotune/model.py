@@ -10,9 +10,11 @@ with m = minShare, which acts on what S keeps beyond the first expert: the large
 (cM) and what they were worth (bM) is learnt apart, since those of least weight go first. Both are there only where minShare
 is searched.
 
-Discordant items are Poisson with mean n (d0 + e), losses among them binomial, log speed-ups normal. The slopes are
-shared, so 12 trials of 500 items are enough to rank. Posterior draws come from differential-evolution MCMC
-(C. ter Braak, Statistics and Computing 16 (2006) 239), which needs no tuning. Facts page "statistics", section Search.
+Discordant items are Poisson with mean n (d0 + e), losses among them binomial. Log speed-ups scatter around g by sigma, which
+is learnt too: a few percent on a quiet machine, a third beside noisy neighbours; taken for a few percent there, one lucky
+block is believed, and the posterior is so steep that its draws do not mix. The slopes are shared, so 12 trials of 500 items are
+enough to rank. Posterior draws come from differential-evolution MCMC (C. ter Braak, Statistics and Computing 16 (2006) 239),
+which needs no tuning. Facts page "statistics", section Search.
 """
 
 from __future__ import annotations
@@ -30,8 +32,7 @@ Floats = NDArray[np.float64]
 
 _CHAINS, _STEPS, _KEPT = 64, 400, 5
 _CELLS = 400
-_SPEED_NOISE = 0.04  # of a trial's log speed-up; short blocks on a busy machine are no better
-_SCALARS = 5  # log bS, log bR, logit q, log cS, log cR; then log bM and log cM where minShare is searched
+_SCALARS = 6  # log bS, log bR, logit q, log cS, log cR, log sigma; then log bM and log cM where minShare is searched
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,9 @@ class MonotoneModel:
 
     # Priors: medians and spreads (log scale) chosen wide; at S = 1 without protection 5 % of items differ, 1.4x speed.
     # bM and cM: near what oea does at S = 2 in docs/policies.md, where minShare 0.5 is half of the way to S = 1 in active experts.
-    _MEDIANS = np.array([0.0, 1.0, 0.5, -0.5, 0.0, 0.0, 0.3])
-    _SPREADS = np.array([0.6, 0.8, 1.0, 0.6, 0.8, 0.6, 0.6])
+    # sigma: 5 %, within a factor of 2.7 two times of three.
+    _MEDIANS = np.array([0.0, 1.0, 0.5, -0.5, 0.0, -3.0, 0.0, 0.3])
+    _SPREADS = np.array([0.6, 0.8, 1.0, 0.6, 0.8, 1.0, 0.6, 0.6])
 
     def _prior_draws(self, rng: np.random.Generator, count: int) -> Floats:
         cells = len(self.kinds) * self.buckets
@@ -196,9 +198,11 @@ class MonotoneModel:
         loss_rate = data.n * (self.floor / 2 + excess * (1 + q) / 2)
         gain_rate = data.n * (self.floor / 2 + excess * (1 - q) / 2)
         found = found + (data.losses * np.log(loss_rate) - loss_rate + data.gains * np.log(gain_rate) - gain_rate).sum(axis=1)
-        off = np.where(np.isnan(data.speed), 0.0, (self._speed(x, data.features) - np.nan_to_num(data.speed)) / _SPEED_NOISE)
+        measured = ~np.isnan(data.speed)
+        log_sigma = x[:, 5:6]
+        off = (self._speed(x, data.features) - np.nan_to_num(data.speed)) / np.exp(log_sigma)
         # Heavy tails: one block beside a noisy neighbour must not outvote the others.
-        return np.asarray(found - 2.5 * np.log1p(off**2 / 4).sum(axis=1))
+        return np.asarray(found - (measured * (log_sigma + 2.5 * np.log1p(off**2 / 4))).sum(axis=1))
 
 
 def _sigmoid(x: Floats) -> Floats:

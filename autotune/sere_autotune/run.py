@@ -60,6 +60,8 @@ class Run:
     similarity_digest: str | None = None
     facts: EngineFacts | None = None
     advisory: bool = False
+    cert_items: int = 0  # what a certificate may use of `cert`,
+    alpha: float = 0.05  # and its level, after what earlier studies spent on them: the plan's
     timings: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -166,7 +166,7 @@ def tune(
         with contextlib.closing(Meter(study, budget)) as meter:
             engine = make_engine(spec, str(similarity) if similarity else None, meter.engine)
             run = Run(spec, study, engine, budget, Traffic(spec.workload, prepared.items), prepared.search, prepared.cert, report)
-            run.advisory = advisory
+            run.advisory, run.cert_items, run.alpha = advisory, prepared.plan.cert_items, prepared.plan.alpha
             run.similarity_digest = digest
             try:
                 outcome = _run(run, ledger, prepared, only)
@@ -291,7 +291,7 @@ def _probe(run: Run, policy: Policy) -> list[Rung]:
     from sere_autotune.measures import objective
     from sere_autotune.stats import power
 
-    chance = power(len(run.cert), d, drop, run.max_drop, run.spec.accuracy.alpha)
+    chance = power(run.cert_items, d, drop, run.max_drop, run.alpha)
     speed = objective(exact) / objective(levels, [level.latency_ms["tpot"]["p50"] for level in exact])
     # One small probe says little of the drop: the certificate decides, so it is never refused from this.
     rung = Rung(policy.to_json_dict(), policy.describe(), 1.0, min(drop, run.max_drop / 2), d, speed, max(chance, 0.5))

@@ -262,6 +262,15 @@ def test_certify_alone_takes_a_policy(tmp_path: Path, items: Path) -> None:
     assert "points, p = " in finished.outcome.message
 
 
+def test_a_rungs_power_is_that_of_the_items_which_may_be_used(tmp_path: Path, items: Path) -> None:
+    good = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 3}]})
+    powers = []
+    for count in (None, 200):
+        spec = spec_for(tmp_path / f"{count}" / "out", items, accuracy__maxDropPoints=2, search__rungs=1, certify__items=count)
+        powers.append(run(spec, PlantedEngine(), only=good).summary["ladder"][0]["power"])
+    assert powers[0] > 0.9 > 0.7 > powers[1], powers
+
+
 @pytest.mark.parametrize("sampler", ["model", "tpe", "random"])
 def test_every_sampler_tells_the_same_constraints_for_every_trial(tmp_path: Path, items: Path, sampler: str) -> None:
     run(spec_for(tmp_path / "out", items, search__sampler=sampler), PlantedEngine())
