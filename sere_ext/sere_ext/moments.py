@@ -23,8 +23,8 @@ from sere_ext.similarity import Metric
 
 HALVES = 2
 _DOUBLE_BYTES = 8
-# Values of one expert per product: float32 adds up no more of them at a time, and what is made of a block stays in the cache.
-_BLOCK_VALUES = {"cpu": 1 << 17, "cuda": 1 << 20}
+_SUM_VALUES = 1 << 17  # of one expert that float32 adds up at a time
+_COPY_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of outputs that are scaled or centred at a time: a core's share of cache
 # Squared distance as a share of the squared norms it comes from: float32 products keep about 2e-7 / share of a distance.
 _ALIKE = 0.1  # below it the experts' mean is taken off first
 _CLOSE = 1e-3  # below it even then the pair's distance is summed directly
@@ -71,16 +71,23 @@ class GramMoments:
         self._centred = False  # whether this layer's experts were once so alike that their mean is taken off
 
     def add(self, outputs: Any, half: int) -> None:
-        _, tokens, hidden = outputs.shape
-        block = max(1, _BLOCK_VALUES.get(outputs.device.type, _BLOCK_VALUES["cpu"]) // hidden)
-        for start in range(0, tokens, block):
-            part = outputs[:, start : start + block]
+        tokens, start = outputs.shape[1], 0
+        while start < tokens:
+            part = outputs[:, start : start + self._block(outputs)]
+            start += part.shape[1]
             gram = self._products(part)
             if not gram.isfinite().all():  # asked of the products, which are few: nearly always all is well
                 part = _finite(part)
                 gram = self._products(part)
             self._gram[half] += gram
             self.tokens[half] += part.shape[1]
+
+    def _block(self, outputs: Any) -> int:
+        """Tokens of the next block."""
+        experts, _, hidden = outputs.shape
+        copied = self.metric == "cosine" or self._centred
+        values = _COPY_BYTES.get(outputs.device.type, _COPY_BYTES["cpu"]) // (4 * experts) if copied else _SUM_VALUES
+        return max(1, values // hidden)
 
     def _products(self, part: Any) -> Any:
         """float64 [E, E]: this block's share of the Gram matrix."""
