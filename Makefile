@@ -14,7 +14,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
         bench-tune bench-speedup bench-policies bench-ext bench-telemetry soak-switches retrain-model vllm-snapshots crds lock envtest clean
 
 help: ## What can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 setup: $(VENV)/.ready ## Virtual environment with the CPU engine, tuner, operator and test tools, all locked; the CPU kernel
 	@$(PY) -m sere_ext.build > /dev/null  # does nothing where its sources are as they were

@@ -21,7 +21,7 @@ from sere_ext.switch import States, agree, read_states, switch, total_counters
 
 from sere_autotune.load import Block, Load, Request, Sent, run_block
 from sere_autotune.measures import Answer
-from sere_autotune.spec import TuningSpec
+from sere_autotune.spec import TuningSpec, engine_options
 from sere_autotune.stats import DropRejector
 
 START_TIMEOUT_S = 900.0  # large models load for minutes
@@ -215,16 +215,6 @@ def _alike(states: States) -> States:
     raise EngineCrashError(f"the engine's ranks differ in what is in force (engine/rank: policy): {said}")
 
 
-def engine_arguments(spec: TuningSpec) -> list[str]:
-    """What `vllm serve` would be given."""
-    found = ["--model", spec.model, "--tensor-parallel-size", str(spec.engine.tensor_parallel_size)]
-    if spec.revision:
-        found += ["--revision", spec.revision]
-    if spec.engine.max_model_len:
-        found += ["--max-model-len", str(spec.engine.max_model_len)]
-    return [*found, *spec.engine.extra_args]
-
-
 @dataclass
 class WarmEngine:
     """One engine in one actor, started on first use and again after a crash."""
@@ -250,7 +240,11 @@ class WarmEngine:
         if devices:
             options["num_gpus"] = min(self.spec.engine.tensor_parallel_size, devices)
         self.actor = ray.remote(EngineHost).options(**options).remote(os.environ.get("OMP_NUM_THREADS"))
-        state = self._call(self.actor.start.remote(engine_arguments(self.spec), self.similarity), timeout_s, "starting")
+        state = self._call(
+            self.actor.start.remote(["--model", self.spec.model, *engine_options(self.spec)], self.similarity),
+            timeout_s,
+            "starting",
+        )
         self.start_seconds = time.monotonic() - began
         ranks = state["ranks"]
         model = ranks[0]["model"]

@@ -173,7 +173,7 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
         if need.true_some is None:
             continue
         if plan.noise is not None and index == 0:
-            start = f"exact against exact differed on {need.discordance:.2%} of items last time: "
+            start = f"exact against exact is taken to differ on {need.discordance:.2%} of items, from last time: "
         else:
             start = f"at {need.discordance:.0%} difference "
         lines.append(

@@ -13,13 +13,13 @@ _STYLE = """
 :root{--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--paper:#fff;--good:#1a7f37;--bad:#c4392b;--mark:#0969da;--wash:#f6f8fa}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9198a1;--line:#3d444d;--paper:#0d1117;--good:#3fb950;--bad:#f47067;
 --mark:#4493f8;--wash:#151b23}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:62rem;margin:2rem auto;padding:0 1rem}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:66rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:2rem 0 .5rem}p{margin:.4rem 0}.soft{color:var(--soft)}
 .verdict{border-left:4px solid var(--mark);background:var(--wash);padding:.7rem 1rem;margin:1rem 0}
 .verdict.bad{border-color:var(--bad);color:inherit}.verdict.good{border-color:var(--good);color:inherit}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}.scroll{overflow-x:auto}
-th,td{text-align:right;padding:.25rem .6rem;border-bottom:1px solid var(--line);white-space:nowrap}
-th:nth-child(1),td:nth-child(1),.trials :is(th,td):nth-child(2){text-align:left}.trials :is(th,td):last-child{white-space:normal;text-align:left}th{font-weight:600;color:var(--soft)}
+th{white-space:normal;vertical-align:bottom}th,td{text-align:right;padding:.25rem .6rem;border-bottom:1px solid var(--line)}td{white-space:nowrap}
+th:nth-child(1),td:nth-child(1),.w{white-space:normal!important;text-align:left!important}td.w:nth-child(2){min-width:17rem}th{font-weight:600;color:var(--soft)}
 .good{color:var(--good)}.bad{color:var(--bad)}tr.chosen td{font-weight:600}svg{width:100%;height:auto}
 svg text{font:12px system-ui,sans-serif;fill:var(--ink)}svg .soft{fill:var(--soft)}
 """
@@ -36,6 +36,10 @@ def _points(drop_points: float) -> str:
     return f"{-drop_points if abs(drop_points) >= 0.005 else 0.0:+.2f}"
 
 
+def _plural(points: float) -> str:
+    return f"{points:g} point{'' if points == 1 else 's'}"
+
+
 def _number(value: Any, form: str = ".2f", unit: str = "") -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
@@ -44,7 +48,7 @@ def _number(value: Any, form: str = ".2f", unit: str = "") -> str:
 
 def render(summary: dict[str, Any]) -> str:
     """The whole page."""
-    title = f"SERE tuning of {summary['model'].rstrip('/').rsplit('/', 1)[-1]}"
+    title = f"SERE tuning of {'/'.join(summary['model'].rstrip('/').split('/')[-2:])}"
     parts = [
         f"<h1>{_e(title)}</h1>",
         f"<p class=soft>{_e(summary['condition'])} · {len(summary['trials'])} trials · "
@@ -54,7 +58,7 @@ def render(summary: dict[str, Any]) -> str:
         "<h2>Speed against accuracy, as the search saw it</h2>",
         pareto_svg(summary),
         "<p class=soft>The search ranks on few items and decides nothing; only the certificate above does. "
-        "The stepped line joins the trials that no other beats in both.</p>",
+        "The stepped line joins the trials within all limits that no other of them beats in both.</p>",
         _ladder(summary),
         _trials(summary),
         _noise(summary),
@@ -94,7 +98,7 @@ def _certificate(summary: dict[str, Any]) -> str:
         rows.append([f"{metric.upper()} {name}", _number(exact, ".2f", " ms"), _number(chosen, ".2f", " ms"),
                      _number(bound, "g", " ms"), faster])  # fmt: skip
     rows.append(["accuracy", f"{result['exact_accuracy']:.2%}", f"{result['chosen_accuracy']:.2%}",
-                 f"-{summary['accuracy']['maxDropPoints']:g} points", f"{(result['chosen_accuracy'] - result['exact_accuracy']) * 100:+.2f} points"])  # fmt: skip
+                 f"at most {_plural(summary['accuracy']['maxDropPoints'])} lost", f"{(result['chosen_accuracy'] - result['exact_accuracy']) * 100:+.2f} points"])  # fmt: skip
     rows.append(
         ["active experts", _number(result["active_before"], ".1f"), _number(result["active_after"], ".1f"), "", "per layer, step"]
     )
@@ -108,18 +112,34 @@ def _certificate(summary: dict[str, Any]) -> str:
         f"alpha = {result['alpha']:.3g}; the drop is at most {result['upper_bound'] * 100:.2f} points at this confidence. "
         f"Speed-ups are exact / chosen at {summary['condition']}, with t intervals from paired blocks."
     )
-    return "<h2>Certificate</h2>" + _table(["", "exact", "chosen", "limit", "difference"], rows) + f"<p class=soft>{_e(note)}</p>"
+    return (
+        "<h2>Certificate</h2>"
+        + _table(["", "exact", "chosen", "limit", "difference"], rows, words=frozenset({4}))
+        + f"<p class=soft>{_e(note)}</p>"
+    )
 
 
 def _table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None, raw: frozenset[int] = frozenset()
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    marked: int | None = None,
+    raw: frozenset[int] = frozenset(),
+    words: frozenset[int] = frozenset(),
 ) -> str:
+    """A table of text.
+
+    Args:
+        marked: row that is set off.
+        raw: columns that are HTML already.
+        words: columns of words, which wrap; the others are figures.
+    """
+    kind = ["class=w" if column in words else "" for column in range(len(head))]
     cells = []
     for index, row in enumerate(rows):
-        shown = "".join(f"<td>{cell if column in raw else _e(cell)}</td>" for column, cell in enumerate(row))
+        shown = "".join(f"<td {kind[column]}>{cell if column in raw else _e(cell)}</td>" for column, cell in enumerate(row))
         cells.append(f"<tr{' class=chosen' if index == marked else ''}>{shown}</tr>")
     return (
-        f"<div class='scroll trials'><table><thead><tr>{''.join(f'<th>{_e(h)}</th>' for h in head)}</tr></thead>"
+        f"<div class=scroll><table><thead><tr>{''.join(f'<th {k}>{_e(h)}</th>' for h, k in zip(head, kind, strict=True))}</tr></thead>"
         f"<tbody>{''.join(cells)}</tbody></table></div>"
     )
 
@@ -137,7 +157,12 @@ def _ladder(summary: dict[str, Any]) -> str:
                      measured, verdict, result["reason"] if result else ""])  # fmt: skip
     head = ["rung", "policy", "predicted points", "predicted speed", "chance", "measured points", "verdict", "reason"]
     chosen = None if summary["chosenRung"] is None else summary["chosenRung"] - 1
-    return "<h2>Ladder, frozen before the held-out items were opened</h2>" + _table(head, rows, chosen, frozenset({6}))
+    note = (
+        "A rung is a policy of those that the search could have tried, picked by a model fitted to all trials: it need not have been a "
+        "trial itself. Chance: that the held-out items certify it, as predicted."
+    )
+    table = _table(head, rows, chosen, raw=frozenset({6}), words=frozenset({1, 7}))
+    return f"<h2>Ladder, frozen before the held-out items were opened</h2>{table}<p class=soft>{note}</p>"
 
 
 def _trials(summary: dict[str, Any]) -> str:
@@ -151,9 +176,10 @@ def _trials(summary: dict[str, Any]) -> str:
             state += f" <span class=soft>({_e(trial['stopped'])})</span>"
         active = trial["levels"][0]["active_after"] if trial["levels"] else None
         rows.append([str(trial["number"]), trial["policy"], _number(trial["tpotMs"]), _number(trial["accuracy"], ".2%"),
-                     _points(trial["dropPoints"]), f"{trial['differShare']:.1%}", _number(active, ".1f"), str(trial["items"]), state])  # fmt: skip
+                     _points(trial["dropPoints"]), f"{trial['differShare']:.1%}", _number(active, ".1f"), str(trial["items"] or "–"), state])  # fmt: skip
     head = ["trial", "policy", "mean TPOT ms", "accuracy", "points", "answers differ", "experts", "items", ""]
-    return "<h2>Trials</h2>" + _table(head, rows, raw=frozenset({8}))
+    note = "<p class=soft>Points and items: against exact routing's answers in trial 0 to the same items.</p>"
+    return "<h2>Trials</h2>" + _table(head, rows, raw=frozenset({8}), words=frozenset({1, 8})) + note
 
 
 def _noise(summary: dict[str, Any]) -> str:
@@ -209,13 +235,14 @@ def pareto_svg(summary: dict[str, Any]) -> str:
     parts.append(
         f'<line x1={px(budget):.1f} y1={_TOP} x2={px(budget):.1f} y2={_H - _BOTTOM} stroke="var(--bad)" stroke-dasharray="5 4"/>'
     )
-    parts.append(f'<text x={px(budget) + 5:.1f} y={_TOP + 12} style="fill:var(--bad)">budget {budget:g} points</text>')
+    parts.append(f'<text x={px(budget) + 5:.1f} y={_TOP + 12} style="fill:var(--bad)">budget {_plural(budget)}</text>')
     for name, value in shown:
         parts.append(
             f'<line x1={_LEFT} y1={py(value):.1f} x2={_W - _RIGHT} y2={py(value):.1f} stroke="var(--bad)" stroke-dasharray="5 4"/>'
         )
         parts.append(f'<text x={_LEFT + 6} y={py(value) - 5:.1f} style="fill:var(--bad)">{_e(name)} {value:g} ms</text>')
-    front = pareto(list(zip(xs, ys, strict=True)))
+    good = [i for i, trial in enumerate(trials) if trial["feasible"]]
+    front = [good[i] for i in pareto([(xs[i], ys[i]) for i in good])]
     if len(front) > 1:
         steps = " ".join(f"{px(xs[b]):.1f},{py(ys[a]):.1f} {px(xs[b]):.1f},{py(ys[b]):.1f}" for a, b in itertools.pairwise(front))
         first = f"{px(xs[front[0]]):.1f},{py(ys[front[0]]):.1f}"

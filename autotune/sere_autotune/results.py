@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from sere_autotune.outcome import Ending, Outcome
 from sere_autotune.planner import percent
 from sere_autotune.report import render
 from sere_autotune.run import Run
-from sere_autotune.spec import TuningSpec
+from sere_autotune.spec import TuningSpec, engine_options
 from sere_autotune.study import TuningStudy
 
 GOLDEN_PROMPTS = 24
@@ -237,7 +238,7 @@ def build_summary(run: Run, outcome: Outcome, profile: Profile | None) -> dict[s
         "spent": {"deviceHours": spent.get("deviceSeconds", 0.0) / 3600, "wallSeconds": spent.get("wallSeconds", 0.0)},
         "seconds": study.get("seconds", {}), "pace": study.get("pace"),
         "budget": {"deviceHours": spec.search.device_hours, "wallMinutes": spec.search.wall_minutes, "trials": spec.search.trials},
-        "profile": profile.to_json_dict() if profile else None, "out": str(study.out),
+        "profile": profile.to_json_dict() if profile else None, "out": str(study.out), "serve": serve_line(spec, study.out),
     }  # fmt: skip
 
 
@@ -280,7 +281,15 @@ def lines(summary: dict[str, Any]) -> str:
         found.append(
             f"experts     {result['active_before']:>6.1f}     {result['active_after']:>6.1f}              active per layer and step"
         )
-    return "\n".join([*found, *_not_taken(summary), report])
+    if rung["describe"] not in {trial["policy"] for trial in summary["trials"]}:
+        found.append(f"Picked   by a model of all {len(summary['trials'])} trials, none of which was this policy")
+    return "\n".join([*found, *_not_taken(summary), report, f"Serve    {summary['serve']}"])
+
+
+def serve_line(spec: TuningSpec, out: Path) -> str:
+    """The command that serves the profile by the engine that it was measured on."""
+    command = shlex.join(["sere", "serve", spec.model, *engine_options(spec)])
+    return f"SERE_PROFILE={shlex.quote(str(out / 'profile.json'))} {command}"
 
 
 def _not_taken(summary: dict[str, Any]) -> list[str]:

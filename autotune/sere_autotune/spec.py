@@ -307,3 +307,13 @@ class TuningSpec(Record):
         for field, path in self.input_files():
             if not Path(path).is_file():
                 raise UsageError(f"{field}: no file at {path}; check the path (it is taken from the folder you are in)")
+
+
+def engine_options(spec: TuningSpec) -> list[str]:
+    """What `vllm serve MODEL` would be given."""
+    found = ["--tensor-parallel-size", str(spec.engine.tensor_parallel_size)] if spec.engine.tensor_parallel_size > 1 else []
+    if spec.revision:
+        found += ["--revision", spec.revision]
+    if spec.engine.max_model_len:
+        found += ["--max-model-len", str(spec.engine.max_model_len)]
+    return [*found, *spec.engine.extra_args]

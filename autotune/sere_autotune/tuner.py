@@ -155,6 +155,7 @@ def tune(
         stored = study.get("outcome")
         if stored and Outcome.from_dict(stored).ending is not Ending.BUDGET:
             # What a finished study found does not change; only a spent budget can be raised.
+            report.stage("this study has ended; --fresh begins anew", spec.search.trials)
             return results.finish(Run(spec, study, _NoEngine(), budget, Traffic(spec.workload, prepared.items),
                                       prepared.search, prepared.cert, report), Outcome.from_dict(stored))  # fmt: skip
         if prepared.source.origin is calibration.Origin.CALIBRATED:

@@ -38,7 +38,7 @@ class Cluster:
             _, active = config.list_kube_config_contexts()
             default = ((active if context is None else _context(config, context)).get("context") or {}).get("namespace")
         except config.ConfigException as error:
-            raise UsageError(f"no usable kubeconfig: {error}; set KUBECONFIG or --context") from error
+            raise UsageError(f"no usable kubeconfig: {str(error).rstrip('.')}; set KUBECONFIG or --context") from error
         configuration.retries = 1
         try:
             dynamic = DynamicClient(client.ApiClient(configuration=configuration))

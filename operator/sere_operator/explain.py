@@ -79,10 +79,8 @@ def _what_runs(deployment: Object, config_map: Object | None) -> list[str]:
     sentences = [f"{what}, {source}."]
     status = deployment.get("status") or {}
     if status.get("speedup"):
-        figures = (
-            f"{status['speedup']} faster, accuracy {status.get('accuracy', '?')} points, TPOT p95 {status.get('tpotP95', '?')}"
-        )
-        sentences.append(f"As certified it is {figures}.")
+        figures = f"accuracy {status.get('accuracy', '?')} points, TPOT p95 {status.get('tpotP95', '?')}, {status['speedup']} the speed of exact routing"
+        sentences.append(f"Its certificate measured: {figures}.")
     return sentences
 
 

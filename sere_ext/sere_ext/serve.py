@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from sere_ext.errors import UnsupportedError, UsageError
 from sere_ext.settings import CONTROL_PLUGIN, GENERAL_PLUGIN
@@ -66,6 +67,14 @@ def check_port(arguments: Sequence[str]) -> None:
             raise UsageError(f"port {text} cannot be used on {where} ({error.strerror}); choose another with --port") from error
 
 
+def check_model(arguments: Sequence[str]) -> None:
+    """Raise UsageError for a folder that is not there; vLLM would take it for a name of the hub and end with a traceback."""
+    model = option(arguments, "--model") or next(iter(arguments), "")
+    looks_local = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1  # a hub name has one slash at most
+    if looks_local and "://" not in model and not Path(model).expanduser().exists():
+        raise UsageError(f"there is no folder {model} (from {Path.cwd()}); check its spelling")
+
+
 def check_config(arguments: Sequence[str]) -> None:
     """Raise UsageError for settings that every worker would refuse after loading the model (rho of 7, a missing file)."""
     from sere_ext.settings import resolve
@@ -94,6 +103,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UnsupportedError("vLLM is not installed; `pip install 'sere[vllm]'`, or the CPU engine's lock file")
     if not {"-h", "--help", "--version"} & {argument.partition("=")[0] for argument in arguments}:
         check_port(arguments)
+        check_model(arguments)
         check_config(arguments)
     groups = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
     others = sorted({entry.name for group in groups for entry in entry_points(group=group)})

@@ -35,7 +35,7 @@ def test_a_stored_noise_floor_and_pace_are_used(tmp_path: Path) -> None:
     Ledger(ready.out).note(ready.config_digest, noise=0.009, pace={"rate": 50.0, "residence": 0.3, "startSeconds": 31.0})
     again = tuner.prepare(ready.spec)
     text = planner.describe(again.plan, again.spec)
-    assert "exact against exact differed on 0.90% of items last time" in text
+    assert "exact against exact is taken to differ on 0.90% of items, from last time" in text
     assert "start about 31 s" in text
     assert "at the pace of the last run" in text
 

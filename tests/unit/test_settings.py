@@ -11,7 +11,7 @@ import pytest
 from sere_ext.errors import PolicyError, SimilarityError, UnsupportedError, UsageError
 from sere_ext.plugin import check_engine_version
 from sere_ext.policy import Policy
-from sere_ext.serve import check_config, check_port, environment, option
+from sere_ext.serve import check_config, check_model, check_port, environment, option
 from sere_ext.settings import Settings, resolve
 
 TOPK: dict[str, Any] = {"buckets": [{"minTokens": 8, "kind": "topk", "S": 2}]}
@@ -105,6 +105,17 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded() -> None:
     check_port(["m", "--host", "127.0.0.1", "--port", "0"])
     with pytest.raises(UsageError, match="--port http is no port"):
         check_port(["m", "--port", "http"])
+
+
+@pytest.mark.parametrize("given", [["/none/model"], ["./none"], ["runs/a/model"], ["--model", "~/none", "--port", "1"]])
+def test_a_folder_that_is_not_there_is_said_and_not_asked_of_the_hub(given: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"there is no folder \S+ \(from .*\); check its spelling"):
+        check_model(given)
+
+
+def test_names_of_the_hub_and_folders_that_are_there_are_left_to_the_engine(tmp_path: Path) -> None:
+    for given in (["Qwen/Qwen3-30B-A3B"], ["gpt2", "--port", "1"], [str(tmp_path)], ["s3://bucket/a/model"], ["--port", "1"], []):
+        check_model(given)
 
 
 def test_serve_refuses_bad_settings_before_the_model_is_loaded(tmp_path: Path) -> None:
