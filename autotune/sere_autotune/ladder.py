@@ -76,14 +76,13 @@ def pick_ladder(
         alpha: its level.
     """
 
-    def power(b: int) -> NDArray[np.float64]:
-        return stats.rough_power(items, noise + model.excess(b), model.drop(b), max_drop, alpha)
+    powers = [stats.rough_power(items, noise + model.excess(b), model.drop(b), max_drop, alpha) for b in range(model.buckets)]
 
     def mean(of: Callable[[int], NDArray[np.float64]]) -> NDArray[np.float64]:
         return np.stack([of(b).mean(axis=0) for b in range(model.buckets)])
 
-    speeds, drops, excess, chances = mean(model.log_speed), mean(model.drop), mean(model.excess), mean(power)
-    sure = mean(lambda b: power(b) * (model.log_speed(b) > np.log(MIN_SPEEDUP)))
+    speeds, drops, excess, chances = mean(model.log_speed), mean(model.drop), mean(model.excess), mean(powers.__getitem__)
+    sure = mean(lambda b: powers[b] * (model.log_speed(b) > np.log(MIN_SPEEDUP)))
     found: list[tuple[float, Candidate]] = []
     for fraction in FRACTIONS[rungs]:
         usable = allowed

@@ -13,7 +13,7 @@ from typing import Any
 
 from sere_ext.errors import SimilarityError, UsageError
 from sere_ext.policy import Policy
-from sere_ext.similarity import language_config, model_config_digest, read_meta
+from sere_ext.similarity import language_config, model_config_digest, names_folder, read_meta
 
 from sere_autotune import calibration, certify, learned, planner, results, search
 from sere_autotune.budget import Budget
@@ -90,8 +90,7 @@ def read_config(spec: TuningSpec) -> dict[str, object]:
     """The model's config.json, decoded. Raises UsageError if there is none or it has no experts."""
     from sere_ext.artifact import model_config_dict
 
-    looks_local = spec.model.startswith(("/", ".", "~")) or spec.model.count("/") > 1  # a hub name has one slash at most
-    if looks_local and not Path(spec.model).exists():
+    if names_folder(spec.model) and not Path(spec.model).exists():
         raise UsageError(f"model: there is no folder {spec.model} (from {Path.cwd()}); check its spelling")
     try:
         config = model_config_dict(spec.model, spec.revision or None)

@@ -69,9 +69,10 @@ def check_port(arguments: Sequence[str]) -> None:
 
 def check_model(arguments: Sequence[str]) -> None:
     """Raise UsageError for a folder that is not there; vLLM would take it for a name of the hub and end with a traceback."""
+    from sere_ext.similarity import names_folder
+
     model = option(arguments, "--model") or next(iter(arguments), "")
-    looks_local = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1  # a hub name has one slash at most
-    if looks_local and "://" not in model and not Path(model).expanduser().exists():
+    if names_folder(model) and "://" not in model and not Path(model).expanduser().exists():
         raise UsageError(f"there is no folder {model} (from {Path.cwd()}); check its spelling")
 
 

@@ -78,6 +78,11 @@ _CONFIG_KEYS = (
 )  # fmt: skip
 
 
+def names_folder(model: str) -> bool:
+    """Whether a model's name is meant as a local folder: a name of the hub has one slash at most."""
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1
+
+
 def language_config(config: dict[str, object]) -> dict[str, object]:
     """A decoded config.json with the settings of its language model on top, which multimodal models nest."""
     text = config.get("text_config")

@@ -211,6 +211,15 @@ def test_pods_that_an_older_operator_made_are_held_as_they_are() -> None:
     assert [pod.uid for pod in world.pods] == before, "known from the first look on"
 
 
+def half_way_to_v2(world: World) -> None:
+    """v2, which the spec names, has been tuned, and pods of both models serve."""
+    look_for(world, 5)
+    finish(world, "Chosen", "v2", NEWER)
+    while revisions(world) != {"", "v2"}:
+        world.step()
+        world.tick()
+
+
 @pytest.mark.parametrize("last_run", ["deleted", "Infeasible"])
 def test_taking_the_change_back_in_the_middle_of_its_rollout_waits_for_nothing(last_run: str) -> None:
     """Pods of what is wanted again serve by their policy, whatever became of the run that made it."""
@@ -221,11 +230,7 @@ def test_taking_the_change_back_in_the_middle_of_its_rollout_waits_for_nothing(l
         finish(world, "Infeasible")
     before = {pod.uid for pod in world.pods}
     world.edit(model=model("v2"))
-    look_for(world, 5)
-    finish(world, "Chosen", "v2", NEWER)
-    while revisions(world) != {"", "v2"}:
-        world.step()
-        world.tick()
+    half_way_to_v2(world)
     world.step()
     if last_run == "deleted":
         world.jobs = [job for job in world.jobs if job["spec"]["model"] == model("v2")]
@@ -313,11 +318,7 @@ def test_what_is_not_the_model_or_engine_waits_for_nothing() -> None:
 def test_a_third_spec_in_the_middle_of_the_rollout_waits_too() -> None:
     world = tuned_world(3)
     world.edit(model=model("v2"))
-    look_for(world, 5)
-    finish(world, "Chosen", "v2", NEWER)
-    while revisions(world) != {"", "v2"}:
-        world.step()
-        world.tick()
+    half_way_to_v2(world)
     world.edit(model=model("v3"))
     while "" in revisions(world):
         world.step()
