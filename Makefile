@@ -17,7 +17,7 @@ help: ## What can be made
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 setup: $(VENV)/.ready ## Virtual environment with the CPU engine, tuner, operator and test tools, all locked; the CPU kernel
-	@$(PY) -m sere_ext.build > /dev/null  # does nothing where its sources are as they were
+	@$(PY) -m sere_ext.routing.build > /dev/null  # does nothing where its sources are as they were
 
 $(VENV)/.ready: requirements/cpu.lock pyproject.toml
 	python3 -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "sere needs Python 3.11 or newer")'

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sere_ext.moments import make_moments
+from sere_ext.calibration.moments import make_moments
 from tune import ROOT, machine
 
 sys.path.insert(0, str(ROOT / "tests" / "unit"))

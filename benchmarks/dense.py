@@ -1,4 +1,4 @@
-"""Every kind of policy on many batches at once, as dense tensors: `sere_ext.reference` fast enough for thousands of items.
+"""Every kind of policy on many batches at once, as dense tensors: `sere_ext.routing.reference` fast enough for thousands of items.
 
 A routing is a tensor of weights over all experts, [G, B, E] for G batches of B sequences, 0 where a token does not use an
 expert; slots that land on one expert are one weight. Weights are positive; a row without any (an idle sequence) decides nothing

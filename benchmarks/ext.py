@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sere_autotune.stats import ratio_interval
+from sere_autotune.trial.stats import ratio_interval
 from tune import MAKE, ROOT, machine, make_items, run
 
 sys.path.insert(0, str(MAKE))
@@ -130,8 +130,8 @@ def _arm(concurrency: int, arm: str, taken: dict[str, list[dict[str, Any]]]) -> 
 
 def widened(folder: Path, factor: int) -> tuple[Path, Path]:
     """The widened model and its similarity; made once per factor."""
-    from sere_ext.artifact import model_config_dict, read_similarity, write_similarity
-    from sere_ext.similarity import model_config_digest
+    from sere_ext.contract.similarity import model_config_digest
+    from sere_ext.similarity.file import model_config_dict, read_similarity, write_similarity
 
     small, model, similarity = (
         ROOT / "tests" / "assets" / "tiny_moe",
@@ -144,7 +144,7 @@ def widened(folder: Path, factor: int) -> tuple[Path, Path]:
     calibration, narrow = folder / "calib.jsonl", folder / "narrow.safetensors"
     run(sys.executable, MAKE / "widen.py", small, model, "--factor", str(factor))
     make_items(calibration, "calibration", 600, seed=0)
-    run(sys.executable, "-m", "sere_ext.cli", "calibrate", small, "--data", calibration, "--out", narrow)
+    run(sys.executable, "-m", "sere_ext.cli.main", "calibrate", small, "--data", calibration, "--out", narrow)
     # Widened experts compute what the small ones do, so that similarities hold as they are.
     found = read_similarity(narrow)
     meta = found.meta.model_copy(update={"config_digest": model_config_digest(model_config_dict(str(model)))})
@@ -156,8 +156,8 @@ def many(folder: Path) -> tuple[Path, Path]:
     """The small model with MANY random experts in place of its own, and random similarities; made once. It answers nothing."""
     import torch
     from safetensors.torch import load_file, save_file
-    from sere_ext.artifact import write_similarity
-    from sere_ext.similarity import SimilarityMeta, model_config_digest
+    from sere_ext.contract.similarity import SimilarityMeta, model_config_digest
+    from sere_ext.similarity.file import write_similarity
 
     source, model, similarity = (
         ROOT / "tests" / "assets" / "tiny_moe",

@@ -51,9 +51,8 @@ def measure(repetitions: int = 25) -> list[dict[str, Any]]:
 
 
 def _row(T: int, k: int, E: int, repetitions: int) -> dict[str, Any]:
+    from sere_ext.routing import ops  # noqa: F401  (registers the operators)
     from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
-
-    from sere_ext import ops  # noqa: F401  (registers the operators)
 
     source = torch.Generator().manual_seed(T * k * E)
     logits = torch.randn(T, E, generator=source)
@@ -102,12 +101,11 @@ def _row(T: int, k: int, E: int, repetitions: int) -> dict[str, Any]:
 
 def _plug_in(E: int, k: int, similarity: torch.Tensor) -> tuple[Any, int]:
     """The plug-in's state of one layer, with these matrices, and the layer's slot: every row binds one more."""
-    from sere_ext.artifact import Similarity
-    from sere_ext.policy import EXACT_POLICY
-    from sere_ext.similarity import SimilarityMeta
-    from sere_ext.state import LayerState, WorkerState
-
-    from sere_ext import kernel, ops
+    from sere_ext.contract.policy import EXACT_POLICY
+    from sere_ext.contract.similarity import SimilarityMeta
+    from sere_ext.routing import kernel, ops
+    from sere_ext.routing.state import LayerState, WorkerState
+    from sere_ext.similarity.file import Similarity
 
     layer = LayerState(number=0, experts=E, top_k=k, renormalise=True, scoring=kernel.SOFTMAX)
     slot = ops.bind([layer])
@@ -121,6 +119,6 @@ def _plug_in(E: int, k: int, similarity: torch.Tensor) -> tuple[Any, int]:
 
 
 def _apply(state: Any, bucket: dict[str, Any]) -> None:
-    from sere_ext.policy import Policy
+    from sere_ext.contract.policy import Policy
 
     state.apply(Policy.parse(json.dumps({"buckets": [{"minTokens": 1, **bucket}]})), None, None)

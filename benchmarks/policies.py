@@ -25,7 +25,7 @@ from typing import Any
 import dense
 import torch
 from lanes import ROOT, Lanes, Prompted, answers, prompted
-from sere_ext.artifact import read_similarity
+from sere_ext.similarity.file import read_similarity
 from tasks import Item, items
 from torch import Tensor
 from tune import machine, make_items, run
@@ -247,7 +247,7 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     calibration, similarity = FOLDER / "calib.jsonl", FOLDER / "similarity.safetensors"
     make_items(calibration, "calibration", 600, seed=0)
-    run(sys.executable, "-m", "sere_ext.cli", "calibrate", MODEL, "--data", calibration, "--out", similarity)
+    run(sys.executable, "-m", "sere_ext.cli.main", "calibrate", MODEL, "--data", calibration, "--out", similarity)
     # Two processes of one thread each: torch's own threads gain little on tensors this small.
     jobs = [(similarity, args.items, args.seed, batch) for batch in sorted(args.batch, reverse=True)]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:

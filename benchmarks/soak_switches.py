@@ -25,9 +25,9 @@ from typing import Any
 from tune import ROOT, machine
 
 sys.path.insert(0, str(ROOT / "tests" / "kit"))
-from sere_ext.calibrate import calibrate
-from sere_ext.client import get_state, put_policy
-from sere_ext.policy import EXACT_POLICY, Policy
+from sere_ext.calibration.run import calibrate
+from sere_ext.contract.policy import EXACT_POLICY, Policy
+from sere_ext.control.client import get_state, put_policy
 from serving import Load, complete, serving
 
 TOKEN = "soak"

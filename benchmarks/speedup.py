@@ -44,7 +44,7 @@ def main() -> None:
         "--accuracy-tasks": f"[{{file: '{folder / 'items.jsonl'}', maxTokens: 24}}]", "--accuracy-max-drop-points": 1,
         "--search-device-hours": 1, "--certify-pairs": args.pairs, "--certify-block-seconds": 10, "--certify-items": args.items,
     }  # fmt: skip
-    command = [sys.executable, "-m", "sere_ext.cli", "certify", policy, "--fresh", "--json"]
+    command = [sys.executable, "-m", "sere_ext.cli.main", "certify", policy, "--fresh", "--json"]
     for flag, value in flags.items():
         command += [flag, value]
     (folder / "sere-ledger.json").unlink(missing_ok=True)  # a benchmark's items are not evidence for anybody

@@ -48,8 +48,8 @@ class Steps:
         """Serve one request of the module's docstring."""
         digest, before = "exact", {}
         if self.plugged:
-            from sere_ext.policy import Policy
-            from sere_ext.switch import switch_llm
+            from sere_ext.contract.policy import Policy
+            from sere_ext.control.switch import switch_llm
 
             policy = Policy.parse(json.dumps({"buckets": [request["bucket"]]}))
             before = switch_llm(self.llm, policy)[0]["counters"]

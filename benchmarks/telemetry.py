@@ -28,9 +28,8 @@ CONCURRENCY, TOKENS = 16, 64
 def operator_us(experts: int, top_k: int) -> float:
     """Median of one call on `CONCURRENCY` tokens under exact routing, in microseconds."""
     import torch
-    from sere_ext.state import LayerState, WorkerState
-
-    from sere_ext import ops
+    from sere_ext.routing import ops
+    from sere_ext.routing.state import LayerState, WorkerState
 
     layer = LayerState(number=0, experts=experts, top_k=top_k, renormalise=True, scoring=0)
     WorkerState([layer], {})
@@ -49,8 +48,8 @@ def operator_us(experts: int, top_k: int) -> float:
 async def measure(model: Path, pairs: int, block_s: float) -> dict[str, Any]:
     os.environ["VLLM_PLUGINS"] = "sere,sere_control"
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # JSON stands alone on stdout
-    from sere_ext.control import LiveControl
-    from sere_ext.metrics import Metrics, _Recorder
+    from sere_ext.control.live import LiveControl
+    from sere_ext.control.metrics import Metrics, _Recorder
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM

@@ -45,7 +45,7 @@ def prepare(folder: Path, factor: int | None) -> None:
             make_items(folder / name, split, count, seed=7)
     if not (folder / "similarity.safetensors").exists():
         run(
-            sys.executable, "-m", "sere_ext.cli", "calibrate", folder / "model", "--data", folder / "calib.jsonl",
+            sys.executable, "-m", "sere_ext.cli.main", "calibrate", folder / "model", "--data", folder / "calib.jsonl",
             "--out", folder / "similarity.safetensors",
         )  # fmt: skip
 
@@ -81,7 +81,7 @@ def main() -> None:
         "--search-trials": args.trials, "--search-items-per-trial": ITEMS_PER_TRIAL, "--search-trial-seconds": 30, "--search-rungs": 1,
         "--search-device-hours": 2, "--certify-pairs": args.pairs, "--certify-block-seconds": args.block_seconds,
     }  # fmt: skip
-    command = [sys.executable, "-m", "sere_ext.cli", "tune", "--fresh", "--json"]
+    command = [sys.executable, "-m", "sere_ext.cli.main", "tune", "--fresh", "--json"]
     for flag, value in flags.items():
         command += [flag, str(value)]
     (folder / "sere-ledger.json").unlink(missing_ok=True)  # a benchmark's items are not evidence for anybody

@@ -154,7 +154,7 @@ def claim(name: str) -> Object:
 
 def filler(image: str, claims: list[str]) -> Object:
     """A pod that waits, with each claim at /mnt/NAME. Of the engine's image and user, so that what it writes an engine can read."""
-    from sere_operator.plan import pods
+    from sere_operator.plan.objects import pods
 
     container: Object = {
         "name": FILLER,

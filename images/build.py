@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACK = ROOT / "tests" / "kit" / "image"
 PACKAGES = ("sere_ext/sere_ext", "autotune/sere_autotune", "operator/sere_operator")
 APP = "/opt/sere"  # the sere packages, first on PYTHONPATH: an editable install in the environment must not win
-SCRIPTS = {"sere": "sere_ext.cli", "kubectl-sere": "sere_operator.kubectl"}
+SCRIPTS = {"sere": "sere_ext.cli.main", "kubectl-sere": "sere_operator.cli.kubectl"}
 USER = 10001  # the pods that the operator makes run as it too (plan/pods.py)
 
 # Programs that vLLM, Ray and ctypes run: `lscpu` lists the cores to bind to, `ldconfig -p` finds libraries.
@@ -128,7 +128,7 @@ def build_kernels(root: Path) -> None:
     """The CPU kernel into the image's own package, since a pod has neither a compiler nor a root that it may write."""
     package = root / APP.lstrip("/") / "sere_ext"
     environment = {**os.environ, "PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "sere_ext.build", "--out", str(package / "built")]
+    command = [sys.executable, "-m", "sere_ext.routing.build", "--out", str(package / "built")]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
 
 

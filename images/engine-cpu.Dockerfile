@@ -4,7 +4,7 @@
 FROM python:3.11-slim-bookworm AS kernels
 RUN apt-get update && apt-get install -y --no-install-recommends g++
 COPY sere_ext /src
-RUN PYTHONPATH=/src python -m sere_ext.build cpu --out /built
+RUN PYTHONPATH=/src python -m sere_ext.routing.build cpu --out /built
 
 FROM python:3.11-slim-bookworm
 # libnuma and libgomp are linked by vLLM's CPU kernels; lscpu tells it the cores to bind to.

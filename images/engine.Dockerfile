@@ -7,7 +7,7 @@ ARG CUDA=13.0.1
 FROM nvidia/cuda:${CUDA}-devel-ubuntu22.04 AS kernels
 RUN apt-get update && apt-get install -y --no-install-recommends g++ python3
 COPY sere_ext /src
-RUN PYTHONPATH=/src python3 -m sere_ext.build cpu cuda --out /opt/sere/kernels
+RUN PYTHONPATH=/src python3 -m sere_ext.routing.build cpu cuda --out /opt/sere/kernels
 
 FROM vllm/vllm-openai:${VLLM}
 WORKDIR /src

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from sere_ext.errors import UsageError
-from sere_ext.policy import Policy
-from sere_ext.similarity import read_meta
+from sere_ext.contract.errors import UsageError
+from sere_ext.contract.policy import Policy
+from sere_ext.contract.similarity import read_meta
 
-from sere_autotune.items import Item
-from sere_autotune.spec import TuningSpec
+from sere_autotune.trial.items import Item
+from sere_autotune.tuning.spec import TuningSpec
 
 
 class Origin(StrEnum):
@@ -85,7 +85,7 @@ def provide(source: Source, spec: TuningSpec, items: Sequence[Item]) -> Path | N
         texts = Path(spec.out) / "calibration.jsonl"
         texts.write_text("".join(json.dumps({"prompt": i.prompt, "answer": i.answer}) + "\n" for i in items))
         data = str(texts)
-    command = [sys.executable, "-m", "sere_ext.cli", "calibrate", spec.model, "--data", data, "--out", str(source.path)]
+    command = [sys.executable, "-m", "sere_ext.cli.main", "calibrate", spec.model, "--data", data, "--out", str(source.path)]
     if spec.revision:
         command += ["--revision", spec.revision]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -105,7 +105,7 @@ def make_publishable(path: Path, origin: Origin, limit_bytes: int, settled: str 
     Raises:
         UsageError: it is larger all the same; said before an engine is started for it.
     """
-    from sere_ext.artifact import packed_meta, read_similarity, write_similarity
+    from sere_ext.similarity.file import packed_meta, read_similarity, write_similarity
 
     meta = read_meta(path)
     packed = meta.packing is not None

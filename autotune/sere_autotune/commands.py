@@ -12,14 +12,14 @@ from typing import Annotated, Any
 import optuna  # noqa: F401  (so that `sere` leaves these commands out where the extra is not installed)
 import typer
 from rich.console import Console
-from sere_ext.errors import SereError, UsageError
-from sere_ext.policy import Policy
-from sere_ext.settings import read_policy_file
-from sere_ext.shards import MAX_FILE_BYTES
+from sere_ext.contract.errors import SereError, UsageError
+from sere_ext.contract.policy import Policy
+from sere_ext.contract.shards import MAX_FILE_BYTES
+from sere_ext.engine.settings import read_policy_file
 
-from sere_autotune.options import LeavesCommand, overrides, with_leaves
-from sere_autotune.spec import TuningSpec
-from sere_autotune.tuning_file import load_spec, to_yaml
+from sere_autotune.tuning.file import load_spec, to_yaml
+from sere_autotune.tuning.options import LeavesCommand, overrides, with_leaves
+from sere_autotune.tuning.spec import TuningSpec
 
 
 def register(app: typer.Typer) -> None:
@@ -84,7 +84,7 @@ def certify_command(
 def _main(
     spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, fresh: bool, as_json: bool, publish: str | None
 ) -> None:
-    from sere_autotune.publish import Access, Publisher, Target
+    from sere_autotune.result.publish import Access, Publisher, Target
 
     publisher = Publisher(Target.parse(publish), Access.from_pod()) if publish and not dry_run else None
     try:
@@ -103,8 +103,10 @@ def _main(
 
 
 def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, fresh: bool, as_json: bool, publisher: Any) -> int:
-    from sere_autotune import engine, planner, results, tuner
+    from sere_autotune import planner, tuner
     from sere_autotune.progress import Progress
+    from sere_autotune.result import results
+    from sere_autotune.trial import engine
 
     console = Console(stderr=True, highlight=False)
     if only is not None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from sere_ext.errors import SereError
+from sere_ext.contract.errors import SereError
 
 
 class Ending(StrEnum):

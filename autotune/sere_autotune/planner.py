@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sere_ext.errors import SereError
+from sere_ext.contract.errors import SereError
 
 from sere_autotune.calibration import Source
-from sere_autotune.spec import TuningSpec
-from sere_autotune.stats import items_needed, smallest_limit
+from sere_autotune.trial.stats import items_needed, smallest_limit
+from sere_autotune.tuning.spec import TuningSpec
 
 ASSUMED_START_S = 60.0  # of an engine, until one was seen
 ASSUMED_TRUE_DROP = 0.3  # share of the limit that a good policy truly costs

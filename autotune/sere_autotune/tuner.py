@@ -11,21 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sere_ext.errors import SimilarityError, UsageError
-from sere_ext.policy import Policy
-from sere_ext.similarity import language_config, model_config_digest, names_folder, read_meta
+from sere_ext.contract.errors import SimilarityError, UsageError
+from sere_ext.contract.policy import Policy
+from sere_ext.contract.similarity import language_config, model_config_digest, names_folder, read_meta
 
-from sere_autotune import calibration, certify, learned, planner, results, search
-from sere_autotune.budget import Budget
-from sere_autotune.items import Item, load_items, set_digest, split
-from sere_autotune.ladder import MIN_SPEEDUP, Rung, RungResult
-from sere_autotune.ledger import Ledger
-from sere_autotune.meter import Meter
+from sere_autotune import calibration, planner
+from sere_autotune.certify import stage as certify
 from sere_autotune.outcome import BudgetExhaustedError, Ending, NearestMiss, Outcome, nearest_miss
-from sere_autotune.run import Engine, Reporter, Run
-from sere_autotune.spec import TuningSpec
-from sere_autotune.study import TuningStudy, fingerprint, forget
-from sere_autotune.traffic import Traffic
+from sere_autotune.result import results
+from sere_autotune.search import learned
+from sere_autotune.search import rank as search
+from sere_autotune.search.ladder import MIN_SPEEDUP, Rung, RungResult
+from sere_autotune.study.budget import Budget
+from sere_autotune.study.ledger import Ledger
+from sere_autotune.study.meter import Meter
+from sere_autotune.study.run import Engine, Reporter, Run
+from sere_autotune.study.study import TuningStudy, fingerprint, forget
+from sere_autotune.trial.items import Item, load_items, set_digest, split
+from sere_autotune.trial.traffic import Traffic
+from sere_autotune.tuning.spec import TuningSpec
 
 EngineFactory = Callable[[TuningSpec, str | None, Callable[[bool], None]], Engine]
 
@@ -88,7 +92,7 @@ def prepare(spec: TuningSpec, only: Policy | None = None) -> Prepared:
 
 def read_config(spec: TuningSpec) -> dict[str, object]:
     """The model's config.json, decoded. Raises UsageError if there is none or it has no experts."""
-    from sere_ext.artifact import model_config_dict
+    from sere_ext.similarity.file import model_config_dict
 
     if names_folder(spec.model) and not Path(spec.model).exists():
         raise UsageError(f"model: there is no folder {spec.model} (from {Path.cwd()}); check its spelling")
@@ -288,8 +292,8 @@ def _probe(run: Run, policy: Policy) -> list[Rung]:
     n = max(1, sum(level.items for level in levels))
     d = (sum(level.losses + level.gains for level in levels) + 0.5) / n
     drop = max(0.0, sum(level.losses - level.gains for level in levels) / n)
-    from sere_autotune.measures import objective
-    from sere_autotune.stats import power
+    from sere_autotune.trial.measures import objective
+    from sere_autotune.trial.stats import power
 
     chance = power(run.cert_items, d, drop, run.max_drop, run.alpha)
     speed = objective(exact) / objective(levels, [level.latency_ms["tpot"]["p50"] for level in exact])

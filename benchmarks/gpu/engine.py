@@ -139,7 +139,7 @@ class Engine:
         return taken
 
     def _policy(self, arm: str, batch: int) -> Any:
-        from sere_ext.policy import Policy
+        from sere_ext.contract.policy import Policy
 
         return Policy.parse({"buckets": [{"minTokens": 1, "maxTokens": batch, **self.policies[arm]}]})
 

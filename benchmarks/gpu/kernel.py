@@ -44,10 +44,9 @@ class Case:
 
     def __init__(self, library: Any, experts: int, tokens: int) -> None:
         import torch
-        from sere_ext.cuda import CudaMirror
-        from sere_ext.state import LayerState
-
-        from sere_ext import kernel
+        from sere_ext.routing import kernel
+        from sere_ext.routing.cuda import CudaMirror
+        from sere_ext.routing.state import LayerState
 
         source = torch.Generator().manual_seed(experts * 1000 + tokens)
         self.logits = torch.randn(tokens, experts, generator=source).cuda()
@@ -65,16 +64,15 @@ class Case:
         self.library, self.experts, self.tokens = library, experts, tokens
 
     def policy(self, bucket: dict[str, Any]) -> None:
-        from sere_ext.policy import Policy
+        from sere_ext.contract.policy import Policy
 
         self.layer.load_table(Policy.parse({"buckets": [{"minTokens": 1, **bucket}]}).table_for(0))
         self.mirror.push(similarity=False)
 
     def ours(self) -> None:
         import torch
-        from sere_ext.ops import call_of
-
-        from sere_ext import kernel
+        from sere_ext.routing import kernel
+        from sere_ext.routing.ops import call_of
 
         call = call_of(self.weights, self.ids, self.logits, None, self.out_weights, self.out_ids)
         kernel.reroute_cuda(self.layer.struct, call, torch.cuda.current_stream().cuda_stream)

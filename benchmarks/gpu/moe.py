@@ -159,7 +159,7 @@ class Moe(Lanes):
 
     def similarity(self, prompts: list[str]) -> Tensor:
         """[layers, E, E] by the default metric, from what all experts make of these prompts' tokens."""
-        from sere_ext.moments import make_moments
+        from sere_ext.calibration.moments import make_moments
 
         sums = [make_moments("frobenius", self.experts, self.device) for _ in range(self.layers)]
         for number, prompt in enumerate(prompts):

@@ -63,8 +63,8 @@ def copied_bytes_per_s(device: str, mib: int) -> float:
 def random_similarity(shape: Shape, folder: Path) -> Path:
     """A similarity file of random matrices; how alike experts are does not matter at rho 0, only that each has a nearest."""
     import torch
-    from sere_ext.artifact import model_config_dict, write_similarity
-    from sere_ext.similarity import SimilarityMeta, model_config_digest
+    from sere_ext.contract.similarity import SimilarityMeta, model_config_digest
+    from sere_ext.similarity.file import model_config_dict, write_similarity
 
     config = model_config_dict(str(folder / "model"))
     first = shape.layers - shape.moe_layers
@@ -106,7 +106,7 @@ def measure(
 
 def cell(shape: Shape, kind: str, batch: int, arm: str, mine: list[Segment], exact: list[Segment]) -> dict[str, Any]:
     """One arm's means, and its speed-up against `exact` with a 95 % t interval over rounds where there are two or more."""
-    from sere_autotune.stats import ratio_interval
+    from sere_autotune.trial.stats import ratio_interval
 
     times, theirs = [s.tpot_ms for s in mine], [s.tpot_ms for s in exact]
     found: dict[str, Any] = {

@@ -8,7 +8,7 @@ from ctypes import c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
-from sere_ext import build
+from sere_ext.routing import build
 
 SOURCE = Path(__file__).with_name("three_launch.cu")
 

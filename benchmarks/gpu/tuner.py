@@ -23,7 +23,7 @@ from typing import Any
 
 from report import RESULTS, ROOT, Check, Report, at_least, at_most, engine_env
 
-TUNE = (sys.executable, "-m", "sere_ext.cli", "tune", "--json")
+TUNE = (sys.executable, "-m", "sere_ext.cli.main", "tune", "--json")
 TIME_LIMIT_S = 480.0  # a machine that is lent for ten minutes at a time
 STOP_S = 60.0  # for an engine to end, and the table
 LEAST_S = 30.0  # a shorter run would not even start its engine
@@ -80,7 +80,7 @@ def tune(folder: Path, name: str, arguments: list[str], report: Report, until_s:
     Raises:
         SystemExit: it failed.
     """
-    from sere_autotune.study import forget
+    from sere_autotune.study.study import forget
 
     forget(folder / name)  # here, so that what is found after the time has ended is this run's
     (folder / "sere-ledger.json").unlink(missing_ok=True)  # a benchmark's items are not evidence for anybody
@@ -106,8 +106,8 @@ def tune(folder: Path, name: str, arguments: list[str], report: Report, until_s:
 
 def out_of_time(out: Path | None, report: Report) -> dict[str, Any]:
     """In place of a summary: the complete trials of the study in a folder; None where no run was begun."""
-    from sere_autotune.results import tried
-    from sere_autotune.study import TuningStudy
+    from sere_autotune.result.results import tried
+    from sere_autotune.study.study import TuningStudy
 
     trials = []
     if out is not None:

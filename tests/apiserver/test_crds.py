@@ -213,7 +213,7 @@ def test_a_tuning_job_may_be_suspended(client: DynamicClient, namespace: str) ->
 
 
 def test_a_profile_is_immutable_and_keeps_its_digest(client: DynamicClient, namespace: str) -> None:
-    from sere_ext.profile import ProfileSpec
+    from sere_ext.contract.profile import ProfileSpec
 
     profiles = client.resources.get(api_version=API, kind="SereProfile")
     body = sample("profile", "SereProfile")

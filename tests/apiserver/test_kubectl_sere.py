@@ -32,7 +32,7 @@ def plugin(namespace: str) -> Sere:
     """The plug-in as a process, in the test's namespace."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "sere_operator.kubectl", arguments[0], "-n", namespace, *arguments[1:]]
+        command = [sys.executable, "-m", "sere_operator.cli.kubectl", arguments[0], "-n", namespace, *arguments[1:]]
         return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
 
     return run
@@ -149,7 +149,7 @@ def test_a_pod_that_cannot_be_changed_does_not_keep_the_others_from_it(
     own = tmp_path / "kubeconfig"
     own.write_text(yaml.safe_dump(config))
     done = subprocess.run(
-        [sys.executable, "-m", "sere_operator.kubectl", "exact", "-n", namespace, "qwen3-static", "--wait", "0"],
+        [sys.executable, "-m", "sere_operator.cli.kubectl", "exact", "-n", namespace, "qwen3-static", "--wait", "0"],
         env={**os.environ, "KUBECONFIG": str(own)}, check=False, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 1
@@ -277,7 +277,7 @@ def test_a_server_that_is_not_there(tmp_path: Path, kubeconfig: str) -> None:
     own = tmp_path / "kubeconfig"
     own.write_text(yaml.safe_dump(config))
     done = subprocess.run(
-        [sys.executable, "-m", "sere_operator.kubectl", "status"],
+        [sys.executable, "-m", "sere_operator.cli.kubectl", "status"],
         env={**os.environ, "KUBECONFIG": str(own)}, check=False, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 1

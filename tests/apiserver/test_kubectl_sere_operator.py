@@ -15,7 +15,7 @@ __all__ = ["node", "world"]  # fixtures
 
 def plugin(world: World, command: str, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "sere_operator.kubectl", command, "-n", world.namespace, "m", *arguments],
+        [sys.executable, "-m", "sere_operator.cli.kubectl", command, "-n", world.namespace, "m", *arguments],
         check=False, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

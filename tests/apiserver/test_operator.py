@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import random
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "kit"))
 from fake_node import FakeNode
 from operator_process import OperatorProcess, World, eventually, manifest
 

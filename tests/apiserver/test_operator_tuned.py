@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from sere_autotune.outcome import Ending, Outcome
-from sere_autotune.publish import Access, Publisher, Target
-from sere_autotune.results import Finished
-from sere_ext.artifact import write_similarity
-from sere_ext.similarity import SimilarityMeta
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "kit"))
 from fake_node import KEY, Behaviour
 from matrices import symmetric
 from operator_process import World, eventually, manifest
+from sere_autotune.outcome import Ending, Outcome
+from sere_autotune.result.publish import Access, Publisher, Target
+from sere_autotune.result.results import Finished
+from sere_ext.contract.similarity import SimilarityMeta
+from sere_ext.similarity.file import write_similarity
 
 from .test_operator import node, world
 

@@ -13,9 +13,9 @@ import families
 import numpy as np
 import pytest
 from inside import NEW_TOKENS, PROMPT_LENGTHS, Recorder, answers, check_oracle, engine, random_similarity, recording, same
-from sere_ext.errors import UnsupportedError
-from sere_ext.policy import Policy
-from sere_ext.switch import switch_llm
+from sere_ext.contract.errors import UnsupportedError
+from sere_ext.contract.policy import Policy
+from sere_ext.control.switch import switch_llm
 
 pytestmark = pytest.mark.timeout(300)
 

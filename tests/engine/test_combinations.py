@@ -11,9 +11,9 @@ from typing import Any
 import families
 import pytest
 from inside import Recorder, answers, check_oracle, engine, random_similarity, recording, same
-from sere_ext.errors import UnsupportedError
-from sere_ext.policy import Policy
-from sere_ext.switch import switch_llm
+from sere_ext.contract.errors import UnsupportedError
+from sere_ext.contract.policy import Policy
+from sere_ext.control.switch import switch_llm
 
 pytestmark = pytest.mark.timeout(400)
 SERE = Policy.parse({"buckets": [{"minTokens": 1, "kind": "sere", "S": 2, "rho": 0.3}]})

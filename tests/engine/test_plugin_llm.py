@@ -17,14 +17,13 @@ import numpy as np
 import pytest
 import torch
 from inside import in_process
-from sere_ext.artifact import read_similarity
-from sere_ext.calibrate import Options, calibrate
-from sere_ext.errors import ConflictError, PolicyError, SereError, SimilarityError, UnsupportedError
-from sere_ext.policy import Kind, Policy
-from sere_ext.reference import reroute
-from sere_ext.switch import switch_llm
-
-from sere_ext import ops
+from sere_ext.calibration.run import Options, calibrate
+from sere_ext.contract.errors import ConflictError, PolicyError, SereError, SimilarityError, UnsupportedError
+from sere_ext.contract.policy import Kind, Policy
+from sere_ext.control.switch import switch_llm
+from sere_ext.routing import ops
+from sere_ext.routing.reference import reroute
+from sere_ext.similarity.file import read_similarity
 
 pytestmark = pytest.mark.timeout(900)
 PROMPTS = [f"item {i}: what is {i} plus {i * 7 % 13}?" for i in range(12)]

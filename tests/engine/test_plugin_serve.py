@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sere_ext.artifact import packed_meta, read_similarity, write_similarity
-from sere_ext.calibrate import calibrate
-from sere_ext.client import get_state, put_policy
-from sere_ext.errors import ConflictError, PolicyError, UnauthorizedError
-from sere_ext.policy import EXACT_POLICY, Policy
-from sere_ext.profile import ProfileKey
-from sere_ext.shards import piece_name, split
-from sere_ext.similarity import similarity_file
-from sere_ext.watch import policy_files
+from sere_ext.calibration.run import calibrate
+from sere_ext.contract.errors import ConflictError, PolicyError, UnauthorizedError
+from sere_ext.contract.policy import EXACT_POLICY, Policy
+from sere_ext.contract.profile import ProfileKey
+from sere_ext.contract.shards import piece_name, split
+from sere_ext.contract.similarity import similarity_file
+from sere_ext.control.client import get_state, put_policy
+from sere_ext.control.watch import policy_files
+from sere_ext.similarity.file import packed_meta, read_similarity, write_similarity
 from serving import Load, Server, complete, metrics_of, serving
 
 TOKEN = "correct horse"
@@ -110,7 +110,7 @@ def test_refusals_over_http(live: str) -> None:
 
 def test_a_port_in_use_ends_at_once_with_exit_code_2(live: str, qwen3: Path) -> None:
     port = live.rpartition(":")[2]
-    command = [sys.executable, "-m", "sere_ext.cli", "serve", str(qwen3), "--host", "127.0.0.1", "--port", port]
+    command = [sys.executable, "-m", "sere_ext.cli.main", "serve", str(qwen3), "--host", "127.0.0.1", "--port", port]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
     assert f"port {port} cannot be used" in ended.stderr

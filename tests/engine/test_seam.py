@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from sere_ext.seam import refusal
-from sere_ext.state import LayerState
+from sere_ext.engine import seam
+from sere_ext.engine.seam import refusal
+from sere_ext.routing import ops
+from sere_ext.routing.state import LayerState
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
-
-from sere_ext import ops, seam
 
 
 def layer(router: Any, **changed: Any) -> Any:

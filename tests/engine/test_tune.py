@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from sere_ext.profile import Profile
+from sere_ext.contract.profile import Profile
 
 ROOT = Path(__file__).parents[2]
 MAKE = ROOT / "tests" / "assets" / "make"
@@ -44,7 +44,7 @@ def make(folder: Path, script: str, *arguments: str) -> None:
 
 
 def command(ground: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "sere_ext.cli", "tune", "-f", str(ground / "tuning.yaml"), *arguments]
+    return [sys.executable, "-m", "sere_ext.cli.main", "tune", "-f", str(ground / "tuning.yaml"), *arguments]
 
 
 def tune(ground: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -108,7 +108,7 @@ def test_a_mild_policy_is_certified_on_held_out_items(ground: Path) -> None:
     policy = ground / "policy.json"
     policy.write_text(json.dumps({"buckets": [{"minTokens": 2, "maxTokens": 128, "kind": "topk", "S": 3}]}))
     arguments = [
-        sys.executable, "-m", "sere_ext.cli", "certify", str(policy), "-f", str(ground / "tuning.yaml"),
+        sys.executable, "-m", "sere_ext.cli.main", "certify", str(policy), "-f", str(ground / "tuning.yaml"),
         "--search-policies", "[topk]", "--out", str(ground / "certify"), "--json",
     ]  # fmt: skip
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=540, check=False)

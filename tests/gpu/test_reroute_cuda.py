@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 from reroute_contract import KernelContract, kernel_call, large
-from sere_ext.policy import Bucket, Kind
-from sere_ext.reference import reroute
-from sere_ext.state import LayerState
-
-from sere_ext import kernel
+from sere_ext.contract.policy import Bucket, Kind
+from sere_ext.routing import kernel
+from sere_ext.routing.reference import reroute
+from sere_ext.routing.state import LayerState
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,7 +20,7 @@ pytestmark = [
 
 
 def mirror(layer: LayerState) -> Any:
-    from sere_ext.cuda import CudaMirror
+    from sere_ext.routing.cuda import CudaMirror
 
     found = CudaMirror([layer])
     found.push(similarity=True)

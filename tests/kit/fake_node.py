@@ -22,9 +22,9 @@ from kubernetes import client as kube
 from kubernetes import config as kube_config
 from kubernetes.dynamic import DynamicClient
 from kubernetes.dynamic.exceptions import NotFoundError
-from sere_ext.profile import ProfileKey
-from sere_ext.shards import join, pieces
-from sere_ext.similarity import similarity_file
+from sere_ext.contract.profile import ProfileKey
+from sere_ext.contract.shards import join, pieces
+from sere_ext.contract.similarity import similarity_file
 
 MANAGED = "app.kubernetes.io/managed-by=sere-operator"
 BOUNDS_MS = (5.0, 10.0, 20.0, 50.0, 100.0, 500.0)

@@ -10,14 +10,17 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sere_ext.policy import Policy
+from sere_ext.contract.policy import Policy
 from sere_operator.api import meta
 from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
-from sere_operator.plan import engine, evidence, policies, routing
-from sere_operator.plan.children import Defaults
 from sere_operator.plan.decide import decide, stable_digest
 from sere_operator.plan.histogram import Histogram
+from sere_operator.plan.objects import revision as engine
+from sere_operator.plan.objects import volume as policies
+from sere_operator.plan.objects.children import Defaults
+from sere_operator.plan.rollout import evidence
+from sere_operator.plan.rollout import wanted as routing
 from sere_operator.plan.snapshot import GoldenResult, Plan, PodMetrics, PodView, Snapshot
 
 KEY = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from sere_ext.policy import Policy
-from sere_ext.state import LayerState, WorkerState
-from sere_ext.worker import SereWorker
+from sere_ext.contract.policy import Policy
+from sere_ext.engine.worker import SereWorker
+from sere_ext.routing.state import LayerState, WorkerState
 
 
 class Engine:

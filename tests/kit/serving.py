@@ -58,7 +58,7 @@ def serving(model: Path, log: Path, *arguments: str, **environ: str) -> Iterator
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "sere_ext.cli", "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "sere_ext.cli.main", "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "16", "--dtype", "float32", *arguments]
     with log.open("w") as out:
         process = subprocess.Popen(

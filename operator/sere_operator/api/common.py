@@ -6,9 +6,9 @@ import re
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
-from sere_ext.errors import UsageError
-from sere_ext.policy import Record
-from sere_ext.problems import explain
+from sere_ext.contract.errors import UsageError
+from sere_ext.contract.policy import Record
+from sere_ext.contract.validation import explain
 
 # Flags of `vllm serve` that the spec or the operator sets. In extraArgs they would fight with it.
 MANAGED_FLAGS: dict[str, str] = {

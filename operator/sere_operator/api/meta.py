@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Final
 
-from sere_ext.shards import POLICY_SHARDS
+from sere_ext.contract.shards import POLICY_SHARDS
 
 GROUP: Final = "serving.sere.dev"
 VERSION: Final = "v1alpha1"

@@ -1,12 +1,12 @@
-"""SereProfile: the result of tuning. Its spec is `sere_ext.profile.ProfileSpec`, the same text as `profile.json`."""
+"""SereProfile: the result of tuning. Its spec is `sere_ext.contract.profile.ProfileSpec`, the same text as `profile.json`."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 from pydantic import Field
-from sere_ext.policy import Record
-from sere_ext.profile import ProfileSpec
+from sere_ext.contract.policy import Record
+from sere_ext.contract.profile import ProfileSpec
 
 from sere_operator.api.conditions import Conditions
 from sere_operator.api.meta import child_name

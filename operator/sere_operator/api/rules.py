@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from sere_ext.policy import MAX_BUCKETS, MAX_TOKENS
+from sere_ext.contract.policy import MAX_BUCKETS, MAX_TOKENS
 
 from sere_operator.api.common import MANAGED_FLAGS
 from sere_operator.api.deployment import NEEDS_SIMILARITY

@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
-from sere_ext.policy import Record
+from sere_ext.contract.policy import Record
 
 from sere_operator.api.common import (
     Claim,

@@ -6,21 +6,27 @@ import hashlib
 import re
 from dataclasses import replace
 
-from sere_ext.errors import SereError
-from sere_ext.policy import EXACT_POLICY, Policy, canonical_json
-from sere_ext.profile import ProfileKey
+from sere_ext.contract.errors import SereError
+from sere_ext.contract.policy import EXACT_POLICY, Policy, canonical_json
+from sere_ext.contract.profile import ProfileKey
 
 from sere_operator.api import meta
 from sere_operator.api.common import SpecError, parse_spec
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
 from sere_operator.api.tuning import SereTuningJobSpec
-from sere_operator.plan import children, drift, engine, policies, rollout, routing, status, tuning_first
-from sere_operator.plan.children import Defaults
-from sere_operator.plan.policies import PolicyEntry
-from sere_operator.plan.routing import EXACT, Wanted
+from sere_operator.plan import status
+from sere_operator.plan.objects import children, drift
+from sere_operator.plan.objects import revision as engine
+from sere_operator.plan.objects import volume as policies
+from sere_operator.plan.objects.children import Defaults
+from sere_operator.plan.objects.volume import PolicyEntry
+from sere_operator.plan.rollout import advance as rollout
+from sere_operator.plan.rollout import tuning_first
+from sere_operator.plan.rollout import wanted as routing
+from sere_operator.plan.rollout.step import Step
+from sere_operator.plan.rollout.wanted import EXACT, Wanted
 from sere_operator.plan.snapshot import Event, Object, Plan, PodPatch, PodView, Snapshot
-from sere_operator.plan.step import Step
 
 IDLE_POLL_S = 45.0  # how often pods are asked when nothing is going on
 STARTING_POLL_S = 2.0

@@ -8,12 +8,12 @@ from typing import Any
 from sere_operator.api import meta
 from sere_operator.api.conditions import ConditionType, Reason, set_condition
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
-from sere_operator.plan.children import selector
-from sere_operator.plan.engine import replacing
-from sere_operator.plan.routing import EXACT, Wanted, overridden, read_profile, tuning_job_name, tuning_job_of
+from sere_operator.plan.objects.children import selector
+from sere_operator.plan.objects.revision import replacing
+from sere_operator.plan.rollout.step import Step, seconds
+from sere_operator.plan.rollout.tuning_first import Hold
+from sere_operator.plan.rollout.wanted import EXACT, Wanted, overridden, read_profile, tuning_job_name, tuning_job_of
 from sere_operator.plan.snapshot import Object, PodView, Resource, Snapshot
-from sere_operator.plan.step import Step, seconds
-from sere_operator.plan.tuning_first import Hold
 
 SCHEDULING_GRACE_S = 10.0
 

@@ -19,7 +19,7 @@ import structlog
 
 from sere_operator.api import meta
 from sere_operator.plan.decide import decide
-from sere_operator.plan.tuning import decide_tuning
+from sere_operator.plan.tuning.decide import decide_tuning
 from sere_operator.runtime import handlers
 from sere_operator.runtime.attention import Attention
 from sere_operator.runtime.client import Client, connect

@@ -7,19 +7,24 @@ import base64
 import time
 from dataclasses import replace
 
-from sere_ext.errors import SereError, SimilarityError
-from sere_ext.policy import Policy
-from sere_ext.shards import encoded, join, places
+from sere_ext.contract.errors import SereError, SimilarityError
+from sere_ext.contract.policy import Policy
+from sere_ext.contract.shards import encoded, join, places
 
 from sere_operator.api import meta
 from sere_operator.api.common import SpecError, parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.api.tuning import SereTuningJobSpec
-from sere_operator.plan import children, engine, evidence, routing, tuning_children, tuning_result
-from sere_operator.plan.artefact import verified_digest
-from sere_operator.plan.children import Defaults
 from sere_operator.plan.decide import stable_digest
+from sere_operator.plan.objects import children
+from sere_operator.plan.objects import revision as engine
+from sere_operator.plan.objects.artefact import verified_digest
+from sere_operator.plan.objects.children import Defaults
+from sere_operator.plan.rollout import evidence
+from sere_operator.plan.rollout import wanted as routing
 from sere_operator.plan.snapshot import Object, PodMetrics, PodView, Similarity, Snapshot, TuningSnapshot
+from sere_operator.plan.tuning import objects as tuning_children
+from sere_operator.plan.tuning import result as tuning_result
 from sere_operator.runtime.client import Client
 from sere_operator.runtime.probe import Prober
 

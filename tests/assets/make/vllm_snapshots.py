@@ -1,4 +1,4 @@
-"""Snapshots of the vLLM symbols in `sere_ext.patches.LEDGER`, one small JSON file for each supported release.
+"""Snapshots of the vLLM symbols in `sere_ext.engine.touched.LEDGER`, one small JSON file for each supported release.
 
     python tests/assets/make/vllm_snapshots.py [RELEASE...]      # `make vllm-snapshots`: all releases, about two minutes
 
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sere_ext.patches import BEFORE, CPU_SINCE, LEDGER, SINCE, Touched
+from sere_ext.engine.touched import BEFORE, CPU_SINCE, LEDGER, SINCE, Touched
 
 FOLDER = Path(__file__).parents[1] / "vllm_snapshots"
 CHUNK_BYTES = 1 << 17

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from sere_operator.api import meta
-from sere_operator.explain import explain
+from sere_operator.cli.explain import explain
 
 STABLE, NEWER = "sere-9f3c01d2", "sere-77ab4e10"
 MAP = {"data": {"stable": STABLE}}

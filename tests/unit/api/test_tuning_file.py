@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from sere_autotune.spec import TUNED_FLAGS, TuningSpec
+from sere_autotune.tuning.spec import TUNED_FLAGS, TuningSpec
 from sere_operator.api.common import MANAGED_FLAGS, parse_spec
 from sere_operator.api.tuning import Metric, SearchKind, SereTuningJobSpec
-from sere_operator.plan.pods import Storage
-from sere_operator.plan.tuning_children import tuning_file
+from sere_operator.plan.objects.pods import Storage
+from sere_operator.plan.tuning.objects import tuning_file
 
 SAMPLE = Path(__file__).parents[3] / "manifests" / "samples" / "tuned.yaml"
 

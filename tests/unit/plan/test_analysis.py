@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sere_ext.metrics import bounds
+from sere_ext.control.metrics import bounds
 from sere_operator.api.common import Slo
-from sere_operator.plan.analysis import (
+from sere_operator.plan.histogram import Histogram, from_bounds, merged, packed, unpacked, window
+from sere_operator.plan.rollout.analysis import (
     FLAGRANT_CONFIDENCE,
     FLAGRANT_RATIO,
     LEAST_INDEPENDENT,
@@ -21,8 +22,7 @@ from sere_operator.plan.analysis import (
     golden_harm,
     judge,
 )
-from sere_operator.plan.histogram import Histogram, from_bounds, merged, packed, unpacked, window
-from sere_operator.plan.intervals import (
+from sere_operator.plan.rollout.intervals import (
     CONFIDENCE,
     DESIGN_EFFECT,
     incomplete_beta,

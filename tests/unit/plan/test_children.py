@@ -8,14 +8,15 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
-from sere_ext.policy import Policy
-from sere_ext.shards import encoded, join
-from sere_ext.watch import desired
+from sere_ext.contract.policy import Policy
+from sere_ext.contract.shards import encoded, join
+from sere_ext.control.watch import desired
 from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
-from sere_operator.plan import children, policies
-from sere_operator.plan.children import Defaults
-from sere_operator.plan.policies import PolicyEntry
+from sere_operator.plan.objects import children
+from sere_operator.plan.objects import volume as policies
+from sere_operator.plan.objects.children import Defaults
+from sere_operator.plan.objects.volume import PolicyEntry
 
 OWNER = {
     "apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereDeployment",

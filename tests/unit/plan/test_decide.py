@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "kit"))
 from plan_world import DIGEST, POLICY, CrashError, Pod, World, profile_body
-from sere_ext.shards import POLICY_SHARDS
-from sere_operator.plan.candidate import SETTLE_S, WATCH_S, candidates_turn
-from sere_operator.plan.children import Defaults
+from sere_ext.contract.shards import POLICY_SHARDS
 from sere_operator.plan.decide import decide
+from sere_operator.plan.objects.children import Defaults
+from sere_operator.plan.rollout.candidate import SETTLE_S, WATCH_S, candidates_turn
 from sere_operator.plan.snapshot import Similarity
 
 STATIC = {"mode": "Static", "policy": POLICY}
@@ -594,8 +590,8 @@ def test_a_pod_that_does_not_follow_gets_another_nonce_later() -> None:
 
 def test_no_free_gpu_is_said_in_the_schedulers_words_after_a_grace() -> None:
     from sere_operator.plan import status
+    from sere_operator.plan.rollout.step import stamp
     from sere_operator.plan.snapshot import PodView
-    from sere_operator.plan.step import stamp
 
     world = settled()
     since = {"type": "PodScheduled", "status": "False", "lastTransitionTime": stamp(world.now)}

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import pytest
-from sere_operator.plan import drift
+from sere_operator.plan.objects import drift
 
 
 def body() -> dict[str, Any]:

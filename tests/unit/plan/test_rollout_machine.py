@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "kit"))
 from plan_world import DIGEST, GOLDEN, POLICY, CrashError, World, profile_body
 
 OVERRIDE = "serving.sere.dev/override"

@@ -5,25 +5,23 @@ from __future__ import annotations
 import base64
 import json
 import struct
-import sys
-from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
-from sere_ext.errors import SimilarityError
-from sere_ext.policy import Policy
-from sere_ext.shards import POLICY_SHARDS, encoded, join, places
-from sere_ext.similarity import SimilarityMeta, similarity_digest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "kit"))
 from plan_world import POLICY, profile_body
+from sere_ext.contract.errors import SimilarityError
+from sere_ext.contract.policy import Policy
+from sere_ext.contract.shards import POLICY_SHARDS, encoded, join, places
+from sere_ext.contract.similarity import SimilarityMeta, similarity_digest
 from sere_operator.api.common import parse_spec
 from sere_operator.api.tuning import SereTuningJobSpec
-from sere_operator.plan import pods, tuning, tuning_children
-from sere_operator.plan.artefact import verified_digest
-from sere_operator.plan.children import Defaults
+from sere_operator.plan.objects import pods
+from sere_operator.plan.objects.artefact import verified_digest
+from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.snapshot import Similarity, TuningSnapshot
+from sere_operator.plan.tuning import decide as tuning
+from sere_operator.plan.tuning import objects as tuning_children
 
 OWNER = {"apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereDeployment", "name": "m", "uid": "u", "controller": True}
 SPEC = {

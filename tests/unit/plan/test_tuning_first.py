@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "kit"))
 from plan_world import DIGEST, POLICY, CrashError, World, profile_body
-from sere_ext.policy import Policy
-from sere_operator.plan import engine
-from sere_operator.plan.children import Defaults
-from sere_operator.plan.tuning_first import DOWN_S
+from sere_ext.contract.policy import Policy
+from sere_operator.plan.objects import revision as engine
+from sere_operator.plan.objects.children import Defaults
+from sere_operator.plan.rollout.tuning_first import DOWN_S
 
 TUNED: dict[str, Any] = {
     "routing": {"mode": "Tuned"},

@@ -1,0 +1,197 @@
+"""The ranking stage: trials on the warm engine until a budget ends. Search ranks, nothing more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sere_ext.contract.errors import PolicyError, SereError, UnsupportedError
+from sere_ext.contract.policy import EXACT_POLICY, Policy
+
+from sere_autotune import planner
+from sere_autotune.outcome import BudgetExhaustedError
+from sere_autotune.search.learned import propose
+from sere_autotune.search.sampler import make_sampler
+from sere_autotune.study.run import Run
+from sere_autotune.trial.engine import EngineCrashError, Reject
+from sere_autotune.trial.items import Item
+from sere_autotune.trial.measures import LevelResult, answers, constraints, objective, summarise
+from sere_autotune.tuning.space import Space, Table, auto_buckets
+
+_CRASHES_IN_A_ROW = 3
+_CRASH_FACTOR = 10.0  # a crashed trial's objective, times exact routing's: finite, so that samplers learn from it
+
+
+def window(items: Sequence[Item], number: int, size: int) -> list[Item]:
+    """The `size` items of a trial: the window moves on with each trial and wraps around."""
+    size = min(size, len(items))
+    start = number * size % len(items)
+    return [items[(start + i) % len(items)] for i in range(size)]
+
+
+def measure(run: Run, policy: Policy, items: Sequence[Item], *, number: int, seconds: float, reject: bool) -> list[LevelResult]:
+    """One policy at every load level on the given items; stops at the first level that rejects it.
+
+    Raises:
+        EngineCrashError: the engine died under it.
+    """
+    run.engine.apply(policy)
+    found = []
+    for index, level in enumerate(run.spec.workload.load.levels):
+        exact = run.study.exact_answers(index)
+        known = run.study.get("pace", {})
+        load = run.load(level, 2, known.get("residence", 0.3), seed=run.spec.workload.seed + 31 * number + index)
+        requests = run.traffic.requests(items, offset=number * len(items))
+        against = Reject(run.max_drop, 0.05, exact) if reject and exact else None
+        # A trial is cut off by its budget too, which so is never exceeded.
+        limit = min(seconds, max(1.0, run.left_s()))
+        report = run.engine.block(requests, load, run.traffic.requests(items[: max(level * 2, 8)]), limit, against)
+        result = summarise(index, report.block, exact, run.traffic.timed)
+        result.active_before, result.active_after = report.active_before, report.active_after
+        found.append(result)
+        if policy == EXACT_POLICY and not exact:
+            run.study.put_exact_answers(index, answers(report.block.sent))
+        if result.stopped and result.stopped.startswith("accuracy"):
+            return found
+    if policy != EXACT_POLICY:
+        _reference(run, found, items, number, seconds)
+    return found
+
+
+def _reference(run: Run, found: Sequence[LevelResult], items: Sequence[Item], number: int, seconds: float) -> None:
+    """Exact routing right after a trial, on a quarter of its items: what the machine's drift is, and more noise floor."""
+    some = items[: max(len(items) // 4, 16)]
+    again = measure(run, EXACT_POLICY, some, number=number, seconds=max(1.0, seconds / 3), reject=False)
+    for level, exact in zip(found, again, strict=False):
+        if exact.requests:
+            level.reference_tpot_ms = exact.latency_ms["tpot"]["p50"]  # a short block's mean is at the mercy of one stall
+            level.reference_items, level.reference_differ = exact.items, exact.differ
+            level.reference_discordant = exact.losses + exact.gains
+
+
+def rank(run: Run) -> None:
+    """Run trials until the trials or the budget are used up; what certification needs is kept back."""
+    study, search = run.study, run.spec.search
+    study.heal()
+    study.put("searchEnded", None)
+    study.enqueue_first(run.space(), search.trials)
+    crashes = 0
+    run.report.stage("search", search.trials, len(study.complete()))
+    for old in study.complete():
+        space = run.space()
+        base = study.exact_tpot_ms(space)
+        run.report.trial(_row(old.number, space, space.table(old.params), study.levels(old), old.constraints, base))
+    while (done := len(study.complete())) < search.trials and study.get("ladder") is None:
+        if done and run.left_s() < reserve_s(run) + _trial_seconds(run):
+            study.put(
+                "searchEnded", f"{run.budget.which(time.monotonic())} after {done} trials, the rest is kept for certification"
+            )
+            break
+        if not done and run.left_s() < 10:
+            raise BudgetExhaustedError(f"{run.budget.which(time.monotonic())} ran out before the first trial; raise it")
+        space = run.space()
+        trial, table = study.ask(space, lambda number, space=space: make_sampler(  # type: ignore[misc]
+            search.sampler, space, lambda seed: propose(run, space, seed), search.seed, number))  # fmt: skip
+        crashes = _evaluate(run, trial, table, crashes)
+        if not done:
+            _after_exact(run)
+        study.note_spent(run.budget)
+
+
+def _evaluate(run: Run, trial: Any, table: Table, crashes: int) -> int:
+    """Measure one trial and tell it. Returns crashes in a row."""
+    space, search, study = run.space(), run.spec.search, run.study
+    policy = space.policy(table)
+    exact = policy == EXACT_POLICY
+    run.report.step(f"trial {trial.number}: {policy.describe()}", time_left_s(run))
+    # Exact routing answers every search item, so that later windows find their partner.
+    items = list(run.search) if exact and not study.exact_answers(0) else window(run.search, trial.number, search.items_per_trial)
+    seconds = search.trial_seconds * max(1.0, len(items) / search.items_per_trial)
+    limits = run.spec.slo.limits()
+    began = time.monotonic()
+    try:
+        levels = measure(run, policy, items, number=trial.number, seconds=seconds, reject=not exact)
+    except (
+        EngineCrashError,
+        UnsupportedError,
+        PolicyError,
+    ) as error:  # the last two: a kind that this model's router cannot have
+        if exact or crashes + 1 >= _CRASHES_IN_A_ROW:
+            raise SereError(f"the engine keeps failing ({error}); see its log with SERE_ENGINE_LOGS=1") from error
+        keys = [f"{metric}.{name}" for metric, name, _ in limits] + ["accuracy", "failures"]
+        worst = max((t.value or 0.0 for t in study.complete()), default=1e3)
+        crash: dict[str, Any] = {"policy": policy.to_json_dict(), "describe": policy.describe(), "crash": str(error)}
+        study.tell(trial, worst * _CRASH_FACTOR, dict.fromkeys(keys, 1.0), crash)
+        run.report.trial({"number": trial.number, "policy": policy.describe(), "crash": str(error)})
+        return crashes + 1
+    if not any(level.requests for level in levels):
+        raise BudgetExhaustedError(f"{run.budget.which(time.monotonic())} ran out in the middle of a trial; raise it")
+    base = study.exact_tpot_ms(space)
+    violations = constraints(levels, limits, run.max_drop, run.spec.slo.max_failure_share, base)
+    record: dict[str, Any] = {
+        "policy": policy.to_json_dict(), "describe": policy.describe(), "digest": policy.digest,
+        "levels": [level.to_dict() for level in levels], "seconds": time.monotonic() - began,
+    }  # fmt: skip
+    study.tell(trial, objective(levels, base), violations, record)
+    run.report.trial(_row(trial.number, space, table, levels, violations, base))
+    return 0
+
+
+def _row(
+    number: int, space: Space, table: Table, levels: Sequence[LevelResult], violations: dict[str, float], base: Sequence[float]
+) -> dict[str, Any]:
+    items = sum(level.items for level in levels)
+    return {
+        "number": number, "policy": space.policy(table).describe(), "exact": table == space.exact(),
+        "tpotMs": objective(levels, base) if levels else float("nan"),
+        "accuracy": float(np.mean([level.accuracy for level in levels])) if levels else float("nan"),
+        "dropPoints": 100 * sum(level.losses - level.gains for level in levels) / items if items else 0.0,
+        "items": items, "active": levels[0].active_after if levels else None,
+        "broken": [key for key, by in violations.items() if by > 0],
+        "stopped": next((level.stopped for level in levels if level.stopped), None),
+    }  # fmt: skip
+
+
+def _after_exact(run: Run) -> None:
+    """What the first trial teaches: pace, bucket edges of an open loop, and how far exact differs from exact."""
+    study = run.study
+    first = study.levels(study.complete()[0])
+    if study.get("pace") is None:
+        pace = {"rate": first[0].rate, "residence": first[0].residence_s, "startSeconds": run.engine.start_seconds}
+        study.put("pace", pace)
+    levels = run.spec.workload.load.levels
+    if study.get("edges") is None:
+        edges = run.spec.search.buckets or auto_buckets(levels, [level.batch for level in first])
+        study.put("edges", [edge.to_json_dict() for edge in edges])
+    if study.get("noise") is None:
+        run.report.step("noise floor: exact against exact", time_left_s(run))
+        items = window(run.search, 0, run.spec.search.items_per_trial)
+        again = measure(run, EXACT_POLICY, items, number=0, seconds=run.spec.search.trial_seconds, reject=False)
+        n = sum(level.items for level in again)
+        differ = sum(level.differ for level in again) / max(n, 1)
+        discordant = sum(level.losses + level.gains for level in again) / max(n, 1)
+        study.put("noise", {"items": n, "differ": differ, "discordant": discordant})
+
+
+def reserve_s(run: Run) -> float:
+    """Seconds that certifying the ladder will take; the first rung alone where the budget is small."""
+    pace = run.study.get("pace", {})
+    one = planner.rung_seconds(run.spec, pace, len(run.spec.workload.load.levels)) * 1.15 + 5
+    every = one * run.spec.search.rungs
+    total = run.spec.search.device_hours * 3600 / run.budget.devices
+    return every if every < total / 2 else one
+
+
+def _trial_seconds(run: Run) -> float:
+    times = [t.user_attrs["seconds"] for t in run.study.complete() if "seconds" in t.user_attrs]
+    return float(max(times[1:] or times or [run.spec.search.trial_seconds]))
+
+
+def time_left_s(run: Run) -> float:
+    """Estimate for the live table: trials to come and certification."""
+    trials = max(0, run.spec.search.trials - len(run.study.complete()))
+    levels = len(run.spec.workload.load.levels)
+    pace = run.study.get("pace", {})
+    return trials * _trial_seconds(run) + run.spec.search.rungs * planner.rung_seconds(run.spec, pace, levels)

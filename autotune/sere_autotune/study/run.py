@@ -1,0 +1,98 @@
+"""What every stage of a tuning works with: the engine it asks, whom it tells, and what the run has so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from sere_ext.contract.policy import Policy
+
+from sere_autotune.study.budget import Budget
+from sere_autotune.study.study import TuningStudy
+from sere_autotune.trial.engine import BlockReport, EngineFacts, Reject
+from sere_autotune.trial.items import Item
+from sere_autotune.trial.load import Load, Request
+from sere_autotune.trial.traffic import Traffic
+from sere_autotune.tuning.space import Space, auto_buckets
+from sere_autotune.tuning.spec import BucketEdges, TuningSpec
+
+
+class Engine(Protocol):
+    """What the stages need of an engine; `engine.WarmEngine` is the real one."""
+
+    start_seconds: float
+
+    def start(self) -> EngineFacts: ...
+    def apply(self, policy: Policy) -> None: ...
+    def block(
+        self,
+        requests: Sequence[Request],
+        load: Load,
+        fillers: Sequence[Request] = (),
+        deadline_s: float | None = None,
+        reject: Reject | None = None,
+    ) -> BlockReport: ...
+    def stop(self) -> None: ...
+
+
+class Reporter(Protocol):
+    """Told what happens; draws the live table, publishes progress."""
+
+    def stage(self, name: str, total: int, done: int = 0) -> None: ...
+    def trial(self, row: dict[str, Any]) -> None: ...
+    def step(self, text: str, left_s: float) -> None: ...
+
+
+@dataclass
+class Run:
+    """Everything a stage works with."""
+
+    spec: TuningSpec
+    study: TuningStudy
+    engine: Engine
+    budget: Budget
+    traffic: Traffic
+    search: list[Item]
+    cert: list[Item]
+    report: Reporter
+    similarity_digest: str | None = None
+    facts: EngineFacts | None = None
+    advisory: bool = False
+    cert_items: int = 0  # what a certificate may use of `cert`,
+    alpha: float = 0.05  # and its level, after what earlier studies spent on them: the plan's
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def max_drop(self) -> float:
+        return self.spec.accuracy.max_drop_points / 100
+
+    def left_s(self) -> float:
+        return self.budget.left_s(time.monotonic())
+
+    def load(self, level: int, warmup_residences: float, residence_s: float, seed: int) -> Load:
+        """The load of a level, with its warm-up in requests."""
+        spec = self.spec.workload.load
+        if level:
+            return Load(concurrency=level, warmup=round(warmup_residences * level))
+        rate = spec.requests_per_second or 1.0
+        return Load(rate=rate, seed=seed, warmup=max(5, round(warmup_residences * residence_s * rate)))
+
+    def space(self) -> Space:
+        """The space, its bucket edges frozen in the study as soon as they are known."""
+        assert self.facts is not None
+        levels = self.spec.workload.load.levels
+        frozen = self.study.get("edges")
+        if frozen:
+            edges = tuple(BucketEdges.model_validate(e) for e in frozen)
+        elif self.spec.search.buckets:
+            edges = self.spec.search.buckets
+        elif all(levels):
+            edges = auto_buckets(levels, levels)
+        else:
+            edges = tuple(BucketEdges(min_tokens=1) for _ in levels)  # until exact routing has shown the batch sizes
+        layers = self.facts.layers if self.spec.search.layer_groups else ()
+        return Space(
+            edges, self.spec.search.policies, self.facts.top_k, self.similarity_digest, layers, self.spec.search.min_share
+        )

@@ -1,0 +1,187 @@
+"""The Optuna study: the only truth of a tuning run. Ask and tell, heal after a kill, everything measured kept in it.
+
+One journal file, one writer (guarded by an advisory lock that the kernel drops when the process dies). What does not
+belong to one trial (exact answers, noise floor, frozen ladder, certification blocks) is kept as study attributes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from sere_ext.contract.errors import UsageError
+from sere_ext.contract.policy import canonical_json
+
+from sere_autotune.search.posterior import Observation
+from sere_autotune.study.budget import Budget
+from sere_autotune.trial.measures import Answer, LevelResult
+from sere_autotune.tuning.space import Space, Table
+from sere_autotune.tuning.spec import SearchSpec, TuningSpec
+
+JOURNAL = "study.journal"
+
+# What may change between a run and its continuation: budgets and places, not what is measured.
+_BUDGETS = {"trials", "device_hours", "wall_minutes"}
+# Fields of `search` that came after studies had been written: left out where they have their default, so that those go on.
+_LATER = ("min_share",)
+
+
+def fingerprint(spec: TuningSpec, cert_digest: str, config_digest: str) -> str:
+    """Content address of everything that a study's trials must have in common."""
+    kept = spec.model_dump(mode="json", exclude={"out"})
+    unused = {name for name in _LATER if getattr(spec.search, name) == SearchSpec.model_fields[name].default}
+    kept["search"] = spec.search.model_dump(mode="json", exclude=_BUDGETS | unused)
+    text = canonical_json({"spec": kept, "cert": cert_digest, "model": config_digest})
+    return "sha256:" + hashlib.sha256(text).hexdigest()
+
+
+class TuningStudy:
+    """The study in a folder. Every method writes through at once."""
+
+    def __init__(self, out: Path, mark: str | None) -> None:
+        """Open or begin the study of `out`.
+
+        Args:
+            mark: the fingerprint that trials must have in common; None reads a study whatever it is of.
+
+        Raises:
+            UsageError: another tuner has the folder open, or it holds a study of something else.
+        """
+        self.out = out
+        out.mkdir(parents=True, exist_ok=True)
+        self._lock: io.TextIOWrapper | None = (out / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"another tuner works in {out}; wait for it, or name another `out`") from error
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        path = out / JOURNAL
+        for stale in out.glob(JOURNAL + "*.lock"):
+            stale.unlink(missing_ok=True)  # of a killed writer: we hold the folder
+        self.study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(path))), study_name="sere", direction="minimize", load_if_exists=True
+        )
+        self.attrs: dict[str, Any] = self.study.user_attrs  # this process is the only writer, so a copy stays true
+        old = self.get("fingerprint")
+        if mark is not None and old is not None and old != mark:
+            self.close()
+            raise UsageError(
+                f"{out} holds a study of another model, load, limit or set of items; name another `out`, or add --fresh "
+                "to begin anew there"
+            )
+        if mark is not None and old is None:
+            self.put("fingerprint", mark)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # Study attributes.
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.attrs.get(key, default)
+
+    def put(self, key: str, value: Any) -> None:
+        self.study.set_user_attr(key, value)
+        self.attrs[key] = value
+
+    # Spending.
+
+    def restore(self, budget: Budget) -> None:
+        spent = self.get("spent", {})
+        budget.device_spent_s = spent.get("deviceSeconds", 0.0)
+        budget.wall_spent_s = spent.get("wallSeconds", 0.0)
+
+    def note_spent(self, budget: Budget) -> None:
+        """Write down what was spent; called at every trial and block, and meanwhile by the meter's thread (`meter.py`)."""
+        now = time.monotonic()
+        self.put("spent", {"deviceSeconds": budget.device_used(now), "wallSeconds": budget.wall_used(now)})
+
+    # Trials.
+
+    def heal(self) -> list[int]:
+        """Enqueue again what a killed tuner left running, and close it. Returns the trials' numbers."""
+        zombies = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        for trial in zombies:
+            if trial.params or trial.system_attrs.get("fixed_params"):
+                params = trial.params or trial.system_attrs["fixed_params"]
+                self.study.enqueue_trial(params, user_attrs={"retry_of": trial.number})
+            self.study.tell(trial.number, state=TrialState.FAIL)
+        return [trial.number for trial in zombies]
+
+    def enqueue_first(self, space: Space, trials: int) -> None:
+        """Trial 0 is exact routing, then the paper's settings; once per study."""
+        if self.get("enqueued"):
+            return
+        done = len(self.study.get_trials(deepcopy=False))
+        for table in space.first_trials(trials)[done:]:
+            self.study.enqueue_trial(space.params(table))
+        self.put("enqueued", True)
+
+    def ask(self, space: Space, sampler: Callable[[int], optuna.samplers.BaseSampler]) -> tuple[optuna.Trial, Table]:
+        self.study.sampler = sampler(len(self.study.get_trials(deepcopy=False)))
+        trial = self.study.ask(space.distributions())
+        return trial, space.table(trial.params)
+
+    def tell(self, trial: optuna.Trial, value: float, constraints: dict[str, float], record: dict[str, Any]) -> None:
+        """Constraints go in before the value: a complete trial without them would count as feasible."""
+        for key, violation in constraints.items():
+            trial.set_constraint(key, violation)
+        for key, entry in record.items():
+            trial.set_user_attr(key, entry)
+        self.study.tell(trial, value)
+
+    def complete(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+    def levels(self, trial: FrozenTrial) -> list[LevelResult]:
+        return [LevelResult(**level) for level in trial.user_attrs.get("levels", [])]
+
+    # Exact routing's answers on SEARCH at each load level, from trial 0.
+
+    def exact_answers(self, level: int) -> dict[str, Answer]:
+        found = self.get(f"exactAnswers.{level}", {})
+        return {item: Answer(bool(right), text) for item, (right, text) in found.items()}
+
+    def put_exact_answers(self, level: int, answers: dict[str, Answer]) -> None:
+        self.put(f"exactAnswers.{level}", {item: [int(a.correct), a.text] for item, a in answers.items()})
+
+    def exact_tpot_ms(self, space: Space) -> list[float]:
+        """Median TPOT of the exact trial per level, or [] before it ended."""
+        exact = next((t for t in self.complete() if space.table(t.params) == space.exact() and self.levels(t)), None)
+        return [level.latency_ms["tpot"]["p50"] for level in self.levels(exact)] if exact else []
+
+    def observations(self, space: Space) -> list[Observation]:
+        """What the model learns from: every complete, uncrashed trial at every level, against exact routing beside it."""
+        base = self.exact_tpot_ms(space)
+        found = []
+        for trial in self.complete() if base else []:
+            table = space.table(trial.params)
+            for bucket, (level, choice) in enumerate(zip(self.levels(trial), table, strict=False)):
+                median, reference = level.latency_ms["tpot"]["p50"], level.reference_tpot_ms
+                speed = math.log(reference / median) if reference and median > 0 else math.nan
+                found.append(Observation(bucket, choice, level.items, level.losses, level.gains, speed))
+        return found
+
+
+def forget(out: Path) -> None:
+    """Remove a study and what was written from it (`--fresh`). Raises UsageError while another tuner works there."""
+    if not out.exists():
+        return
+    TuningStudy(out, None).close()
+    for name in (JOURNAL, "profile.json", "report.html", "summary.json"):
+        (out / name).unlink(missing_ok=True)
+    for stale in out.glob(JOURNAL + "*.lock"):
+        os.unlink(stale)

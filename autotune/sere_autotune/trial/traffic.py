@@ -1,0 +1,57 @@
+"""Which requests a block sends: the labelled items themselves, or mixed one to one with a workload of its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from sere_autotune.trial.items import Item, read_jsonl
+from sere_autotune.trial.load import Request
+from sere_autotune.tuning.spec import WorkloadSpec
+
+
+class Traffic:
+    """Makes the requests of a block from labelled items. Deterministic, so that both arms of a pair get the same."""
+
+    def __init__(self, workload: WorkloadSpec, items: Sequence[Item]) -> None:
+        self.others: list[Request] = []
+        if workload.dataset:
+            own = {item.prompt for item in items}
+            records = read_jsonl(workload.dataset, "workload.dataset")
+            prompts = [r["prompt"] for _, r in records if r["prompt"] not in own]
+            self.others = [Request(prompt, workload.dataset_max_tokens) for prompt in prompts]
+        elif workload.synthetic:
+            self.others = _synthetic(workload, items)
+        random.Random(workload.seed).shuffle(self.others)
+
+    @property
+    def labelled_share(self) -> float:
+        return 0.5 if self.others else 1.0
+
+    @property
+    def timed(self) -> str:
+        """Whose latency is judged: the workload's own prompts where there are any."""
+        return "unlabelled" if self.others else "all"
+
+    def requests(self, items: Sequence[Item], offset: int = 0) -> list[Request]:
+        """The items in order; each followed by one prompt of the workload where it has its own."""
+        found = []
+        for index, item in enumerate(items):
+            found.append(Request.of(item))
+            if self.others:
+                found.append(self.others[(offset + index) % len(self.others)])
+        return found
+
+
+def _synthetic(workload: WorkloadSpec, items: Sequence[Item]) -> list[Request]:
+    """Text of the wanted length: items' prompts joined until long enough, cut by the engine's tokenizer."""
+    assert workload.synthetic is not None
+    rng = random.Random(workload.seed)
+    wanted = workload.synthetic
+    found = []
+    for _ in range(256):
+        text = ""
+        while len(text) < wanted.input_tokens * 8:  # a token rarely stands for more than 8 characters
+            text += rng.choice(items).prompt + "\n"
+        found.append(Request(text, wanted.output_tokens, ignore_eos=True, cut_tokens=wanted.input_tokens))
+    return found

@@ -1,0 +1,240 @@
+"""Is the canary worse than what it would replace? Pure; the answer is Passed, Rejected, Inconclusive, or not yet.
+
+The certificate was earned elsewhere, on enough distinct items (`sere tune`). Here is tested for harm: latency by the
+pods' own histograms against the SLO and against the stable side, accuracy by the profile's golden prompts. Nothing
+passes on missing data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from sere_operator.api.common import Percentiles, Slo
+from sere_operator.plan.histogram import Histogram, total
+from sere_operator.plan.rollout.intervals import (
+    CONFIDENCE,
+    DESIGN_EFFECT,
+    share_lower_limit,
+    share_upper_limit,
+    sign_test,
+    student_quantile,
+)
+
+SLOWER_RATIO = 1.25  # mean TPOT of the canary over stable's: beyond this it is harm, whatever the SLO allows
+# A Static policy is its author's decision: only what nobody can have meant is taken back.
+FLAGRANT_RATIO = 1.5
+FLAGRANT_CONFIDENCE = 0.99
+# Independent requests' worth on both sides below which the spread is not known well enough to speak of harm.
+LEAST_INDEPENDENT = 20.0
+GOLDEN_ALPHA = 0.01  # of the one-sided sign test on answers that only one side got right
+LEAST_GOLDEN_RIGHT = 0.5  # of stable's golden answers; they were chosen among those that exact routing answers right
+_ALLOWED = {"p50": 0.50, "p95": 0.05, "p99": 0.01}
+
+
+class Outcome(StrEnum):
+    PENDING = "Pending"
+    PASSED = "Passed"
+    REJECTED = "Rejected"
+    INCONCLUSIVE = "Inconclusive"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    outcome: Outcome
+    message: str
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one side did in its window: histograms by batch bucket, golden answers in the prompts' order."""
+
+    tpot: dict[str, Histogram] = field(default_factory=dict)
+    ttft: dict[str, Histogram] = field(default_factory=dict)
+    golden: tuple[bool | None, ...] | None = None
+
+    @property
+    def requests(self) -> int:
+        """Finished requests: each has one TTFT."""
+        return max(sum(h.count for h in self.ttft.values()), sum(h.count for h in self.tpot.values()))
+
+
+def judge(
+    stable: Arm,
+    canary: Arm,
+    slo: Slo | None,
+    *,
+    min_requests: int,
+    golden_prompts: int,
+    deadline_over: bool,
+    side_by_side: bool = True,
+    watched: bool = True,
+) -> Verdict:
+    """The checklist, in order; the first that applies decides.
+
+    1. canary breaks an SLO limit that stable keeps better     Rejected (not side by side: Inconclusive)
+    2. canary is slower than stable at equal buckets           Rejected (not side by side: Inconclusive)
+    3. golden prompts got worse                                Rejected
+    4. golden answers missing, or stable's mostly wrong        Pending, after the deadline Inconclusive
+    5. too few requests on a side                              Pending, after the deadline Inconclusive
+    6. slower, or not comparable, but not for certain          Pending, after the deadline Inconclusive
+    7. an SLO limit that the histograms have no bound for      Pending, after the deadline Inconclusive
+    8. all judged                                              Passed
+
+    1 and 2 are said only with confidence, and never without the stable side to compare with: a rejection bans the
+    policy, and a busy machine must not. It is looked at again and again; what keeps the chance of a false rejection
+    low over all looks is that the limit, not the estimate, must lie beyond `SLOWER_RATIO`.
+
+    Args:
+        min_requests: finished requests that each side needs; 0: judge on what there is (a Static policy), and take
+            only flagrant slowness for harm.
+        golden_prompts: how many prompts each side must have answered; 0: none are asked for.
+        side_by_side: both sides ran at the same time. If not (one pod alone, in turns), more load in a few turns explains
+            a higher latency as well as the policy does: it goes back, but is not banned.
+        watched: for long enough that slowness is no passing disturbance; until then 1 and 2 are Pending.
+    """
+    slow = Outcome.REJECTED if side_by_side else Outcome.INCONCLUSIVE
+    if not watched and not deadline_over:
+        slow = Outcome.PENDING
+    if slo is not None:
+        for name, limits, here, there in (
+            ("TPOT", slo.tpot_ms, canary.tpot, stable.tpot),
+            ("TTFT", slo.ttft_ms, canary.ttft, stable.ttft),
+        ):
+            broken = _breaks_limit(name, limits, total(here.values()), total(there.values()))
+            if broken:
+                return Verdict(slow, broken)
+    least, confidence = (SLOWER_RATIO, CONFIDENCE) if min_requests else (FLAGRANT_RATIO, FLAGRANT_CONFIDENCE)
+    means = compare_means(canary.tpot, stable.tpot, confidence)
+    if means is not None and means.least > least:
+        return Verdict(slow, means.words)
+    unanswered = Outcome.INCONCLUSIVE if deadline_over else Outcome.PENDING
+    if golden_prompts:
+        worse = golden_harm(stable.golden, canary.golden)
+        if worse:
+            return Verdict(Outcome.REJECTED, worse)
+        if not _complete(stable.golden, golden_prompts) or not _complete(canary.golden, golden_prompts):
+            return Verdict(unanswered, f"not all of {golden_prompts} golden prompts were answered on both sides")
+        known = sum(map(bool, stable.golden or ()))
+        if known < LEAST_GOLDEN_RIGHT * golden_prompts:
+            words = f"the stable side answered only {known} of {golden_prompts} golden prompts right, so they can show no harm"
+            return Verdict(unanswered, words)
+    for side, arm in (("canary", canary), ("stable", stable)):
+        if arm.requests < min_requests:
+            return Verdict(unanswered, f"{side} finished {arm.requests} of {min_requests} requests that are needed to judge")
+    if min_requests:
+        if means is not None and means.ratio > SLOWER_RATIO:
+            return Verdict(unanswered, f"not certain yet: {means.words}")
+        if means is None and any(h.count for h in canary.tpot.values()):
+            return Verdict(unanswered, "canary and stable side ran at no batch size in common, so TPOT cannot be compared")
+        unseen = _unseen_limit(slo, canary) if slo is not None else None
+        if unseen:
+            return Verdict(unanswered, unseen)
+    return Verdict(Outcome.PASSED, _summary(stable, canary, golden_prompts))
+
+
+def _breaks_limit(name: str, limits: Percentiles | None, canary: Histogram, stable: Histogram) -> str | None:
+    if limits is None or canary.count == 0:
+        return None
+    for percentile, allowed in _ALLOWED.items():
+        limit = getattr(limits, percentile)
+        over = canary.over.get(f"{limit:g}") if limit is not None else None
+        if over is None:
+            continue
+        least = share_lower_limit(over, canary.count)
+        if least > allowed and least > share_upper_limit(stable.over.get(f"{limit:g}", 0), stable.count):
+            return (
+                f"canary {name} {percentile} above the limit of {limit:g} ms ({over / canary.count:.1%} of {canary.count:,} "
+                f"requests over it, at least {least:.1%} at {CONFIDENCE:.0%}, {allowed:.0%} allowed)"
+            )
+    return None
+
+
+def _unseen_limit(slo: Slo, canary: Arm) -> str | None:
+    for name, limits, histograms in (("TPOT", slo.tpot_ms, canary.tpot), ("TTFT", slo.ttft_ms, canary.ttft)):
+        bounds = total(histograms.values()).over
+        for percentile in _ALLOWED:
+            limit = getattr(limits, percentile) if limits is not None else None
+            if limit is not None and f"{limit:g}" not in bounds:
+                return f"the pods' histograms have no bound at the {name} limit of {limit:g} ms, so it cannot be judged"
+    return None
+
+
+@dataclass(frozen=True)
+class Means:
+    """Mean TPOT of the canary over the stable side's at equal buckets: the estimate, and what it is at least.
+
+    `least` is minus infinity where the data cannot say (too few requests, or no known spread).
+    """
+
+    ratio: float
+    least: float
+    words: str
+
+
+def compare_means(canary: dict[str, Histogram], stable: dict[str, Histogram], confidence: float) -> Means | None:
+    """The ratio of mean latencies and its one-sided lower limit, over the buckets that both sides saw; None: none.
+
+    Buckets weigh n m / (n + m), the weight that says most about a common ratio: one that a side hardly saw hardly
+    counts. The limit is Student's on the logarithm, by the delta method, with the sample shrunk by `DESIGN_EFFECT`.
+    """
+    shared = [(h, stable[bucket]) for bucket, h in canary.items() if h.count and bucket in stable and stable[bucket].count]
+    weights = [here.count * there.count / (here.count + there.count) for here, there in shared]
+    if not shared:
+        return None
+    sides = [[pair[side] for pair in shared] for side in (0, 1)]
+    mean, before = (sum(w * h.mean_s for w, h in zip(weights, side, strict=True)) for side in sides)
+    if before <= 0:
+        return None
+    ratio, least = mean / before, -math.inf
+    independent = 2 * sum(weights) / DESIGN_EFFECT  # of a side, where both are equally large
+    spreads = [[h.variance_s2 for h in side] for side in sides]
+    if independent >= LEAST_INDEPENDENT and not any(spread is None for side in spreads for spread in side):
+        variance = sum(
+            w * w * (spread or 0.0) * DESIGN_EFFECT / h.count / (whole * whole)
+            for side, spread_of, whole in zip(sides, spreads, (mean, before), strict=True)
+            for w, h, spread in zip(weights, side, spread_of, strict=True)
+        )
+        least = ratio * math.exp(-student_quantile(confidence, independent - 1) * math.sqrt(variance))
+    words = (
+        f"canary mean TPOT {mean / sum(weights) * 1e3:.1f} ms is {ratio:.2f} times the stable side's "
+        f"{before / sum(weights) * 1e3:.1f} ms"
+    )
+    return Means(ratio, least, f"{words} (at least {least:.2f} at {confidence:.0%})" if least > 0 else words)
+
+
+def golden_harm(stable: tuple[bool | None, ...] | None, canary: tuple[bool | None, ...] | None) -> str | None:
+    """One-sided sign test over prompts that exactly one side answered right."""
+    if not stable or not canary:
+        return None
+    pairs = [(a, b) for a, b in zip(stable, canary, strict=False) if a is not None and b is not None]
+    lost = sum(1 for a, b in pairs if a and not b)
+    won = sum(1 for a, b in pairs if b and not a)
+    p = sign_test(lost, won)
+    if lost > won and p < GOLDEN_ALPHA:
+        right = sum(1 for _, b in pairs if b)
+        return (
+            f"canary answered {right} of {len(pairs)} golden prompts right, the stable side {right + lost - won} "
+            f"({lost} lost, {won} won, p = {p:.2g})"
+        )
+    return None
+
+
+def _complete(answers: tuple[bool | None, ...] | None, wanted: int) -> bool:
+    return answers is not None and len(answers) >= wanted and None not in answers
+
+
+def _summary(stable: Arm, canary: Arm, golden_prompts: int) -> str:
+    parts = []
+    here, there = total(canary.tpot.values()), total(stable.tpot.values())
+    if here.count and there.count:
+        parts.append(
+            f"mean TPOT {here.mean_s * 1e3:.1f} ms against {there.mean_s * 1e3:.1f} ms "
+            f"over {canary.requests:,} and {stable.requests:,} requests"
+        )
+    if golden_prompts and canary.golden and stable.golden:
+        parts.append(
+            f"{sum(map(bool, canary.golden))} of {golden_prompts} golden prompts right against {sum(map(bool, stable.golden))}"
+        )
+    return "canary passed: " + ("; ".join(parts) or "the policy applied and a token came through")

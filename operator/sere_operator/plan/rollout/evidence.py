@@ -1,0 +1,123 @@
+"""What a rollout has seen so far: counters of both sides and golden answers, kept in `status.rollout.state`. Pure.
+
+Each side of the comparison is an `Arm`. Counters are remembered when a window opens and subtracted later, so that a
+restarted operator goes on counting where it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import StrEnum
+from typing import Any
+
+from sere_operator.plan import histogram
+from sere_operator.plan.rollout.analysis import Arm
+from sere_operator.plan.rollout.wanted import Wanted
+from sere_operator.plan.snapshot import Object, PodView, Snapshot
+
+MAX_STABLE_PODS = 8  # of the stable side, whose counters are remembered
+
+
+class Stage(StrEnum):
+    BASELINE = "Baseline"
+    CANARY = "Canary"
+    ANALYSING = "Analysing"
+    AWAITING_APPROVAL = "AwaitingApproval"
+    PROMOTING = "Promoting"
+    ROLLING_BACK = "RollingBack"
+
+
+def with_state(known: Object, **changes: Any) -> Object:
+    return {**known, "state": {**(known.get("state") or {}), **changes}}
+
+
+def golden_count(wanted: Wanted) -> int:
+    return len(wanted.profile.golden_prompts) if wanted.profile is not None else 0
+
+
+def golden_answers(known: Object, side: str) -> tuple[bool | None, ...] | None:
+    answers = ((known.get("state") or {}).get("golden") or {}).get(side)
+    return tuple(answers) if answers is not None else None
+
+
+def collect_golden(snapshot: Snapshot, known: Object, side: str, digest: str) -> Object:
+    """Take over the answers that `observe` brought for this side, once."""
+    if golden_answers(known, side) is not None:
+        return known
+    for result in snapshot.golden:
+        canary = any(pod.uid == result.pod_uid and pod.name in known["canaryPods"] for pod in snapshot.pods)
+        belongs = canary if (side == "canary" or known["state"]["alone"]) else not canary
+        if result.digest == digest and belongs and None not in result.right:
+            answers = {**(known["state"].get("golden") or {}), side: list(result.right)}
+            return with_state(known, golden=answers, start=None, stableStart=None)
+    return known
+
+
+def golden_needed(snapshot: Snapshot, wanted: Wanted, stable: str) -> list[tuple[PodView, str]]:
+    """Pods that must answer the golden prompts now, and the policy under which they must do so."""
+    known = snapshot.status.get("rollout") or {}
+    if not golden_count(wanted) or known.get("candidate") != wanted.digest or not known.get("canaryPods"):
+        return []
+    canaries = [pod for pod in snapshot.live_pods if pod.name in known["canaryPods"] and pod.ready]
+    others = [pod for pod in snapshot.live_pods if pod.name not in known["canaryPods"] and pod.ready and pod.digest == stable]
+    needed: list[tuple[PodView, str]] = []
+    if known.get("stage") == Stage.BASELINE and golden_answers(known, "stable") is None:
+        needed += [(pod, stable) for pod in canaries[:1]]
+    if known.get("stage") == Stage.ANALYSING:
+        if golden_answers(known, "canary") is None:
+            needed += [(pod, wanted.digest) for pod in canaries[:1]]
+        if golden_answers(known, "stable") is None and not known["state"]["alone"]:
+            needed += [(pod, stable) for pod in others[:1]]
+    return [(pod, digest) for pod, digest in needed if pod.digest == digest]
+
+
+def metrics_needed(status: Object) -> bool:
+    """Whether `observe` must read the pods' histograms."""
+    return (status.get("rollout") or {}).get("stage") == Stage.ANALYSING
+
+
+def _counters(pod: PodView, digest: str) -> Object | None:
+    """A pod's histograms under one policy, packed by bucket."""
+    if pod.metrics is None:
+        return None
+    return {
+        name: histogram.packed({bucket: h for (policy, bucket), h in series.items() if policy == digest})
+        for name, series in (("tpot", pod.metrics.tpot), ("ttft", pod.metrics.ttft))
+    }
+
+
+def measured(known: Object, pods: list[PodView], digest: str, key: str = "start") -> tuple[Object, Arm | None]:
+    """What these pods did since the remembered start; the first look only remembers. A restarted pod starts anew."""
+    start: Object | None = known["state"].get(key)
+    if start is None:
+        counters = {pod.uid: _counters(pod, digest) for pod in pods[:MAX_STABLE_PODS]}
+        if not counters or any(value is None for value in counters.values()):
+            return known, None
+        return with_state(known, **{key: counters}), None
+    tpot, ttft = [], []
+    for pod in pods:
+        if pod.uid not in start or pod.metrics is None:
+            continue
+        series = [
+            histogram.window(start[pod.uid].get(name), {b: h for (policy, b), h in seen.items() if policy == digest})
+            for name, seen in (("tpot", pod.metrics.tpot), ("ttft", pod.metrics.ttft))
+        ]
+        if series[0] is not None and series[1] is not None:
+            tpot.append(series[0])
+            ttft.append(series[1])
+    return known, Arm(histogram.merged(tpot), histogram.merged(ttft))
+
+
+def arms(
+    snapshot: Snapshot, stable: str, candidate: str, known: Object, canaries: list[PodView]
+) -> tuple[Object, Arm | None, Arm | None]:
+    """Both sides. Where there are no other pods, the canary pods are both, in turns: histograms tell policies apart."""
+    known, canary = measured(known, canaries, candidate)
+    others = [pod for pod in snapshot.live_pods if pod.name not in known["canaryPods"] and pod.digest == stable]
+    known, arm = measured(known, canaries if known["state"]["alone"] else others, stable, "stableStart")
+    canary_golden, stable_golden = golden_answers(known, "canary"), golden_answers(known, "stable")
+    return (
+        known,
+        replace(arm, golden=stable_golden) if arm is not None else None,
+        replace(canary, golden=canary_golden) if canary is not None else None,
+    )

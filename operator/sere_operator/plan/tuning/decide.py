@@ -1,0 +1,105 @@
+"""`decide_tuning(snapshot) -> Plan`: what the operator does for one SereTuningJob. Pure."""
+
+from __future__ import annotations
+
+from sere_operator.api import meta
+from sere_operator.api.common import SpecError, parse_spec
+from sere_operator.api.conditions import ConditionType, Reason, find_condition
+from sere_operator.api.tuning import SereTuningJobSpec
+from sere_operator.plan import status
+from sere_operator.plan.objects import drift
+from sere_operator.plan.objects.children import Defaults
+from sere_operator.plan.rollout.step import stamp
+from sere_operator.plan.snapshot import Event, Object, Plan, TuningSnapshot
+from sere_operator.plan.tuning.objects import build, result_name
+from sere_operator.plan.tuning.result import Result, read_result
+
+_FEASIBLE = {"Chosen": True, "Infeasible": False}
+POLL_S = 60.0
+COLLECTED_POLL_S = 2.0
+
+
+def decide_tuning(snapshot: TuningSnapshot, defaults: Defaults) -> Plan:
+    """What to write now for one SereTuningJob. Once it has ended, nothing."""
+    if snapshot.object["metadata"].get("deletionTimestamp"):
+        return Plan()
+    try:
+        spec = parse_spec(SereTuningJobSpec, snapshot.spec)
+    except SpecError as error:
+        conditions = list(snapshot.status.get("conditions") or [])
+        judgement = (False, Reason.INVALID_SPEC, str(error))
+        conditions = status.with_condition(snapshot, conditions, ConditionType.COMPLETE, judgement)
+        new = {**snapshot.status, "observedGeneration": snapshot.generation, "conditions": conditions}
+        return Plan(status=status.merge_patch(new, snapshot.status), requeue_after=POLL_S)
+    plan = Plan(requeue_after=POLL_S)
+    if snapshot.status.get("outcome"):
+        return plan
+    bodies = build(snapshot, spec, defaults)
+    if any(_of_an_earlier_run(snapshot, snapshot.child(body["kind"], body["metadata"]["name"])) for body in bodies):
+        waiting = Result(None, Reason.PENDING, "what an earlier run of this name left is being collected", {}, "waiting")
+        _report(snapshot, spec, waiting, plan)
+        plan.requeue_after = COLLECTED_POLL_S
+        return plan
+    for body in bodies:
+        _keep(plan, drift.stamped(body), snapshot.child(body["kind"], body["metadata"]["name"]))
+    result = read_result(snapshot, spec)
+    for body in result.objects:
+        if snapshot.child(body["kind"], body["metadata"]["name"]) is None:
+            plan.apply.append(body)
+    _report(snapshot, spec, result, plan)
+    return plan
+
+
+def _of_an_earlier_run(snapshot: TuningSnapshot, live: Object | None) -> bool:
+    """Whether a child still belongs to a deleted SereTuningJob of the same name: to adopt it would be to read its old result."""
+    owners = (live or {}).get("metadata", {}).get("ownerReferences") or []
+    uid = snapshot.object["metadata"]["uid"]
+    return any(o.get("controller") and o.get("kind") == meta.TUNING_JOB_KIND and o.get("uid") != uid for o in owners)
+
+
+def _keep(plan: Plan, body: Object, live: Object | None) -> None:
+    """Apply what is missing or changed. A Job's template is immutable, so of a live Job only `suspend` is set."""
+    if live is None or body["kind"] != "Job":
+        if drift.drift(body, live) is not None:
+            plan.apply.append(body)
+        return
+    finished = any(
+        c.get("status") == "True" for c in (live.get("status") or {}).get("conditions") or [] if c["type"] != "Suspended"
+    )
+    if not finished and bool(live["spec"].get("suspend")) != bool(body["spec"]["suspend"]):
+        plan.replace.append({**live, "spec": {**live["spec"], "suspend": body["spec"]["suspend"]}})
+
+
+def _report(snapshot: TuningSnapshot, spec: SereTuningJobSpec, result: Result, plan: Plan) -> None:
+    conditions = list(snapshot.status.get("conditions") or [])
+    before = (find_condition(conditions, ConditionType.COMPLETE) or {}).get("reason")
+    done = result.outcome is not None
+    feasible = _FEASIBLE.get(result.outcome or "")
+    for kind, judgement in (
+        (ConditionType.COMPLETE, (done, result.reason, result.message)),
+        (ConditionType.FEASIBLE, (feasible, result.reason, result.message)),
+    ):
+        conditions = status.with_condition(snapshot, conditions, kind, judgement)
+    job_status = (snapshot.child("Job", snapshot.name) or {}).get("status") or {}
+    # A run that fails may tell no counters; what was counted before stays true.
+    trials = {**(snapshot.status.get("trials") or {}), **result.trials}
+    new = status.without_none({
+        "observedGeneration": snapshot.generation,
+        "conditions": conditions,
+        "trials": trials or None,
+        "progress": f"{trials.get('completed', 0)}/{spec.tuning.trials}",
+        "stage": result.stage,
+        "outcome": result.outcome,
+        "startTime": job_status.get("startTime") or snapshot.status.get("startTime"),
+        "completionTime": stamp(snapshot.now) if done else None,
+        "resultConfigMap": result_name(snapshot.name),
+        "profile": result.profile,
+        **result.told,
+    })  # fmt: skip
+    plan.status = status.merge_patch(new, snapshot.status)
+    if result.reason is Reason.TUNING_BLOCKED and before != Reason.TUNING_BLOCKED:
+        plan.events.append(Event("Warning", result.reason.value, result.message))
+    if done:
+        plan.events.append(Event("Normal" if result.outcome == "Chosen" else "Warning", result.reason.value, result.message))
+        if result.profile is not None:
+            plan.events.append(Event("Normal", "ProfileMade", f"SereProfile {result.profile}"))

@@ -1,0 +1,300 @@
+"""`sere calibrate`: how alike the experts of each MoE layer answer, from the model in transformers.
+
+Source: arXiv 2602.07616 section 3 and its repository's `calibration`: all experts of a layer answer the same tokens (those
+that reach the layer under exact routing), unweighted. The outputs of all experts on all tokens would be tens of gigabytes;
+`moments` keeps running sums instead. Padding never enters them, and a killed run goes on from its `checkpoint`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sere_ext import __version__
+from sere_ext.calibration.capture import collecting, run_batch
+from sere_ext.calibration.checkpoint import Checkpoint, Origin
+from sere_ext.calibration.experts import ExpertLayer, claims_experts, find_experts
+from sere_ext.calibration.moments import HALVES, make_moments, moments_bytes
+from sere_ext.contract.errors import UnsupportedError, UsageError
+from sere_ext.contract.similarity import Changes, Metric, SimilarityMeta, model_config_digest
+from sere_ext.similarity.file import Similarity, model_config_dict, read_similarity, write_similarity
+from sere_ext.similarity.packing import Matrix
+from sere_ext.similarity.stability import changes
+
+_GIB = 1024**3
+
+Progress = Callable[[int, int], None]  # texts done, texts in all
+Note = Callable[[str], None]  # a sentence for the user
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to calibrate; what changes the result is part of a checkpoint's origin."""
+
+    metric: Metric = "frobenius"
+    sequences: int = 400  # texts to use
+    max_length: int = 128  # tokens of each
+    batch: int = 8  # texts at a time: the most that a kill loses
+    layers: tuple[int, int] | None = None  # first and last model layer, both inclusive; None: all
+    device: str = "cpu"  # a torch device
+    memory_gib: float = 8.0  # that running sums may take
+
+
+def read_texts(path: Path) -> list[str]:
+    """Calibration texts: JSONL with `text`, or `prompt` and `answer`; any other file is one text a line.
+
+    Raises:
+        UsageError: missing, empty, or a line that is no such object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"cannot read the calibration data {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no UTF-8 text; give JSONL with a field text, or plain lines") from error
+    texts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.suffix not in (".jsonl", ".json"):
+            texts.append(line)
+            continue
+        try:
+            item = json.loads(line)
+            texts.append(str(item["text"]) if "text" in item else f"{item['prompt']}{item.get('answer', '')}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path}:{number}: each line should be an object with text, or prompt and answer") from error
+    if not texts:
+        raise UsageError(f"{path} holds no calibration text")
+    return texts
+
+
+def calibrate(
+    model: str,
+    data: Path,
+    out: Path,
+    options: Options = Options(),
+    *,
+    revision: str | None = None,
+    progress: Progress = lambda done, total: None,
+    note: Note = lambda sentence: None,
+) -> SimilarityMeta:
+    """Measure similarities on a model and write the artefact.
+
+    Args:
+        model: model directory or hub name; any transformers MoE that `find_experts` can take apart.
+        data: texts, see `read_texts`; the first `sequences` of them, each cut to `max_length` tokens.
+        out: file to write (atomically). With `options.layers`, layers of the same origin that it holds stay in it.
+
+    Raises:
+        UsageError: the data, the model, the device or an option cannot be used; sums that would not fit into memory; `out`
+            is of another origin.
+        UnsupportedError: a dense model, or experts of an unknown form.
+    """
+    import torch
+
+    texts = read_texts(data)[: options.sequences]
+    config = _config(model, revision)
+    meta = described(model, revision, config, data, options)
+    before = _partial(out, meta) if options.layers else None
+    tokenizer, network = _load(model, revision, options.device)
+    layers = _chosen(find_experts(network), config, options.layers, model)
+    _check_memory(layers, network, options)
+    sums = {n: make_moments(options.metric, layer.num_experts, network.device) for n, layer in layers.items()}
+    checkpoint = Checkpoint(out.with_name(out.name + ".part"), made_from(meta, model, config, options))
+    if sentence := checkpoint.restore(sums):
+        note(sentence)
+    with torch.inference_mode(), collecting(layers, sums) as batch:
+        for start in range(checkpoint.done, len(texts), options.batch):
+            progress(start, len(texts))
+            run_batch(network, batch, _tokens(tokenizer, texts[start : start + options.batch], options), start)
+            checkpoint.save(min(start + options.batch, len(texts)), sums)
+    progress(len(texts), len(texts))
+    first = next(iter(sums.values()))
+    if not sum(first.tokens):
+        raise UsageError(f"the texts of {data} hold no tokens for this model; give other data")
+    meta = meta.model_copy(update={"tokens": sum(first.tokens), "num_experts": next(iter(layers.values())).num_experts})
+    matrices = {n: total.matrix() for n, total in sums.items()}
+    if all(first.tokens):
+        halves = [{n: total.matrix((half,)) for n, total in sums.items()} for half in range(HALVES)]
+        meta = meta.model_copy(update={"stability": changes(*halves)})
+    if before is not None:
+        meta, matrices = _joined(before, meta, matrices, out)
+    written = write_similarity(out, meta, matrices)
+    checkpoint.remove()
+    return written
+
+
+def _config(model: str, revision: str | None) -> dict[str, object]:
+    try:
+        return model_config_dict(model, revision)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load the model {model}: {error}") from error
+
+
+def _load(model: str, revision: str | None, device: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}; use cpu") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+        network = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype="auto").eval()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load the model {model}: {error}") from error
+    return tokenizer, network.to(place)
+
+
+def _tokens(tokenizer: Any, texts: list[str], options: Options) -> list[list[int]]:
+    return [list(ids) for ids in tokenizer(texts, truncation=True, max_length=options.max_length)["input_ids"]]
+
+
+def _chosen(
+    found: dict[int, ExpertLayer], config: dict[str, object], wanted: tuple[int, int] | None, model: str
+) -> dict[int, ExpertLayer]:
+    """The layers to calibrate, or the reason why there are none."""
+    kind = config.get("model_type")
+    if not found and (says := claims_experts(config)):
+        raise UnsupportedError(
+            f"{model} ({kind}) has experts ({says}), but not where this release looks for them; report the model"
+        )
+    if not found:
+        raise UnsupportedError(f"{model} ({kind}) is a dense model: it has no experts to compare")
+    if len(counts := {layer.num_experts for layer in found.values()}) > 1:
+        raise UnsupportedError(f"{model} ({kind}) has layers of {sorted(counts)} experts; this release knows one number for all")
+    if wanted is None:
+        return found
+    chosen = {n: layer for n, layer in found.items() if wanted[0] <= n <= wanted[1]}
+    if not chosen:
+        raise UsageError(f"--layers {wanted[0]}-{wanted[1]} names no MoE layer; {model} has them at {_ranges(list(found))}")
+    return chosen
+
+
+def _check_memory(layers: dict[int, ExpertLayer], network: Any, options: Options) -> None:
+    """Refuse before the first token what cannot be held at the last."""
+    hidden = int(network.config.get_text_config().hidden_size)
+    each = [moments_bytes(options.metric, layer.num_experts, hidden) for layer in layers.values()]
+    if sum(each) <= options.memory_gib * _GIB:
+        return
+    room = int(options.memory_gib * _GIB // max(each))
+    way_out = f"calibrate {room} layers at a time with --layers" if room else "use --metric frobenius or cosine"
+    raise UsageError(
+        f"the running sums of {options.metric} take {sum(each) / _GIB:.3g} GiB for {len(layers)} layers of "
+        f"{max(layer.num_experts for layer in layers.values())} experts and hidden size {hidden}, --memory-gib is "
+        f"{options.memory_gib:g}; {way_out}"
+    )
+
+
+def described(model: str, revision: str | None, config: dict[str, object], data: Path, options: Options) -> SimilarityMeta:
+    """What is known before anything is measured."""
+    return SimilarityMeta(
+        metric=options.metric,
+        model_type=str(config.get("model_type", "")),
+        model_name=Path(model).name if Path(model).is_dir() else model,
+        model_revision=revision or "",
+        config_digest=model_config_digest(config),
+        data_digest="sha256:" + hashlib.sha256(data.read_bytes()).hexdigest(),
+        tokens=0,
+        layers=(),
+        num_experts=1,
+    )
+
+
+def made_from(meta: SimilarityMeta, model: str, config: dict[str, object], options: Options) -> Origin:
+    """What a checkpoint's sums are made from. The device and the batch size change them by rounding only."""
+    from importlib.metadata import version
+
+    weights = [p for p in sorted(Path(model).glob("*")) if p.suffix in (".safetensors", ".bin")]
+    return {
+        "model": f"{meta.model_name} {meta.config_digest}",
+        "model revision": f"{meta.model_revision} {config.get('_commit_hash', '')}",
+        "set of weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights],
+        "data set": meta.data_digest,
+        "metric": options.metric,
+        "number of texts": options.sequences,
+        "text length": options.max_length,
+        "choice of layers": list(options.layers or ()),
+        "release": [__version__, version("transformers")],
+    }
+
+
+_SAME = {"metric": "metric", "config_digest": "model", "model_revision": "model revision", "data_digest": "data set"}
+
+
+def _partial(out: Path, meta: SimilarityMeta) -> Similarity | None:
+    """The layers that `out` holds already.
+
+    Raises:
+        UsageError: it holds something else, which is not overwritten by a part.
+    """
+    if not out.exists():
+        return None
+    before = read_similarity(out)
+    differs = next((label for name, label in _SAME.items() if getattr(before.meta, name) != getattr(meta, name)), None)
+    if before.meta.packing is not None:
+        differs = differs or "form: it is packed"
+    if differs:
+        raise UsageError(f"{out} is of another {differs}; --layers adds to a file of the same origin, so name another --out")
+    return before
+
+
+def _joined(
+    before: Similarity, meta: SimilarityMeta, matrices: dict[int, Matrix], out: Path
+) -> tuple[SimilarityMeta, dict[int, Matrix]]:
+    """New layers beside those that the file holds; a layer in both is the new one."""
+    old = before.meta
+    if (old.tokens, old.num_experts) != (meta.tokens, meta.num_experts):
+        raise UsageError(
+            f"{out} was made from {old.tokens} tokens and {old.num_experts} experts, these layers from {meta.tokens} and "
+            f"{meta.num_experts}; use the same --sequences and --max-length, or name another --out"
+        )
+    kept = {n: matrix for n, matrix in before.matrices.items() if n not in matrices}
+    if kept and old.stability is not None and meta.stability is not None:
+        meta = meta.model_copy(update={"stability": _mean(old.stability, len(kept), meta.stability, len(matrices))})
+    return meta, {**kept, **matrices}
+
+
+def _mean(first: Changes, m: int, second: Changes, n: int) -> Changes:
+    worst = max((first, second), key=lambda found: found.worst_nearest)
+    return worst.model_copy(
+        update={
+            name: round((getattr(first, name) * m + getattr(second, name) * n) / (m + n), 6) for name in ("nearest", "stand_in")
+        }
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> `0-2, 5`."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(f"{a}-{b}" if a != b else str(a) for a, b in found)
+
+
+def describe(meta: SimilarityMeta, matrices: Iterable[Matrix]) -> str:
+    """One line a layer: quantiles of each expert's nearest neighbour, which rho is compared with."""
+    lines = []
+    for layer, matrix in zip(meta.layers, matrices, strict=True):
+        low, mid, high = nearest_quantiles(matrix)
+        lines.append(f"layer {layer}: nearest expert {low:.2f} / {mid:.2f} / {high:.2f} (10th, 50th, 90th percentile)")
+    return "\n".join(lines)
+
+
+def nearest_quantiles(matrix: Matrix) -> tuple[float, float, float]:
+    """10th, 50th and 90th percentile over experts of the similarity to the most similar other one."""
+    off = np.where(np.eye(matrix.shape[0], dtype=bool), -np.inf, np.nan_to_num(matrix, nan=-np.inf)).max(axis=1)
+    low, mid, high = np.quantile(off, [0.1, 0.5, 0.9])
+    return float(low), float(mid), float(high)

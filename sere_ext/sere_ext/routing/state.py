@@ -1,0 +1,198 @@
+"""What one worker process holds: the policy in force as tables per MoE layer, neighbour lists, counters.
+
+Everything a kernel reads is preallocated and updated in place, so that compiled graphs (and, on CUDA, captured ones)
+see a change without being made again. Torch-free: numpy arrays, which the kernel on the CPU reads as they are; for one on
+a GPU a `Mirror` keeps copies there.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from sere_ext.contract.errors import ConflictError, PolicyError, UnsupportedError
+from sere_ext.contract.policy import EXACT_POLICY, MAX_BUCKETS, MAX_TOKENS, Bucket, Policy
+from sere_ext.routing import kernel
+from sere_ext.similarity.file import Similarity, sorted_neighbours
+
+_MAX_COUNTER_KEYS = 1024  # a tuner tries hundreds of policies in one engine's life; the oldest counters go first
+OTHER = "other"  # counter label of calls outside every bucket
+
+
+@dataclass
+class LayerState:
+    """One MoE layer. Row `MAX_BUCKETS` of the counters is for calls outside every bucket."""
+
+    number: int  # model layer number
+    experts: int
+    top_k: int
+    renormalise: bool
+    scoring: int | None  # kernel.SOFTMAX or SIGMOID; None if the router's scores cannot be recomputed from logits
+    table: Any = field(default_factory=lambda: np.zeros((MAX_BUCKETS, kernel.COLUMNS), np.int32))
+    neighbours: Any = field(init=False)  # [E, E - 1] uint16
+    similarities: Any = field(init=False)  # [E, E - 1] float32
+    counters: Any = field(default_factory=lambda: np.zeros((MAX_BUCKETS + 1, len(kernel.COUNTERS)), np.int64))
+    struct: kernel.Layer = field(init=False)  # what the kernel is told; a Mirror puts its own addresses in
+
+    def __post_init__(self) -> None:
+        others = max(self.experts - 1, 0)
+        self.neighbours = np.zeros((self.experts, others), np.uint16)
+        self.similarities = np.full((self.experts, others), -np.inf, np.float32)
+        arrays = (self.table, self.neighbours, self.similarities, self.counters)
+        self.struct = kernel.Layer(*(a.ctypes.data for a in arrays), self.experts, self.renormalise, self.scoring or 0)
+
+    def load_table(self, table: tuple[Bucket, ...]) -> None:
+        """Put the policy's buckets into `table`; a row that is all zeros holds for no number of tokens."""
+        rows = np.zeros_like(self.table)
+        for row, bucket in zip(rows, table, strict=False):
+            rho, share = np.array((bucket.rho, bucket.min_share or 0.0), np.float32).view(np.int32)
+            row[:] = (
+                bucket.min_tokens,
+                bucket.max_tokens,
+                kernel.CODES[bucket.kind],
+                bucket.S or 1,
+                bucket.max_experts or 0,
+                rho,
+                share,
+            )
+        self.table[:] = rows
+
+    def load_similarity(self, matrix: Any) -> None:
+        """Put a layer's [E, E] float32 matrix into the neighbour lists."""
+        self.neighbours[:], self.similarities[:] = sorted_neighbours(matrix)
+
+
+class Mirror(Protocol):
+    """Copies of the layers' arrays on a device, and the counters that its kernel adds to."""
+
+    def push(self, *, similarity: bool) -> None:
+        """Bring the tables (and the neighbour lists) of all layers to the device, in order with the steps around."""
+
+    def pull(self) -> None:
+        """Move the device's counters into the layers' own."""
+
+
+def bucket_label(bucket: Bucket) -> str:
+    """`8-64`, or `65-` where a bucket has no upper edge."""
+    return f"{bucket.min_tokens}-{'' if bucket.max_tokens >= MAX_TOKENS else bucket.max_tokens}"
+
+
+class WorkerState:
+    """The policy in force in this process and what it has done. Changed only between two steps, by RPC."""
+
+    def __init__(self, layers: list[LayerState], key: dict[str, Any], mirror: Mirror | None = None) -> None:
+        self.layers = layers
+        self.mirror = mirror
+        self.key = key  # ProfileKey of what runs here
+        self.policy = EXACT_POLICY
+        self.similarity_digest: str | None = None
+        self.generation = -1  # nothing was applied yet; what an engine starts with is generation 0
+        self.switches = 0
+        self.error: str | None = None  # why the configured policy is not in force
+        self.note: dict[str, Any] = {}  # what the source of the policy says of it; kept here for all API servers
+        self.checked: tuple[str, Similarity] | None = None  # path and matrices of a change that was checked and not yet applied
+        self._folded: OrderedDict[str, Any] = OrderedDict()
+
+    @property
+    def top_k(self) -> int:
+        return min(layer.top_k for layer in self.layers)
+
+    def check(self, policy: Policy, generation: int | None, similarity: Similarity | None) -> int:
+        """Whether a change could be applied now; changes nothing.
+
+        Args:
+            generation: of the change; None takes the next one. The same generation may be applied again only with
+                the same policy.
+            similarity: matrices to use from now on; None keeps those in force.
+
+        Returns:
+            the generation that the change would have.
+
+        Raises:
+            ConflictError: a newer generation, or another policy under this one, is in force.
+            PolicyError: S above top-k, a layer group without a layer, similarity missing or of another digest.
+            UnsupportedError: kind oea or hybrid on a router whose scores are not a plain softmax or sigmoid.
+        """
+        generation = self.generation + 1 if generation is None else generation
+        if generation < self.generation or (generation == self.generation and policy != self.policy):
+            raise ConflictError(
+                f"generation {generation} is stale: {self.generation} is in force with policy {self.policy.digest}; "
+                "read GET /sere and send a generation above it, or none to take the next"
+            )
+        policy.check_model(self.top_k)
+        policy.check_layers([layer.number for layer in self.layers])
+        digest = similarity.meta.digest if similarity else self.similarity_digest
+        if policy.needs_similarity():
+            if digest is None:
+                raise PolicyError(
+                    "policy: kinds sere and hybrid need a similarity file; make one with `sere calibrate` and name it"
+                )
+            if policy.similarity_digest not in (None, digest):
+                raise PolicyError(
+                    f"policy: it was made with similarity {policy.similarity_digest}, but {digest} is loaded; name that file"
+                )
+        kinds = {bucket.kind for table in policy.tables() for bucket in table}
+        if any(kind.needs_scores for kind in kinds) and any(layer.scoring is None for layer in self.layers):
+            raise UnsupportedError(
+                "policy: kinds oea and hybrid need a softmax or sigmoid router without a custom function; use sere, topk or budget"
+            )
+        return generation
+
+    def apply(self, policy: Policy, generation: int | None, similarity: Similarity | None) -> None:
+        """Put a policy in force in all layers, if `check` allows it."""
+        generation = self.check(policy, generation, similarity)
+        self._fold()
+        fresh = similarity if similarity and similarity.meta.digest != self.similarity_digest else None
+        for layer in self.layers:
+            if fresh:
+                layer.load_similarity(fresh.matrices[layer.number])
+            layer.load_table(policy.table_for(layer.number))
+        if self.mirror:
+            self.mirror.push(similarity=fresh is not None)
+        if fresh:
+            self.similarity_digest = fresh.meta.digest
+        self.switches += self.generation >= 0 and policy.digest != self.policy.digest
+        self.policy, self.generation, self.error = policy, generation, None
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """Sums over layers since the start by `<policy digest>|<bucket>`; divide by `calls` for means per layer and step.
+
+        Under a policy with layer groups the names are `<policy digest>|<layers>|<bucket>`, one per group and `rest`.
+        """
+        self._fold()
+        return {name: dict(zip(kernel.COUNTERS, map(int, row), strict=True)) for name, row in self._folded.items()}
+
+    def calls(self) -> list[int]:
+        """Router calls per MoE layer that were not yet folded; for the proof of a hit after the profile run."""
+        self._pull()
+        return [int(layer.counters[:, kernel.CALLS].sum()) for layer in self.layers]
+
+    def drop_counters(self) -> None:
+        """Forget what was counted so far: a profile run is no traffic."""
+        self._pull()
+        for layer in self.layers:
+            layer.counters[:] = 0
+        self._folded.clear()
+
+    def _pull(self) -> None:
+        if self.mirror:
+            self.mirror.pull()
+
+    def _fold(self) -> None:
+        """Move the layers' live counters under their names."""
+        self._pull()
+        for layer in self.layers:
+            table = self.policy.table_for(layer.number)
+            group = self.policy.layers_label(layer.number)
+            for index in np.flatnonzero(layer.counters[:, kernel.CALLS]).tolist():
+                label = bucket_label(table[index]) if index < len(table) else OTHER
+                name = "|".join((self.policy.digest, *([group] if group else []), label))
+                row = self._folded.setdefault(name, np.zeros(len(kernel.COUNTERS), np.int64))
+                row += layer.counters[index]
+                self._folded.move_to_end(name)
+            layer.counters[:] = 0
+        while len(self._folded) > _MAX_COUNTER_KEYS:
+            self._folded.popitem(last=False)

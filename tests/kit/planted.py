@@ -1,0 +1,147 @@
+"""A planted engine for the tuner's pure logic: known drops, discordance and speeds instead of a model.
+
+Run as a program it tunes in a folder (and can be killed): `python planted.py OUT ITEMS.jsonl TRIALS SECONDS_PER_BLOCK`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sere_autotune.trial.engine import BlockReport, EngineCrashError, EngineFacts, Reject
+from sere_autotune.trial.load import Block, Load, Request, Sent
+from sere_autotune.trial.stats import DropRejector
+from sere_ext.contract.policy import EXACT_POLICY, Kind, Policy
+
+KEY = {
+    "modelName": "planted", "configDigest": "sha256:0", "engineVersion": "0", "pluginVersion": "0", "device": "cpu",
+    "tensorParallelSize": 1,
+}  # fmt: skip
+
+
+def write_items(path: Path, count: int) -> Path:
+    path.write_text("".join(json.dumps({"prompt": f"item {i}", "answer": str(i)}) + "\n" for i in range(count)))
+    return path
+
+
+def write_model(path: Path) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_moe", "num_experts": 16, "num_experts_per_tok": 4, "num_hidden_layers": 8})
+    )
+    return path
+
+
+def truth(policy: Policy) -> tuple[float, float, float]:
+    """(share of items lost, share gained, speed-up) of a one-bucket policy."""
+    if not policy.buckets:
+        return 0.0, 0.0, 1.0
+    bucket = policy.buckets[0]
+    assert bucket.S is not None
+    excess = {Kind.SERE: 0.08, Kind.TOPK: 0.2, Kind.OEA: 0.1}[bucket.kind] * 0.2 ** (bucket.S - 1) * 0.1**bucket.rho
+    gain = {Kind.SERE: 0.5, Kind.TOPK: 0.55, Kind.OEA: 0.45}[bucket.kind] * 0.55 ** (bucket.S - 1) * 0.5**bucket.rho
+    gain *= 1 + 0.5 * (bucket.min_share or 0.0)
+    return excess * 0.85, excess * 0.15, 2.718281828**gain
+
+
+class PlantedEngine:
+    """Answers at once (or after `wait_s` per block); 80 % of items are right under exact routing."""
+
+    def __init__(self, wait_s: float = 0.0, crashes: Sequence[Kind] = (), tpot_ms: float = 20.0, log: Path | None = None) -> None:
+        self.wait_s, self.crashes, self.tpot_ms, self.log = wait_s, tuple(crashes), tpot_ms, log
+        self.start_seconds = 0.01
+        self.policy = EXACT_POLICY
+        self.blocks = 0
+        self.cut: list[float] = []
+
+    def start(self) -> EngineFacts:
+        return EngineFacts(key=KEY, top_k=4, ranks=1)
+
+    def apply(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def stop(self) -> None:
+        pass
+
+    def right(self, prompt: str, lost: float, gained: float) -> bool:
+        u = int(hashlib.sha256(f"u {prompt}".encode()).hexdigest()[:8], 16) / 2**32
+        v = int(hashlib.sha256((prompt + self.policy.digest).encode()).hexdigest()[:8], 16) / 2**32
+        return v >= lost / 0.8 if u < 0.8 else v < gained / 0.2
+
+    def block(self, requests: Sequence[Request], load: Load, fillers: Sequence[Request] = (), deadline_s: float | None = None,
+              reject: Reject | None = None) -> BlockReport:  # fmt: skip
+        if any(b.kind in self.crashes for b in self.policy.buckets):
+            raise EngineCrashError("planted")
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(self.policy.digest + "\n")
+        time.sleep(self.wait_s)
+        self.blocks += 1
+        self.cut.append(deadline_s or 0.0)
+        lost, gained, speed = truth(self.policy)
+        noise = random.Random(f"{self.blocks}")
+        rejector = DropRejector(reject.limit, reject.alpha) if reject else None
+        sent, stopped = [], None
+        for index, request in enumerate(requests):
+            assert request.item is not None
+            right = self.right(request.prompt, lost, gained)
+            tpot = self.tpot_ms / speed * noise.lognormvariate(0, 0.05)
+            sent.append(Sent(request.item.digest, right, request.item.answer if right else "no", 16, 50.0, 50.0 + 15 * tpot,
+                             index * 0.01, index * 0.01 + 0.3))  # fmt: skip
+            exact = reject.exact.get(request.item.digest) if reject else None
+            if rejector is not None and exact is not None and rejector.update(exact.correct, right):
+                stopped = f"accuracy: rejected after {rejector.items} items"
+                break
+        return BlockReport(Block(sent, len(sent) * 0.01, 0.3, 15.0, stopped), 12.0, 12.0 / speed, 1.0)
+
+
+class Quiet:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.steps: list[str] = []
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        self.steps.append(name)
+
+    def trial(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def step(self, text: str, left_s: float) -> None:
+        self.steps.append(text)
+
+
+def spec_for(out: Path, items: Path, **changes: Any) -> Any:
+    from sere_autotune.tuning.file import load_spec
+
+    values: dict[tuple[str, ...], Any] = {
+        ("model",): str(write_model(items.parent / "model")), ("accuracy", "tasks"): str(items), ("out",): str(out),
+        ("slo", "tpotMs", "p95"): 40, ("search", "policies"): ["topk", "oea"], ("search", "trials"): 6,
+        ("certify", "pairs"): 3, ("certify", "blockSeconds"): 1, ("search", "deviceHours"): 1,
+    }  # fmt: skip
+    values |= {tuple(key.split("__")): value for key, value in changes.items()}
+    return load_spec(None, values)
+
+
+def run(spec: Any, engine: PlantedEngine, report: Any = None, **options: Any) -> Any:
+    from sere_autotune import tuner
+
+    def make(given: Any, similarity: str | None, on_start: Any) -> PlantedEngine:
+        on_start(True)
+        return engine
+
+    return tuner.tune(tuner.prepare(spec), make, report or Quiet(), **options)
+
+
+if __name__ == "__main__":
+    given_out, given_items, given_trials, given_wait = sys.argv[1:5]
+    given = spec_for(Path(given_out), Path(given_items), search__trials=int(given_trials))
+    finished = run(given, PlantedEngine(float(given_wait), log=Path(given_out).parent / "calls.log"))
+    print(finished.outcome.ending.value)

@@ -1,0 +1,358 @@
+"""From trials to a ladder, from blocks to verdicts: the model, the fixed sequence, the latency limits."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sere_autotune.search.ladder import ArmBlock, judge_rung, pick_ladder, walk
+from sere_autotune.search.posterior import MonotoneModel, Observation, best_table
+from sere_autotune.trial.measures import Answer
+from sere_autotune.trial.stats import power, rough_power
+from sere_autotune.tuning.space import EXACT, Choice, Space, auto_buckets
+from sere_autotune.tuning.spec import BucketEdges
+from sere_ext.contract.policy import Kind
+
+TOP_K = 4
+
+
+def world(choice: Choice) -> tuple[float, float, float]:
+    """(excess discordance, drop, log speed-up) of a planted world, in which minShare saves more than it costs."""
+    worth, kept = (choice.S - 1) * np.exp(-0.7 * choice.share), (choice.S - 1) * np.exp(-1.5 * choice.share)
+    excess = {Kind.SERE: 0.08, Kind.TOPK: 0.2, Kind.OEA: 0.1}[choice.kind] * np.exp(-1.6 * worth - 2.5 * choice.rho)
+    gain = {Kind.SERE: 0.5, Kind.TOPK: 0.55, Kind.OEA: 0.45}[choice.kind] * np.exp(-0.6 * kept - 0.8 * choice.rho)
+    return excess, 0.6 * excess, gain
+
+
+SHARES = (0.0, 0.5, 0.7)
+
+
+def space(buckets: int = 1, shares: tuple[float, ...] = (0.0,)) -> Space:
+    edges = auto_buckets([4, 16, 64][:buckets], [0, 0, 0][:buckets])
+    return Space(edges, (Kind.SERE, Kind.TOPK, Kind.OEA), TOP_K, shares=shares)
+
+
+def fitted(
+    trials: int, seed: int, items: int = 500, shares: tuple[float, ...] = (0.0,), speed_noise: float = 0.03
+) -> MonotoneModel:
+    rng = np.random.default_rng(seed)
+    model = MonotoneModel(space(shares=shares).choices(), 1, TOP_K, noise_floor=0.001)
+    seen: list[Observation] = []
+    for number in range(trials):
+        if number < 3:
+            choice = Choice(Kind.SERE, *[(2, 0.1), (2, 0.0), (1, 0.1)][number])
+        else:
+            model.fit(seen, seed + number)
+            (choice,) = model.sample_table(0.01 * float(rng.choice([0.05, 0.25, 0.5])), rng)
+        if choice == EXACT:
+            continue
+        excess, _, gain = world(choice)
+        losses, gains = rng.poisson(items * excess * 0.8), rng.poisson(items * excess * 0.2)
+        seen.append(Observation(0, choice, items, int(losses), int(gains), gain + rng.normal(0, speed_noise)))
+    model.fit(seen, seed + 1000)
+    return model
+
+
+def test_the_model_ranks_after_a_dozen_trials_and_the_ladder_keeps_the_budget() -> None:
+    broken, regrets = 0, []
+    for seed in range(3):
+        model = fitted(12, seed)
+        ladder = pick_ladder(model, 0.01, 3, 0.001, np.ones((1, len(model.choices)), bool), items=3000)
+        assert [c.speedup for _, c in ladder] == sorted(c.speedup for _, c in ladder)
+        choice = dict(ladder)[0.25].table[0]
+        _, drop, gain = world(choice)
+        broken += drop > 0.01
+        best = max(world(c)[2] for c in model.choices[1:] if world(c)[1] <= 0.01)
+        regrets.append(best - gain)
+    assert broken == 0
+    assert np.median(regrets) < 0.15  # of a log speed-up near 0.3
+
+
+@pytest.mark.parametrize("speed_noise", [0.03, 0.3], ids=["steady times", "noisy neighbours"])
+def test_one_rung_after_few_small_trials_certifies_nearly_always(speed_noise: float) -> None:
+    """The demo's case: 8 trials of 160 items, a limit of 2 points, 1,100 items to certify. A fast guess gains nothing."""
+    chances = []
+    for seed in range(6):
+        model = fitted(8, seed, items=160, speed_noise=speed_noise)
+        found = pick_ladder(model, 0.02, 1, 0.001, np.ones((1, len(model.choices)), bool), items=1100)
+        excess, drop, _ = world(found[0][1].table[0]) if found else (0.0, 1.0, 0.0)
+        chances.append(power(1100, 0.001 + excess, drop, 0.02, 0.05))
+    assert np.mean(chances) > 0.95, chances
+
+
+def test_how_far_measured_speeds_scatter_is_learnt() -> None:
+    """Beside noisy neighbours the model is off by what it says that it may be off; taken for exact, blocks made it twice as sure."""
+    tried = [Choice(Kind.SERE, S, rho) for S in (1, 2, 3) for rho in (0.0, 0.2, 0.5)]
+    true = np.array([world(choice)[2] for choice in tried])
+    off = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        model = MonotoneModel(space().choices(), 1, TOP_K, 0.001)
+        model.fit([Observation(0, c, 160, 0, 0, g + rng.normal(0, 0.3)) for c, g in zip(tried, true, strict=True)], 0)
+        said = model.log_speed(0)[:, [model.choices.index(choice) for choice in tried]]
+        off.append(np.abs((said.mean(axis=0) - true) / said.std(axis=0)).mean())
+    assert np.mean(off) < 1.2, off
+
+
+class Posterior:
+    """Stands in for a model of one bucket: two draws of every choice's drop and log speed-up, equally likely; no gains of items."""
+
+    buckets = 1
+
+    def __init__(self, drops: dict[Choice, tuple[float, float]], speeds: dict[Choice, tuple[float, float]]) -> None:
+        self.choices = [EXACT, *drops]
+        self.drops, self.speeds = ([(0.0, 0.0), *values.values()] for values in (drops, speeds))
+
+    def drop(self, bucket: int) -> NDArray[np.float64]:
+        return np.array(self.drops).T
+
+    excess = drop
+
+    def log_speed(self, bucket: int) -> NDArray[np.float64]:
+        return np.array(self.speeds).T
+
+
+SAFE, LUCKY, NOTHING = Choice(Kind.SERE, 2), Choice(Kind.SERE, 1, 0.4), Choice(Kind.TOPK, 3)
+
+
+@pytest.mark.parametrize(
+    ("drops", "speeds", "why"),
+    [
+        (
+            (0.001, 0.0085),
+            (0.5, 0.3),
+            "a speed that one lucky block has shown does not outweigh that now and then nothing is certified",
+        ),
+        ((0.001, 0.001), (0.7, 0.0), "half of the posterior says that it gains nothing"),
+    ],
+)
+def test_the_first_rung_is_of_those_that_certify_and_gain_most_surely(
+    drops: tuple[float, float], speeds: tuple[float, float], why: str
+) -> None:
+    model: Any = Posterior(
+        {SAFE: (0.001, 0.002), LUCKY: drops, NOTHING: (0.0, 0.0)},
+        {SAFE: (0.16, 0.2), LUCKY: speeds, NOTHING: (0.01, 0.01)},
+    )
+    allowed = np.ones((1, 4), bool)
+    (first, *_) = pick_ladder(model, 0.02, 1, 0.001, allowed, items=1000)
+    assert first[1].table == (SAFE,), why
+    model.drops[2], model.speeds[2] = (0.001, 0.002), (0.3, 0.3)
+    assert pick_ladder(model, 0.02, 1, 0.001, allowed, items=1000)[0][1].table == (LUCKY,), "as sure as the other, and faster"
+    allowed[0, 1:3] = False
+    assert pick_ladder(model, 0.02, 1, 0.001, allowed, items=1000) == [], "what surely gains nothing needs no certificate"
+
+
+@pytest.mark.parametrize(("d", "drop"), [(0.01, 0.0), (0.05, 0.005), (0.05, 0.02), (0.1, 0.03)])
+def test_rough_power_is_near_the_exact_one(d: float, drop: float) -> None:
+    rough = rough_power(1100, np.array([d]), np.array([drop]), 0.02, 0.05)[0]
+    assert rough == pytest.approx(power(1100, d, drop, 0.02, 0.05), abs=0.06)
+
+
+def test_drop_falls_in_both_thresholds_whatever_was_seen() -> None:
+    model = fitted(6, 3)
+    drop = model.drop(0).mean(axis=0)
+    at = {choice: drop[i] for i, choice in enumerate(model.choices)}
+    assert at[EXACT] == 0
+    for rho in (0.0, 0.3, 0.6):
+        assert at[Choice(Kind.SERE, 1, rho)] >= at[Choice(Kind.SERE, 2, rho)] >= at[Choice(Kind.SERE, 3, rho)]
+    assert at[Choice(Kind.SERE, 1, 0.2)] >= at[Choice(Kind.SERE, 1, 0.7)]
+
+
+def test_in_every_draw_a_larger_min_share_costs_accuracy_and_gains_speed() -> None:
+    model = fitted(6, 3, shares=SHARES)
+    for kind, S, rho in ((Kind.SERE, 2, 0.3), (Kind.TOPK, 3, 0.0), (Kind.OEA, 2, 0.0)):
+        at = [model.choices.index(Choice(kind, S, rho, share)) for share in SHARES]
+        for values in (model.drop(0)[:, at], model.log_speed(0)[:, at]):
+            assert (np.diff(values, axis=1) >= 0).all()  # equal where a draw is at its least, e^-20
+            assert (np.diff(values.mean(axis=0)) > 0).all()
+
+
+def test_min_share_is_learnt_and_its_ladder_keeps_the_budget() -> None:
+    speeds = {}
+    for shares in ((0.0,), SHARES):
+        model = fitted(16, 1, shares=shares)
+        (_, candidate), *_ = reversed(pick_ladder(model, 0.01, 2, 0.001, np.ones((1, len(model.choices)), bool), items=3000))
+        _, drop, speeds[shares] = world(candidate.table[0])
+        assert drop <= 0.01
+    assert candidate.table[0].share > 0
+    assert speeds[SHARES] > speeds[0.0,]
+
+
+def test_without_min_share_the_model_has_no_part_for_it() -> None:
+    """The default search proposes what it proposed before there was minShare: the same numbers are drawn."""
+    without, with_it = (MonotoneModel(space(shares=shares).choices(), 1, TOP_K, 0.001) for shares in ((0.0,), SHARES))
+    for model in (without, with_it):
+        model.fit([], 0)
+    assert with_it.draws.shape[1] == without.draws.shape[1] + 2
+
+
+def test_an_unmeasured_speed_does_not_move_the_model() -> None:
+    model = MonotoneModel(space().choices(), 1, TOP_K, 0.001)
+    model.fit([Observation(0, Choice(Kind.SERE, 1, 0.0), 100, 20, 2, float("nan"))], 0)
+    assert np.isfinite(model.log_speed(0)).all()
+
+
+def test_best_table_over_buckets_is_the_best_by_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        speeds = np.concatenate([np.zeros((3, 1)), np.sort(rng.random((3, 7)), axis=1)], axis=1)
+        drops = np.concatenate([np.zeros((3, 1)), np.sort(rng.random((3, 7)) * 0.03, axis=1)], axis=1)
+        picks = best_table(speeds, drops, 0.01)
+        value = sum(speeds[b, i] for b, i in enumerate(picks))
+        assert np.mean([drops[b, i] for b, i in enumerate(picks)]) <= 0.01
+        best = max(
+            speeds[0, i] + speeds[1, j] + speeds[2, k]
+            for i in range(8)
+            for j in range(8)
+            for k in range(8)
+            if (drops[0, i] + drops[1, j] + drops[2, k]) / 3 <= 0.01
+        )
+        assert value >= best - 0.12  # costs are rounded up by a 400th of the budget
+
+
+def test_best_table_of_one_bucket_is_exact_and_forbidden_choices_stay_out() -> None:
+    speeds, drops = np.array([[0.0, 0.5, 0.3]]), np.array([[0.0, 0.02, 0.004]])
+    assert best_table(speeds, drops, 0.01) == [2]
+    assert best_table(speeds, drops, 0.05) == [1]
+    assert best_table(speeds, drops, 0.05, np.array([[False, False, False]])) == [0]
+
+
+def test_buckets_meet_between_the_levels() -> None:
+    assert auto_buckets([16], [0]) == (BucketEdges(min_tokens=8, max_tokens=64),)
+    assert [(e.min_tokens, e.max_tokens) for e in auto_buckets([4, 16, 64], [0, 0, 0])] == [(2, 8), (9, 32), (33, 256)]
+    assert auto_buckets([0], [14.7])[0].min_tokens == 7  # an open loop's bucket comes from its measured batch
+
+
+def test_params_and_tables_are_the_same_thing() -> None:
+    some = space(2)
+    table = (Choice(Kind.SERE, 2, 0.35), Choice(Kind.TOPK, 3))
+    assert some.table(some.params(table)) == table
+    assert some.policy(some.exact()).digest == "exact"
+    assert [b.min_tokens for b in some.policy(table).buckets] == [2, 9]
+
+
+def test_min_share_is_in_the_space_where_s_leaves_something_to_leave_out() -> None:
+    assert not any("share" in name for name in space().distributions())
+    some = space(2, SHARES)
+    assert {c.share for c in some.choices() if c.S > 1} == set(SHARES)
+    assert {c.share for c in some.choices() if c.S == 1} == {0.0}
+    table = (Choice(Kind.OEA, 2, 0.0, 0.7), Choice(Kind.SERE, 2, 0.35, 0.5))
+    assert some.table(some.params(table)) == table
+    assert [b.min_share for b in some.policy(table).buckets] == [0.7, 0.5]
+    assert some.table(some.params((EXACT, Choice(Kind.TOPK, 1, 0.0, 0.5)))) == (EXACT, Choice(Kind.TOPK, 1))
+
+
+def test_shares_without_0_still_let_exact_routing_be_a_trial() -> None:
+    some = space(1, (0.5, 0.7))
+    params = some.params(some.exact())
+    assert all(some.distributions()[name]._contains(some.distributions()[name].to_internal_repr(v)) for name, v in params.items())
+    assert some.table(params) == some.exact()
+
+
+def test_min_share_holds_in_the_layers_that_keep_two_experts() -> None:
+    some = Space(auto_buckets([16], [0]), (Kind.OEA,), TOP_K, shares=SHARES, layers=(0, 1, 2, 3))
+    policy = some.policy((Choice(Kind.OEA, 1.5, 0.0, 0.5),))
+    assert [[(b.S, b.min_share) for b in policy.table_for(layer)] for layer in range(4)] == [[(2, 0.5)]] * 2 + [[(1, None)]] * 2
+
+
+def test_a_quarter_step_is_a_quarter_of_the_layers() -> None:
+    """Each layer routes as its own table says: S + 1 in the first layers, as many as the fraction asks for."""
+    layers = tuple(range(1, 9))  # layer 0 is dense
+    some = Space(auto_buckets([4, 16], [0, 0]), (Kind.TOPK, Kind.SERE), TOP_K, layers=layers)
+    low, high = Choice(Kind.TOPK, 2.25), Choice(Kind.SERE, 1.75, 0.3)
+    assert {low, high} <= set(some.choices())
+    assert some.table(some.params((low, high))) == (low, high)
+    policy = some.policy((low, high))
+    kept = [[bucket.S for bucket in policy.table_for(layer)] for layer in layers]
+    assert kept == [[3, 2], [3, 2], [2, 2], [2, 2], [2, 2], [2, 2], [2, 1], [2, 1]]
+    assert {bucket.rho for layer in layers for bucket in policy.table_for(layer) if bucket.kind is Kind.SERE} == {0.3}
+
+
+def test_exact_buckets_stay_exact_in_every_layer_group() -> None:
+    some = Space(auto_buckets([4, 16], [0, 0]), (Kind.TOPK,), TOP_K, layers=(0, 1, 2, 3))
+    policy = some.policy((EXACT, Choice(Kind.TOPK, 2.5)))
+    assert [[b.min_tokens for b in policy.table_for(layer)] for layer in range(4)] == [[9]] * 4
+    assert some.policy(some.exact()).digest == "exact"
+
+
+def test_with_too_few_layers_the_step_is_whole() -> None:
+    for layers in ((), (0, 1, 2)):
+        assert {c.S for c in Space(auto_buckets([16], [0]), (Kind.TOPK,), TOP_K, layers=layers).choices()} == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "chosen", "ended"),
+    [
+        ([], None, False),
+        (["passed"], 0, False),
+        (["slo", "passed"], 1, False),  # a rung over a latency limit is skipped: the safe ones are slow
+        (["passed", "accuracy"], 0, True),
+        (["accuracy"], None, True),  # nothing beyond the first failure is ever looked at
+        (["passed", "slo"], 0, False),
+    ],
+)
+def test_the_fixed_sequence(verdicts: list[str], chosen: int | None, ended: bool) -> None:
+    assert walk(verdicts) == (chosen, ended)
+
+
+def blocks(
+    lost: int, gained: int, n: int, tpot: tuple[float, float] = (20.0, 15.0), pairs: int = 10, seed: int = 0
+) -> list[ArmBlock]:
+    rng = np.random.default_rng(seed)
+    found = []
+    per = n // pairs
+    for pair in range(pairs):
+        for arm in ("exact", "chosen"):
+            answers = {}
+            for i in range(pair * per, (pair + 1) * per):
+                exact_right = i >= gained
+                chosen_right = (exact_right and not (gained <= i < gained + lost)) or i < gained
+                answers[f"item{i}"] = Answer(exact_right if arm == "exact" else chosen_right, "x")
+            scale = tpot[arm == "chosen"]
+            times = {m: scale * np.exp(rng.normal(0, 0.1, per)) for m in ("tpot", "ttft", "e2el")}
+            found.append(ArmBlock(pair, 0, arm, answers, times, 10.0, per, 0, 16.0, 12.0, 6.0))
+    return found
+
+
+def test_a_rung_passes_fails_on_accuracy_or_on_latency() -> None:
+    limits = [("tpot", "p95", 25.0)]
+    passed = judge_rung(blocks(4, 2, 3000), limits, 0.01, 0.05, 0.0)
+    assert (passed.verdict, passed.items, passed.losses, passed.gains) == ("passed", 3000, 4, 2)
+    assert passed.speedup["p95"]["value"] == pytest.approx(20 / 15, rel=0.1)
+    assert passed.upper_bound < 0.01
+    worse = judge_rung(blocks(60, 0, 3000), limits, 0.01, 0.05, 0.0)
+    assert worse.verdict == "accuracy"
+    assert "-2.00 points" in worse.reason
+    slow = judge_rung(blocks(4, 2, 3000, (20.0, 24.0)), limits, 0.01, 0.05, 0.0)
+    assert slow.verdict == "slo"
+    assert "TPOT p95" in slow.reason
+    assert "25 ms" in slow.reason
+
+
+def test_a_repeated_item_is_no_new_evidence() -> None:
+    once = blocks(0, 0, 150, pairs=5)
+    again = [ArmBlock(b.pair + 5, 0, b.arm, b.answers, b.latency_ms, 10.0, b.requests, 0, 16.0) for b in once]
+    result = judge_rung([*once, *again], [], 0.01, 0.05, 0.0)
+    assert result.items == 150
+    assert result.verdict == "accuracy"  # 149 certify 2 points, 299 would be needed for 1
+
+
+def test_too_few_requests_leave_a_percentile_undecided_and_undecided_never_passes() -> None:
+    enough = judge_rung(blocks(0, 0, 3000, pairs=5), [("tpot", "p99", 40.0)], 0.01, 0.05, 0.0)
+    assert enough.slo[0]["verdict"] == "pass"
+    few = judge_rung(blocks(0, 0, 250, pairs=5), [("tpot", "p99", 19.3)], 0.05, 0.05, 0.0)
+    assert few.slo[0]["verdict"] == "undecided"
+    assert few.verdict == "slo"
+
+
+def test_a_limit_far_above_everything_seen_is_kept_even_on_few_requests() -> None:
+    few = judge_rung(blocks(0, 0, 250, pairs=5), [("tpot", "p99", 200.0)], 0.05, 0.05, 0.0)
+    assert few.slo[0]["high"] > 0.01  # the share alone could not tell
+    assert few.slo[0]["verdict"] == "pass"
+
+
+def test_failed_requests_count_against_a_rung() -> None:
+    some = blocks(0, 0, 600)
+    broken = [ArmBlock(b.pair, 0, b.arm, b.answers, b.latency_ms, 10.0, b.requests, 1, 16.0) for b in some]
+    assert judge_rung(broken, [], 0.01, 0.05, 0.0).verdict == "slo"
+    assert judge_rung(broken, [], 0.01, 0.05, 0.1).verdict == "passed"

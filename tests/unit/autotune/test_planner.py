@@ -1,0 +1,217 @@
+"""The plan: what certainty costs is said, and refused, before anything is spent."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from planted import PlantedEngine, run, spec_for, write_items
+from sere_autotune import calibration, planner, tuner
+from sere_autotune.outcome import Ending, nearest_miss
+from sere_autotune.study.ledger import Ledger, spent_alpha
+from sere_autotune.trial.items import Item, load_items, search_count, split
+from sere_autotune.tuning.spec import AccuracySpec, TaskSpec
+from sere_ext.contract.errors import PolicyError, UsageError
+from sere_ext.contract.policy import Policy
+from sere_ext.contract.similarity import SimilarityMeta
+from sere_ext.similarity.file import write_similarity
+
+
+def prepared(tmp_path: Path, count: int, **changes) -> tuner.Prepared:
+    return tuner.prepare(spec_for(tmp_path / "out", write_items(tmp_path / "items.jsonl", count), **changes))
+
+
+def test_the_dry_run_says_items_limit_and_time(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 8800)
+    text = planner.describe(ready.plan, ready.spec)
+    assert "8,800 items, 7,334 of them kept for certification" in text
+    assert "at 1% difference 1,560 items certify a policy that truly costs 0.3 points" in text
+    assert "this limit can certify" in text
+    assert "Budget     1 device-hours" in text
+
+
+def test_a_stored_noise_floor_and_pace_are_used(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 4000)
+    Ledger(ready.out).note(ready.config_digest, noise=0.009, pace={"rate": 50.0, "residence": 0.3, "startSeconds": 31.0})
+    again = tuner.prepare(ready.spec)
+    text = planner.describe(again.plan, again.spec)
+    assert "exact against exact is taken to differ on 0.90% of items, from last time" in text
+    assert "start about 31 s" in text
+    assert "at the pace of the last run" in text
+
+
+def test_a_policy_to_certify_is_planned_without_a_search(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 8800)
+    policy = Policy.parse({"buckets": [{"minTokens": 2, "kind": "topk", "S": 2}]})
+    alone = tuner.prepare(ready.spec, policy)
+    text = planner.describe(alone.plan, alone.spec)
+    assert "search" not in text.split("Time", 1)[1].split("Budget")[0]
+    assert alone.plan.search_s == 0 < ready.plan.search_s
+    with pytest.raises(PolicyError, match=r"S = 9 .* above the model's top-k of 4"):
+        tuner.prepare(ready.spec, Policy.parse({"buckets": [{"minTokens": 2, "kind": "topk", "S": 9}]}))
+    group = {"firstLayer": 8, "lastLayer": 9, "buckets": []}
+    with pytest.raises(PolicyError, match=r"layers 8-9, but this model has layers 0-7;"):
+        tuner.prepare(ready.spec, Policy.parse({**policy.to_json_dict(), "layerGroups": [group]}))
+
+
+SERE = ["sere", "topk"]
+
+
+def test_the_plan_says_where_the_similarity_comes_from(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 4000, search__policies=SERE)
+    text = planner.describe(ready.plan, ready.spec)
+    assert "Similarity none given; calibrated first, on prompts and answers of the 666 search items" in text
+    made = str(tmp_path / "out" / "similarity.safetensors")
+    assert ready.plan.to_dict()["similarity"] == {"origin": "calibrated", "path": made, "calibratedOn": "search items"}
+
+    (data := tmp_path / "c.jsonl").write_text("")
+    named = prepared(tmp_path, 4000, search__policies=SERE, calibrate__data=str(data))
+    assert f"calibrated first, on {data};" in planner.describe(named.plan, named.spec)
+    assert prepared(tmp_path, 4000, search__policies=["topk"]).source == calibration.Source(calibration.Origin.UNUSED)
+
+
+@pytest.mark.parametrize(("digest", "origin"), [("", "earlier"), ("sha256:other", "calibrated")])
+def test_an_artefact_of_an_earlier_run_is_used_again_for_the_same_model(tmp_path: Path, digest: str, origin: str) -> None:
+    ready = prepared(tmp_path, 4000, search__policies=SERE)
+    ready.out.mkdir()
+    meta = SimilarityMeta(
+        model_type="m", model_name="planted", config_digest=digest or ready.config_digest, data_digest="sha256:1", tokens=7,
+        layers=(0,), num_experts=4,
+    )  # fmt: skip
+    write_similarity(ready.out / "similarity.safetensors", meta, {0: np.eye(4, dtype=np.float32)})
+    assert tuner.prepare(ready.spec).source.origin == origin
+
+
+def test_a_policy_that_needs_no_similarity_is_certified_without_calibration(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 4000, search__policies=SERE)
+    bucket = {"minTokens": 2, "S": 2}
+    for kind, origin in (("topk", "unused"), ("sere", "calibrated")):
+        policy = Policy.parse({"buckets": [{**bucket, "kind": kind}]})
+        assert tuner.prepare(ready.spec, policy).source.origin == origin
+
+
+@pytest.mark.parametrize(
+    ("confidence", "shown", "alpha"), [(0.95, "95%", 0.05), (0.975, "97.5%", 0.025), (0.995, "99.5%", 0.005), (0.9, "90%", 0.1)]
+)
+def test_confidence_and_alpha_are_shown_as_they_were_given(tmp_path: Path, confidence: float, shown: str, alpha: float) -> None:
+    ready = prepared(tmp_path, 8800, accuracy__confidence=confidence, accuracy__maxDropPoints=0.7)
+    assert f"limit 0.7 points at {shown};" in planner.describe(ready.plan, ready.spec)
+    assert json.dumps(ready.plan.to_dict()["alpha"]) == str(alpha)
+    assert ready.plan.to_dict()["maxDropPoints"] == 0.7
+
+
+def test_the_least_limit_is_not_rounded_up_to_tenths(tmp_path: Path) -> None:
+    problem = prepared(tmp_path, 8800, accuracy__maxDropPoints=0.03).plan.problem
+    assert "0.05 points is the least that these can" in problem
+
+
+def test_a_budget_below_the_estimate_says_so(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 8800)
+    spec = ready.spec
+    for hours, short in ((0.01, True), (1000.0, False)):
+        raised = spec.model_copy(update={"search": spec.search.model_copy(update={"device_hours": hours})})
+        assert ("less than the estimate above" in planner.describe(ready.plan, raised)) is short
+
+
+def test_too_few_items_are_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 300)
+    assert not ready.plan.can_certify
+    assert "299 would be needed" in ready.plan.problem
+    engine = PlantedEngine()
+    with pytest.raises(planner.CannotCertifyError, match="--advisory") as caught:
+        run(ready.spec, engine)
+    assert caught.value.exit_code == 5
+    assert engine.blocks == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_advisory_goes_on_and_marks_the_profile(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 300, search__policies=["oea"], search__trials=6)
+    finished = run(ready.spec, PlantedEngine(), advisory=True)
+    assert finished.outcome.ending in (Ending.CHOSEN, Ending.INFEASIBLE)
+    if finished.profile is not None:
+        assert finished.outcome.advisory
+        assert finished.profile["spec"]["evidence"]["certified"] is False
+
+
+def test_a_limit_of_nothing_can_never_certify(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 8800, accuracy__maxDropPoints=0)
+    assert "cannot be certified by any number of items" in ready.plan.problem
+    with pytest.raises(planner.CannotCertifyError):
+        run(ready.spec, PlantedEngine())
+
+
+def test_the_split_is_fixed_by_the_prompts_alone(tmp_path: Path) -> None:
+    path = write_items(tmp_path / "items.jsonl", 2000)
+    forward = load_items(AccuracySpec(tasks=(TaskSpec(file=str(path)),)))
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))) * 2)  # other order, each twice
+    backward = load_items(AccuracySpec(tasks=(TaskSpec(file=str(path)),)))
+    assert [i.digest for i in forward] == [i.digest for i in backward]
+    search, cert = split(forward, None)
+    assert not {i.digest for i in search} & {i.digest for i in cert}
+    assert len(search) == 500
+
+
+@pytest.mark.parametrize(("total", "count"), [(8800, 1466), (1319, 439), (30000, 2000), (3000, 500), (60, 20)])
+def test_how_many_items_the_search_sees(total: int, count: int) -> None:
+    assert search_count(total, None) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "line 1 cannot be read as JSON"),
+        ('{"answer": "1"}', 'needs a "prompt"'),
+        ('{"prompt": "a"}', 'needs an "answer"'),
+        ("", "no items"),
+    ],
+)
+def test_bad_items_are_named_by_line(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text(text + "\n")
+    with pytest.raises(UsageError, match=words):
+        load_items(AccuracySpec(tasks=(TaskSpec(file=str(path)),)))
+
+
+def test_a_dense_model_and_a_missing_one_are_refused(tmp_path: Path) -> None:
+    spec = spec_for(tmp_path / "out", write_items(tmp_path / "items.jsonl", 400))
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UsageError, match="dense model"):
+        tuner.prepare(spec)
+    with pytest.raises(UsageError, match="there is no folder"):  # at once: no hub is asked for a path
+        tuner.prepare(spec.model_copy(update={"model": str(tmp_path / "modle")}))
+
+
+@pytest.mark.parametrize(
+    ("metric", "pattern", "answer", "text", "right"),
+    [
+        ("exact", None, "42", " 42\n", True),
+        ("exact", None, "42", "x42", False),
+        ("numeric", None, "1,234", "so it is 1234.0", True),
+        ("numeric", None, "5", "none", False),
+        ("contains", None, "yes", "oh yes!", True),
+        ("regex", r"#### (\d+)", "7", "so #### 7 is it", True),
+        ("regex", r"#### (\d+)", "7", "7", False),
+    ],
+)
+def test_how_answers_are_judged(metric: str, pattern: str | None, answer: str, text: str, right: bool) -> None:
+    assert Item("d", "p", answer, TaskSpec(file="f", metric=metric, pattern=pattern)).correct(text) is right
+
+
+def test_a_cert_set_is_opened_once_per_study_and_remembered(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "out")
+    assert [ledger.open("m", "c", "one"), ledger.open("m", "c", "one"), ledger.open("m", "c", "two")] == [0, 0, 1]
+    assert ledger.openings("m", "c", "three") == 2
+    assert ledger.openings("m", "other", "three") == 0
+    assert [spent_alpha(0.05, j) for j in (0, 1, 2)] == [0.05, 0.025, 0.0125]
+
+
+def test_the_nearest_miss_names_limit_distance_and_what_must_give() -> None:
+    miss = nearest_miss(
+        [("exact", False, {"tpot.p95": 0.2, "accuracy": -1.0}), ("topk 2", True, {"tpot.p95": 0.05, "accuracy": -0.5}),
+         ("topk 1", True, {"tpot.p95": -0.1, "accuracy": 3.0})],
+        {"tpot.p95": 20.0}, 1.0,
+    )  # fmt: skip
+    assert miss is not None
+    assert miss.text == "topk 2 has TPOT p95 21.0 ms, 5% over the limit of 20 ms"
+    assert "slo.tpotMs.p95" in miss.give

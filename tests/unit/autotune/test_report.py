@@ -1,0 +1,98 @@
+"""The report: whole, self-contained, safe against odd names; and the closing lines."""
+
+import html.parser
+import re
+from pathlib import Path
+
+import pytest
+from planted import PlantedEngine, run, spec_for, write_items
+from sere_autotune.result import results
+from sere_autotune.result.report import pareto, pareto_svg, render
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("tuned")
+    return run(spec_for(folder / "out", write_items(folder / "items.jsonl", 6000), search__trials=8), PlantedEngine())
+
+
+class Tags(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.seen.append(tag)
+        if tag not in {"meta", "circle", "line", "path", "polyline", "html"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+
+def test_the_page_is_whole_and_loads_nothing(finished) -> None:
+    page = (Path(finished.summary["out"]) / "report.html").read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert not [tag for tag in tags.open if tag in {"table", "svg", "div", "script", "style"}]
+    assert "svg" in tags.seen
+    assert not re.search(r"(src|href)=|url\(|@import", page)
+    for words in ("Certificate", "Ladder", "Trials", "Noise floor", "budget 1 point<", "equal concurrency 16"):
+        assert words in page
+    assert page.count("<circle") == len(finished.summary["trials"])
+
+
+def test_names_are_escaped(finished) -> None:
+    page = render({**finished.summary, "model": "</script><b>x", "message": "<i>"})
+    assert "<b>x" not in page
+    assert "<i>" not in page
+
+
+def test_the_front_is_what_no_other_beats() -> None:
+    assert pareto([(0.0, 20.0), (1.0, 15.0), (0.5, 25.0), (2.0, 15.0), (3.0, 10.0)]) == [0, 1, 4]
+
+
+def test_a_run_without_trials_still_has_a_page(finished) -> None:
+    empty = {**finished.summary, "trials": [], "ladder": [], "chosenRung": None, "outcome": "BudgetExhausted", "noiseFloor": None}
+    assert "nothing to draw" in render(empty)
+    assert "<svg" not in pareto_svg(empty)
+
+
+def test_the_closing_lines_name_policy_limits_condition_and_report(finished) -> None:
+    text = results.lines(finished.summary)
+    assert text.startswith("Chosen   ")
+    assert re.search(r"TPOT p95 +[\d.]+ ms +[\d.]+ ms +40 ms +1\.\d\dx \[[\d.]+, [\d.]+\] at equal concurrency 16, 3 pairs", text)
+    assert "certified at 95% on" in text
+    assert re.search(r"accuracy +\d\d\.\d\d% +\d\d\.\d\d% +-1", text)  # differences of some hundredths of a point decide
+    assert text.splitlines()[-2].endswith("report.html")
+    assert text.splitlines()[-1].startswith("Serve    SERE_PROFILE=")
+
+
+def test_a_policy_that_was_no_trial_is_said_to_be_picked_by_the_model(finished) -> None:
+    """People look for it among the trials."""
+    summary = finished.summary
+    chosen = summary["ladder"][summary["chosenRung"] - 1]["describe"]
+    others = [trial for trial in summary["trials"] if trial["policy"] != chosen]
+    text = results.lines({**summary, "trials": others})
+    assert f"Picked   by a model of all {len(others)} trials, none of which was this policy" in text
+    assert "Picked" not in results.lines({**summary, "trials": [*others, {**others[0], "policy": chosen}]})
+
+
+def test_the_last_line_serves_it_by_the_engine_that_it_was_measured_on(tmp_path: Path) -> None:
+    spec = spec_for(tmp_path / "my out", write_items(tmp_path / "items.jsonl", 100))
+    engine = spec.engine.model_copy(update={"max_model_len": 128, "extra_args": ["--dtype", "float32"]})
+    line = results.serve_line(spec.model_copy(update={"engine": engine, "model": "a/b"}), Path("my out"))
+    assert line == "SERE_PROFILE='my out/profile.json' sere serve a/b --max-model-len 128 --dtype float32"
+
+
+def test_the_stepped_line_keeps_to_trials_within_the_limits(finished) -> None:
+    trials = [trial for trial in finished.summary["trials"] if trial["levels"]]
+    far = {**trials[-1], "dropPoints": 9.0, "tpotMs": 0.5 * min(t["tpotMs"] for t in trials), "feasible": False}
+    line = re.compile(r'<polyline points="([^"]*)"')
+    with_far = line.search(pareto_svg({**finished.summary, "trials": [*trials, far]}))
+    without = line.search(pareto_svg(finished.summary))
+    assert (with_far is None) == (without is None)
+    if with_far and without:
+        assert len(with_far.group(1).split()) == len(without.group(1).split())

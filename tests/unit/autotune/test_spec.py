@@ -1,0 +1,130 @@
+"""The tuning file: what is accepted, what is refused, and with which words."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from sere_autotune.tuning.file import load_spec, to_yaml
+from sere_autotune.tuning.options import leaves, overrides
+from sere_autotune.tuning.spec import TuningSpec
+from sere_ext.contract.errors import UsageError
+
+WHOLE = """
+model: Qwen/Qwen3-30B-A3B
+engine: {maxModelLen: 8192, extraArgs: []}
+similarity: qwen3.sim.safetensors
+workload:
+  dataset: sharegpt.jsonl
+  load: {arrivals: poisson, requestsPerSecond: 4}
+slo:
+  tpotMs: {p95: 20}
+  ttftMs: {p99: 500}
+accuracy:
+  maxDropPoints: 1.0
+  confidence: 0.95
+  tasks: [{file: items.jsonl, metric: numeric}]
+search: {policies: [sere, topk, oea], trials: 60, deviceHours: 4}
+out: runs/qwen3
+"""
+
+
+def spec(tmp_path: Path, change: dict | None = None, text: str = WHOLE) -> TuningSpec:
+    path = tmp_path / "tuning.yaml"
+    path.write_text(text)
+    return load_spec(path, change)
+
+
+def test_the_documented_file_is_read(tmp_path: Path) -> None:
+    found = spec(tmp_path)
+    assert found.slo.limits() == [("tpot", "p95", 20.0), ("ttft", "p99", 500.0)]
+    assert found.workload.load.condition(0) == "equal rate, 4 requests/s"
+    assert found.search.trials == 60
+
+
+def test_only_model_tasks_and_one_limit_are_needed() -> None:
+    found = load_spec(None, {("model",): "m", ("accuracy", "tasks"): "items.jsonl", ("slo", "tpotMs", "p95"): 20})
+    assert found.workload.load.concurrency == (16,)
+    assert found.accuracy.tasks[0].metric == "exact"
+    again = TuningSpec.model_validate(yaml.safe_load(to_yaml(found)))
+    assert again == found  # what --dry-run prints is a whole tuning file
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({("serch",): {}}, "serch: unknown field; did you mean search?"),
+        ({("search", "trails"): 3}, "search.trails: unknown field; did you mean trials?"),
+        ({("search", "device_hours_"): 3}, "search.device_hours_: unknown field; did you mean deviceHours?"),
+        ({("accuracy", "tasks"): [{"fiel": "a"}]}, "accuracy.tasks.0.fiel: unknown field; did you mean file?"),
+        ({("slo", "tpotMs", "p96"): 3}, "slo.tpotMs.p96: unknown field; did you mean p90 or p95 or p99?"),
+        ({("calibrate", "zzz"): 3}, "calibrate.zzz: unknown field; remove it, or use one of data"),
+        ({("search", "policies"): ["seer"]}, "search.policies.0: .*; did you mean sere?"),
+        ({("search", "sampler"): "modle"}, "search.sampler: .*; did you mean model?"),
+        ({("engine", "extraArgs"): ["--max-model-len=4096"]}, "--max-model-len is set by the tuner"),
+        ({("engine", "extraArgs"): ["--additional-config", "{}"]}, "--additional-config is set by the tuner"),
+        ({("engine", "extraArgs"): ["--additional_config.sere={}"]}, "--additional-config is set by the tuner"),
+        ({("slo",): {}}, "at least one latency limit"),
+        ({("slo", "tpotMs", "p95"): -1}, "slo.tpotMs.p95"),
+        ({("workload", "load"): {"concurrency": [4], "requestsPerSecond": 2}}, "not both"),
+        ({("workload", "load"): {"concurrency": [16, 4]}}, "ascending"),
+        ({("workload", "load"): {}}, "give concurrency"),
+        ({("calibrate",): {"data": "c.jsonl"}}, "either similarity or calibrate"),
+        ({("search", "minShare"): [0, 1.5]}, "search.minShare.1: Input should be less than or equal to 1"),
+        ({("search", "minShare"): []}, "search.minShare: the list should have at least 1 item"),
+        ({("search", "policies"): ["exact"]}, "exact is always trial 0"),
+        ({("accuracy", "tasks"): []}, "accuracy.tasks"),
+        ({("accuracy", "tasks"): [{"file": "a", "metric": "regex"}]}, "needs pattern"),
+        ({("search", "buckets"): [{"minTokens": 1}, {"minTokens": 9}]}, "2 buckets for 1 load levels"),
+    ],
+)
+def test_bad_input_is_named(tmp_path: Path, change: dict, words: str) -> None:
+    with pytest.raises(UsageError, match=words.replace("(", r"\(").replace("?", r"\?")) as caught:
+        spec(tmp_path, change)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("tasks", [[{"file": "a", "metric": "exat"}], [{"file": "a"}, {"file": "b", "metric": "exat"}]])
+def test_a_bad_task_is_told_once(tmp_path: Path, tasks: list[dict]) -> None:
+    with pytest.raises(UsageError) as caught:
+        spec(tmp_path, {("accuracy", "tasks"): tasks})
+    assert str(caught.value).endswith(
+        f"accuracy.tasks.{len(tasks) - 1}.metric: Input should be 'exact', 'numeric', 'regex' or 'contains' (got 'exat'); "
+        "did you mean exact?"
+    )
+    assert str(caught.value).count("accuracy.tasks") == 1
+
+
+def test_a_flag_that_cannot_be_read_is_one_sentence() -> None:
+    with pytest.raises(UsageError, match=r"^--search-policies \[sere: cannot be read as YAML \(line 1, [^\n]*$"):
+        overrides({"search_policies": "[sere"})
+    assert overrides({"out": "7", "search_trials": "7"}) == {("out",): "7", ("search", "trials"): 7}
+
+
+def test_a_missing_file_is_named_with_its_field(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"accuracy.tasks.0.file: no file at items.jsonl"):
+        spec(tmp_path).check_files()
+    with pytest.raises(UsageError, match="cannot read the tuning file"):
+        load_spec(tmp_path / "none.yaml")
+
+
+def test_no_yaml_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot be read as YAML \(line 2, column 1: .*\); correct that place$") as caught:
+        spec(tmp_path, text="model: [\n")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="it is no text"):
+        load_spec(tmp_path / "binary.yaml")
+    with pytest.raises(UsageError, match="must be a mapping"):
+        spec(tmp_path, text="- 1")
+
+
+def test_every_leaf_has_a_flag_of_its_own() -> None:
+    flags = [leaf.flag for leaf in leaves()]
+    assert len(flags) == len(set(flags))
+    assert {"--model", "--search-device-hours", "--slo-e2el-ms-p99", "--workload-load-requests-per-second"} <= set(flags)
+
+
+def test_a_flag_replaces_its_rival_in_the_file(tmp_path: Path) -> None:
+    found = spec(tmp_path, {("workload", "load", "concurrency"): [4, 16], ("calibrate", "data"): "c.jsonl"})
+    assert found.workload.load.levels == (4, 16)
+    assert found.similarity is None

@@ -1,0 +1,302 @@
+"""The study as the only truth: a whole run on a planted engine, killed, resumed, out of budget, refused."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planted import PlantedEngine, Quiet, run, spec_for, truth, write_items
+from rich.console import Console
+from sere_autotune.outcome import BudgetExhaustedError, Ending
+from sere_autotune.progress import Progress
+from sere_autotune.study import meter
+from sere_autotune.study.budget import Budget
+from sere_autotune.study.study import TuningStudy, fingerprint
+from sere_autotune.trial.engine import EngineFacts
+from sere_autotune.tuning.spec import TuningSpec
+from sere_ext.contract.errors import SereError, UnsupportedError, UsageError
+from sere_ext.contract.policy import Kind, Policy
+from sere_ext.contract.profile import Profile
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> Path:
+    return write_items(tmp_path / "items.jsonl", 6000)
+
+
+def test_a_run_ends_with_a_certified_faster_policy_within_its_budget(tmp_path: Path, items: Path) -> None:
+    report = Quiet()
+    finished = run(spec_for(tmp_path / "out", items, search__trials=12), PlantedEngine(), report)
+    assert finished.outcome.ending is Ending.CHOSEN, finished.outcome.message
+    profile = Profile.read(tmp_path / "out" / "profile.json")
+    evidence = profile.spec.evidence
+    assert evidence.certified
+    assert evidence.accuracy.upper_bound_points is not None
+    assert evidence.accuracy.upper_bound_points <= 1.0
+    assert evidence.speedup.value == pytest.approx(truth(profile.spec.policy)[2], rel=0.05)
+    assert evidence.speedup.condition == "TPOT p95, equal concurrency 16"
+    assert evidence.active_experts is not None
+    assert evidence.active_experts.exact > evidence.active_experts.chosen
+    assert len(report.rows) == 12
+    trials = finished.outcome.published()["trials"]
+    assert set(trials) == {"scheduled", "completed", "feasible", "infeasible", "failed"}  # what the operator reads
+    assert trials["completed"] == 12 == trials["feasible"] + trials["infeasible"]
+    assert report.rows[0]["exact"]
+    assert all((tmp_path / "out" / name).exists() for name in ("study.journal", "summary.json", "report.html"))
+
+
+def test_a_finished_study_says_the_same_again_without_an_engine(tmp_path: Path, items: Path) -> None:
+    spec = spec_for(tmp_path / "out", items)
+    first = run(spec, PlantedEngine())
+    engine = PlantedEngine()
+    again = run(spec, engine)
+    assert engine.blocks == 0
+    assert again.outcome == first.outcome
+    assert again.summary["trials"] == first.summary["trials"]
+
+
+class Elsewhere(PlantedEngine):
+    """Stops at its fourth block, or runs on another device."""
+
+    def __init__(self, device: str = "") -> None:
+        super().__init__()
+        self.device = device
+
+    def start(self) -> EngineFacts:
+        facts = super().start()
+        return replace(facts, key={**facts.key, "device": self.device}) if self.device else facts
+
+    def block(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.device and self.blocks >= 4:
+            raise KeyboardInterrupt
+        return super().block(*args, **kwargs)
+
+
+def test_trials_of_another_device_are_not_gone_on_with(tmp_path: Path, items: Path) -> None:
+    """As where a tuning pod comes back on a node with other GPUs."""
+    spec = spec_for(tmp_path / "out", items)
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, Elsewhere())
+    with pytest.raises(UsageError, match=r"trials of another engine: device was .* and is other; .*--fresh"):
+        run(spec, Elsewhere("other"))
+
+
+def test_killed_with_minus_9_it_goes_on_and_loses_at_most_the_trial_in_flight(tmp_path: Path, items: Path) -> None:
+    calls = tmp_path / "calls.log"
+    command = [sys.executable, str(Path(__file__).parents[2] / "kit/planted.py"), str(tmp_path / "out"), str(items), "8", "0.2"]
+    kills = 0
+    for at_block in (3, 9, 20):  # in the search, near its end, in certification
+        victim = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ})
+        while victim.poll() is None and (not calls.exists() or len(calls.read_text().splitlines()) < at_block):
+            time.sleep(0.05)
+        if victim.poll() is None:
+            os.kill(victim.pid, signal.SIGKILL)
+            kills += 1
+        victim.wait()
+    assert kills == 3
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "Chosen"
+    study = TuningStudy(tmp_path / "out", None)
+    trials = study.study.get_trials()
+    study.close()
+    complete = [t for t in trials if t.state.name == "COMPLETE"]
+    failed = [t for t in trials if t.state.name == "FAIL"]
+    assert len(complete) == 8
+    assert not [t for t in trials if t.state.name == "RUNNING"]
+    assert len(failed) <= kills
+    assert {t.user_attrs["retry_of"] for t in complete if "retry_of" in t.user_attrs} <= {t.number for t in failed}
+    # Exact twice, 7 trials with exact beside each, 2 x 3 pairs per rung; a kill loses the trial in flight (two blocks).
+    blocks = len(calls.read_text().splitlines())
+    rungs = sum(rung["result"] is not None for rung in json.loads((tmp_path / "out" / "summary.json").read_text())["ladder"])
+    assert blocks <= 2 + 7 * 2 + 6 * rungs + 2 * kills
+
+
+def test_a_kill_while_the_engine_starts_has_paid_for_the_start(
+    tmp_path: Path, items: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies on disk half-way through a start is what a kill there leaves; it is charged to the run that goes on."""
+    monkeypatch.setattr(meter, "BEAT_S", 0.05)
+    spec, left = spec_for(tmp_path / "out", items, engine__tensorParallelSize=2), tmp_path / "left"
+
+    class Slow(PlantedEngine):
+        def start(self) -> EngineFacts:
+            time.sleep(0.6)
+            shutil.copytree(tmp_path / "out", left)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, Slow())
+    assert not any(thread.name == "meter" for thread in threading.enumerate()), "nothing is written after the end"
+    study, budget = TuningStudy(left, None), Budget.of(spec.search, devices=2)
+    study.restore(budget)
+    study.close()
+    assert 2 * 0.4 <= budget.device_spent_s <= 2 * 0.9
+    assert budget.wall_spent_s >= 0.4
+    with pytest.raises(BudgetExhaustedError, match="deviceHours"):
+        run(spec_for(left, items, engine__tensorParallelSize=2, search__deviceHours=20.5 / 3600), PlantedEngine())
+
+
+def test_a_crashing_kind_is_infeasible_and_never_chosen(tmp_path: Path, items: Path) -> None:
+    engine = PlantedEngine(crashes=[Kind.OEA])
+    finished = run(spec_for(tmp_path / "out", items, search__sampler="random", search__trials=12), engine)
+    crashed = [t for t in finished.summary["trials"] if t["crash"]]
+    assert crashed
+    assert all(min(t["violations"].values()) > 0 for t in crashed)
+    assert finished.profile is None or "oea" not in json.dumps(finished.profile["spec"]["policy"])
+
+
+def test_a_kind_that_the_model_refuses_is_one_trial_less_not_the_end(tmp_path: Path, items: Path) -> None:
+    """A router whose scores are not known refuses `oea`, whatever S."""
+
+    class Refusing(PlantedEngine):
+        def apply(self, policy: Policy) -> None:
+            if any(bucket.kind is Kind.OEA for bucket in policy.buckets):
+                raise UnsupportedError("layer 0 gives no scores")
+            super().apply(policy)
+
+    finished = run(spec_for(tmp_path / "out", items, search__sampler="random", search__trials=12), Refusing())
+    refused = [t for t in finished.summary["trials"] if t["crash"]]
+    assert refused and all("gives no scores" in t["crash"] for t in refused)
+    assert len(finished.summary["trials"]) == 12 and len(refused) < 6, "the others were measured"
+
+
+def test_an_engine_that_dies_under_exact_routing_is_a_failure(tmp_path: Path, items: Path) -> None:
+    class Broken(PlantedEngine):
+        def block(self, *args, **kwargs):
+            from sere_autotune.trial.engine import EngineCrashError
+
+            raise EngineCrashError("out of memory")
+
+    with pytest.raises(SereError, match="keeps failing"):
+        run(spec_for(tmp_path / "out", items), Broken())
+
+
+def test_an_impossible_latency_limit_ends_with_the_nearest_miss(tmp_path: Path, items: Path) -> None:
+    finished = run(spec_for(tmp_path / "out", items, slo__tpotMs__p95=2), PlantedEngine())
+    assert finished.outcome.exit_code == 3
+    assert "TPOT p95" in finished.outcome.message
+    assert "slo.tpotMs.p95" in finished.outcome.message
+    assert "exact routing stays" in finished.outcome.message
+    assert not (tmp_path / "out" / "profile.json").exists()
+
+
+def test_a_spent_budget_ends_with_4_and_a_raised_one_goes_on(tmp_path: Path, items: Path) -> None:
+    engine = PlantedEngine(wait_s=1.0)
+    short = spec_for(tmp_path / "out", items, search__deviceHours=14 / 3600, certify__pairs=6)
+    began = time.monotonic()
+    finished = run(short, engine)
+    assert finished.outcome.exit_code == 4, finished.outcome.message
+    assert time.monotonic() - began < 14
+    assert "deviceHours" in finished.outcome.message
+    more = spec_for(tmp_path / "out", items, search__deviceHours=1, certify__pairs=6)
+    before = len(finished.summary["trials"])
+    told: list[dict[str, Any]] = []
+    again = run(more, PlantedEngine(), Progress(Console(file=io.StringIO()), "", told.append))
+    assert again.outcome.ending is Ending.CHOSEN
+    assert again.summary["trials"][:before] == finished.summary["trials"]
+    counts = [progress["trials"] for progress in told]
+    assert told[0]["stage"] == "starting the engine"
+    assert counts[0] == before
+    assert counts == sorted(counts), "a count that was told is never taken back"
+
+
+def test_no_block_may_outlive_the_budget(tmp_path: Path, items: Path) -> None:
+    engine = PlantedEngine()
+    run(spec_for(tmp_path / "out", items, search__deviceHours=100 / 3600, search__trialSeconds=90), engine)
+    assert max(engine.cut) <= 100
+
+
+def test_a_folder_of_another_tuning_is_refused_unless_fresh(tmp_path: Path, items: Path) -> None:
+    run(spec_for(tmp_path / "out", items, accuracy__maxDropPoints=2), PlantedEngine())
+    other = spec_for(tmp_path / "out", items, accuracy__maxDropPoints=2, slo__tpotMs__p95=39)
+    with pytest.raises(UsageError, match="--fresh"):
+        run(other, PlantedEngine())
+    assert run(other, PlantedEngine(), fresh=True).outcome.ending is Ending.CHOSEN
+
+
+def test_a_study_from_before_a_field_existed_goes_on() -> None:
+    """The fingerprint was computed by the code of before search.minShare; a field that comes later must not change it."""
+    older = {
+        "model": "m", "slo": {"tpotMs": {"p95": 20}}, "accuracy": {"tasks": ["items.jsonl"]}, "engine": {"maxModelLen": 64},
+        "workload": {"load": {"concurrency": [4, 16]}}, "search": {"policies": ["sere"], "rungs": 2},
+    }  # fmt: skip
+
+    def mark(**search: Any) -> str:
+        return fingerprint(TuningSpec.model_validate(older | {"search": older["search"] | search}), "sha256:1", "sha256:2")
+
+    assert mark() == "sha256:407d7858a7af0e00da802ad14ad9b2e901a0a5a3a913acb696155cdab6fb66d8"
+    assert mark(minShare=[0]) == mark(trials=7) == mark()
+    assert len({mark(), mark(minShare=[0, 0.5]), mark(rungs=3)}) == 3
+
+
+def test_two_tuners_in_one_folder_are_refused(tmp_path: Path, items: Path) -> None:
+    held = TuningStudy(tmp_path / "out", None)
+    with pytest.raises(UsageError, match="another tuner works in"):
+        run(spec_for(tmp_path / "out", items), PlantedEngine())
+    held.close()
+
+
+def test_a_cert_set_opened_before_spends_half_of_alpha(tmp_path: Path, items: Path) -> None:
+    run(spec_for(tmp_path / "one", items, accuracy__maxDropPoints=2), PlantedEngine())
+    second = run(spec_for(tmp_path / "two", items, accuracy__maxDropPoints=2, search__seed=1), PlantedEngine())
+    assert second.summary["accuracy"]["alpha"] == pytest.approx(0.025)
+    assert second.summary["accuracy"]["earlierOpenings"] == 1
+
+
+def test_certify_alone_takes_a_policy(tmp_path: Path, items: Path) -> None:
+    good = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 3}]})
+    bad = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 1}]})
+    spec = spec_for(tmp_path / "good", items, accuracy__maxDropPoints=2, search__rungs=1)
+    assert run(spec, PlantedEngine(), only=good).outcome.ending is Ending.CHOSEN
+    finished = run(spec_for(tmp_path / "bad", items, accuracy__maxDropPoints=2, search__rungs=1), PlantedEngine(), only=bad)
+    assert finished.outcome.exit_code == 3
+    assert "points, p = " in finished.outcome.message
+
+
+def test_a_rungs_power_is_that_of_the_items_which_may_be_used(tmp_path: Path, items: Path) -> None:
+    good = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 3}]})
+    powers = []
+    for count in (None, 200):
+        spec = spec_for(tmp_path / f"{count}" / "out", items, accuracy__maxDropPoints=2, search__rungs=1, certify__items=count)
+        powers.append(run(spec, PlantedEngine(), only=good).summary["ladder"][0]["power"])
+    assert powers[0] > 0.9 > 0.7 > powers[1], powers
+
+
+@pytest.mark.parametrize("sampler", ["model", "tpe", "random"])
+def test_every_sampler_tells_the_same_constraints_for_every_trial(tmp_path: Path, items: Path, sampler: str) -> None:
+    run(spec_for(tmp_path / "out", items, search__sampler=sampler), PlantedEngine())
+    study = TuningStudy(tmp_path / "out", None)
+    keys = {frozenset(t.constraints) for t in study.complete()}
+    study.close()
+    assert keys == {frozenset({"tpot.p95", "accuracy", "failures"})}
+
+
+@pytest.mark.parametrize("sampler", ["model", "random"])
+def test_min_share_is_searched_where_it_is_asked_for_and_a_study_with_it_goes_on(
+    tmp_path: Path, items: Path, sampler: str
+) -> None:
+    changes = {"search__policies": ["oea"], "search__minShare": [0.7, 0, 0.7], "search__sampler": sampler, "search__seed": 2}
+    engine = PlantedEngine(wait_s=0.2)
+    first = run(spec_for(tmp_path / "out", items, search__trials=8, search__deviceHours=12 / 3600, **changes), engine)
+    again = run(spec_for(tmp_path / "out", items, search__trials=8, **changes), PlantedEngine())
+    assert again.summary["trials"][: len(first.summary["trials"])] == first.summary["trials"]
+    tried = [trial["policy"] for trial in again.summary["trials"]]
+    assert any("share=0.70" in policy for policy in tried)
+    assert not any("share" in policy for policy in tried if "k0=1 " in policy)
+
+
+def test_an_accuracy_rejection_ends_the_trial_early(tmp_path: Path, items: Path) -> None:
+    spec = spec_for(tmp_path / "out", items, search__policies=["topk"], search__trials=9)
+    finished = run(spec, PlantedEngine())
+    harsh = [t for t in finished.summary["trials"] if t["policy"].startswith("topk 1")]
+    assert harsh
+    assert all(t["stopped"].startswith("accuracy") and t["items"] < 400 and t["violations"]["accuracy"] > 0 for t in harsh)

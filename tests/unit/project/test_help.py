@@ -1,0 +1,80 @@
+"""`--help` at 80 columns: nothing is cut off, and every option says its type and what holds without it."""
+
+from collections.abc import Iterator
+
+import pytest
+import sere_autotune.commands
+import sere_ext.cli.commands
+import sere_operator.cli.commands
+import typer
+from sere_autotune.tuning.options import REQUIRED, leaves
+from typer.main import get_command
+from typer.testing import CliRunner
+
+
+def make_app() -> typer.Typer:
+    app = typer.Typer()
+    for part in (sere_ext.cli.commands, sere_autotune.commands, sere_operator.cli.commands):
+        part.register(app)
+    return app
+
+
+def commands(group, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    for name, command in getattr(group, "commands", {}).items():
+        if name != "serve":  # its help is vLLM's own
+            yield (*words, name), command
+            yield from commands(command, (*words, name))
+
+
+COMMANDS = dict(commands(get_command(make_app())))
+
+
+def shown(*words: str) -> str:
+    result = CliRunner().invoke(make_app(), [*words, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert result.exit_code == 0
+    return result.output
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_nothing_is_cut_off_and_every_option_says_its_default(words: tuple[str, ...]) -> None:
+    text = shown(*words)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    for option in COMMANDS[words].params:
+        assert option.hidden or all(f" {name} " in text or f" {name}," in text for name in option.opts if name.startswith("--"))
+        says = option.required or option.is_flag if option.param_type_name == "option" else True
+        assert option.hidden or says or option.default is not None or isinstance(option.show_default, str), option.name
+
+
+@pytest.mark.parametrize("command", ["tune", "certify"])
+def test_every_option_of_the_tuning_file_stands_there_whole(command: str) -> None:
+    entries: list[str] = []
+    for line in shown(command).splitlines():
+        body = line.strip("│ ")
+        if body.startswith("--"):
+            entries.append(body)
+        elif entries and line.startswith("│"):
+            entries[-1] += " " + body
+    said = {" ".join(entry.split()) for entry in entries}
+    for leaf in leaves():
+        assert leaf.description
+        assert f"{leaf.flag} {leaf.type} {leaf.description} {leaf.notes}" in said
+
+
+@pytest.mark.parametrize(
+    ("flag", "type_", "notes"),
+    [
+        ("--model", "<str>", f"[{REQUIRED}]"),
+        ("--accuracy-confidence", "<float>", "[0.5<x<1] [default: 0.95]"),
+        ("--search-trials", "<int>", "[1<=x<=10000] [default: 60]"),
+        ("--search-sampler", "model|tpe|random", "[default: model]"),
+        ("--search-policies", "<list>", "[default: [sere, topk, oea]]"),
+        ("--search-layer-groups", "<bool>", "[default: true]"),
+        ("--workload-load-concurrency", "<list>", "[default: [16]]"),  # of the section's default
+        ("--engine-max-model-len", "<int>", "[x>=8] [default: the model's]"),  # nothing in the file, words here
+        ("--search-device-hours", "<float>", "[x>0] [default: 4]"),
+    ],
+)
+def test_types_bounds_and_defaults_are_the_models_own(flag: str, type_: str, notes: str) -> None:
+    leaf = next(leaf for leaf in leaves() if leaf.flag == flag)
+    assert (leaf.type, leaf.notes) == (type_, notes)
