@@ -10,8 +10,8 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup demo test lint test-unit test-engine test-apiserver test-cluster test-chart test-gpu \
-        bench-tune bench-speedup bench-policies bench-ext bench-telemetry soak-switches retrain-model vllm-snapshots crds lock envtest clean
+.PHONY: help setup demo test lint format coverage docs crds test-unit test-engine test-apiserver test-cluster test-chart test-gpu \
+        bench-tune bench-speedup bench-policies bench-ext bench-telemetry soak-switches retrain-model vllm-snapshots envtest clean
 
 help: ## What can be made
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -36,10 +36,17 @@ test: ## Everything but the GPU: lint, unit, engine, apiserver, chart, cluster
 	@tests/run
 
 lint: setup ## ruff, mypy strict, import contracts
-	ruff check .
-	ruff format --check .
-	mypy -p sere_ext -p sere_autotune -p sere_operator
-	lint-imports
+	tests/run lint
+
+format: setup ## What ruff can put right by itself, and its layout
+	ruff check --fix .
+	ruff format .
+
+coverage: setup ## Lines and branches that the unit tests run, by module; HTML in build/coverage
+	mkdir -p build/coverage
+	coverage run -m pytest tests/unit -q
+	coverage html -q -d build/coverage/html
+	coverage report
 
 test-unit test-engine test-apiserver test-cluster test-chart test-gpu: setup ## One rung alone
 	tests/run $(@:test-%=%)
@@ -70,7 +77,7 @@ retrain-model: setup ## Train the small model anew into build/retrained; its acc
 vllm-snapshots: setup ## Read the touched symbols of every supported vLLM release out of its wheel (a minute, needs the index)
 	$(PY) tests/assets/make/vllm_snapshots.py $(ARGS)
 
-crds: setup ## Regenerate manifests/crd and the chart's copies from the pydantic models
+docs crds: setup ## Regenerate what is made of code: CRDs, docs/resources.md, the chart's copies and README, manifests/base
 	$(PY) -m sere_operator.api.crdgen
 	$(PY) -m sere_operator.api.reference
 	PATH="$$(tests/kit/assets):$$PATH" $(PY) helm/generate.py

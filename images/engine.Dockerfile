@@ -11,7 +11,7 @@ RUN PYTHONPATH=/src python3 -m sere_ext.routing.build cpu cuda --out /opt/sere/k
 
 FROM vllm/vllm-openai:${VLLM}
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY sere_ext sere_ext
 COPY autotune autotune
 COPY operator operator

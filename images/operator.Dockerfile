@@ -5,7 +5,7 @@ FROM python:3.11-slim-bookworm AS build
 WORKDIR /src
 COPY requirements/operator.lock requirements/operator.lock
 RUN pip install --no-cache-dir --target /opt/sere -r requirements/operator.lock
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY sere_ext sere_ext
 COPY autotune autotune
 COPY operator operator

@@ -1,0 +1,89 @@
+"""What the documents say of the tree holds: links, paths, the version, the licence and what continuous integration calls."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from sere_operator.plan.objects.children import Defaults
+
+from sere_ext import __version__
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests").glob("*/README.md"), *(ROOT / "helm").rglob("*.md")]
+)
+# A path in a document is one of the repository or of a package; what commands make lies in these folders.
+BASES = (ROOT, ROOT / "sere_ext", ROOT / "autotune", ROOT / "operator", ROOT / "helm")
+MADE = ("build/", "runs/", "dist/", ".venv", "docs/benchmarks/results")
+FORBIDDEN = ("operator/__init__.py", "tests/operator/__init__.py")
+PATH = re.compile(r"`([\w.-]+(?:/[\w.*-]+)+/?)`")
+TOP = {path.name for base in BASES for path in base.iterdir() if path.is_dir() and not path.name.startswith(".")}
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), f"{target}: there is no such file"
+        assert not anchor or anchor in anchors(linked), f"{target}: that page has no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_paths_of_the_repository_exist(page: Path) -> None:
+    named = [path for path in PATH.findall(page.read_text()) if path.split("/")[0] in TOP and not path.startswith(MADE)]
+    gone = [path for path in named if not any(list(base.glob(path)) for base in (*BASES, page.parent))]
+    assert [path for path in gone if path not in FORBIDDEN] == [], "moved or gone"
+
+
+def test_packages_that_would_hide_the_standard_library_are_not_there() -> None:
+    assert not [path for path in FORBIDDEN if (ROOT / path).exists()], "`operator` would be this folder for every import"
+
+
+def test_the_version_stands_in_one_place_and_the_rest_agrees() -> None:
+    chart = yaml.safe_load((ROOT / "helm/sere-operator/Chart.yaml").read_text())
+    assert (chart["version"], chart["appVersion"]) == (__version__, __version__)
+    assert Defaults().engine_image == f"sere-engine:{__version__}"
+    base = (ROOT / "manifests/base/operator.yaml").read_text()
+    assert set(re.findall(r"app\.kubernetes\.io/version: \"(.+)\"", base)) == {__version__}
+    assert set(re.findall(r"sere-(?:operator|engine):([\w.]+)", base)) == {__version__}
+    for file in (ROOT / "images").glob("*.Dockerfile"):
+        assert set(re.findall(r"-t sere-\w+:(\d[\d.]*\d)", file.read_text())) == {__version__}, file.name
+    assert f"\n## {__version__} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_licence_is_the_whole_text_of_apache_2() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert len(text.split()) > 1500
+
+
+def test_continuous_integration_and_hooks_call_what_exists() -> None:
+    made = set(re.findall(r"^([a-z- ]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = {target for line in made for target in line.split()}
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    lines = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    called = {word for line in lines for word in line.partition("make ")[2].split()}
+    assert called
+    assert called <= targets
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"], "a hook of elsewhere would have to be fetched"
+    for hook in hooks[0]["hooks"]:
+        for path in re.findall(r"tests/\S+\.py", hook["entry"]):
+            assert (ROOT / path).exists()
