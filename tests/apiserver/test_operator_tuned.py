@@ -59,8 +59,13 @@ def profile(certified: bool = True, key: dict[str, Any] | None = None) -> dict[s
     }  # fmt: skip
 
 
+def running(world: World) -> list[str]:
+    """Names of the SereTuningJobs whose Job is there."""
+    return [job["metadata"]["ownerReferences"][0]["name"] for job in world.items("Job")]
+
+
 def tuning_job(world: World) -> str:
-    return str(eventually(lambda: world.items("Job"), 30, "the tuning Job")[0]["metadata"]["name"])
+    return str(eventually(lambda: running(world), 30, "the tuning Job")[0])
 
 
 def publish(world: World, job: str, outcome: str, message: str = "", **data: Any) -> None:
@@ -90,7 +95,11 @@ def publish_by_similarity(world: World, job: str, path: Path) -> None:
     made["spec"]["policy"] = {"buckets": [bucket], "similarityDigest": digest}
     made["spec"]["similarity"] = {"uri": path.as_uri(), "digest": digest}
     done = subprocess.run(
-        ["kubectl", "-n", world.namespace, "create", "token", job], check=True, capture_output=True, text=True, timeout=60
+        ["kubectl", "-n", world.namespace, "create", "token", f"{job}-tuner"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     reached = world.client.client.configuration
     access = Access(reached.host, done.stdout.strip, reached.ssl_ca_cert)
@@ -107,7 +116,7 @@ def test_tuned_end_to_end(world: World, tmp_path: Path) -> None:
     world.apply(manifest(replicas=2, **TUNED))
     world.ready()  # before any tuning result
     job = tuning_job(world)
-    spec = world.get("Job", job)["spec"]["template"]["spec"]
+    spec = world.get("Job", f"{job}-tuner")["spec"]["template"]["spec"]
     container = spec["containers"][0]
     assert container["command"] + container["args"][:1] == ["sere", "tune"]
     assert container["args"][-1] == f"configmap/{world.namespace}/{job}-result"
@@ -115,7 +124,7 @@ def test_tuned_end_to_end(world: World, tmp_path: Path) -> None:
     assert given["accuracy"]["tasks"] == [{"file": "/mnt/pvc/data/items.jsonl", "metric": "exact", "stop": []}]
     assert given["calibrate"] == {"data": "/mnt/pvc/data/calib.jsonl"}
     assert given["search"]["trials"] == 8
-    (rule,) = world.get("Role", job)["rules"]
+    (rule,) = world.get("Role", f"{job}-tuner")["rules"]
     assert (rule["resourceNames"][0], rule["verbs"]) == (f"{job}-result", ["create", "patch"])
     # There is no claim `data` here, and the scheduler may have said so already.
     assert world.condition("Tuned")["reason"] in ("Tuning", "TuningBlocked")
@@ -208,7 +217,7 @@ def test_a_new_model_is_tuned_before_the_pods_of_the_old_one_go(world: World) ->
     newer = {"model": {"name": "fake/model", "revision": "v2"}, **TUNED}
     world.apply(manifest(replicas=2, **newer))
     eventually(lambda: world.condition("Ready")["reason"] == "TuningFirst", 20)
-    second = eventually(lambda: next(j["metadata"]["name"] for j in world.items("Job") if j["metadata"]["name"] != first), 30)
+    second = eventually(lambda: next(name for name in running(world) if name != first), 30)
     given = json.loads(world.get("ConfigMap", f"{second}-input")["data"]["tuning.yaml"])
     assert given["revision"] == "v2"
     world.operator.kill()  # what holds the pods is in the cluster, not in a process
@@ -238,9 +247,7 @@ def test_a_new_model_is_tuned_before_the_pods_of_the_old_one_go(world: World) ->
     assert world.get("SereTuningJob", second)["status"]["stage"] == "ended"
 
     world.apply(manifest(replicas=3, engine={"image": "engine:2"}, **newer))
-    third = eventually(
-        lambda: next(j["metadata"]["name"] for j in world.items("Job") if j["metadata"]["name"] not in (first, second)), 30
-    )
+    third = eventually(lambda: next(name for name in running(world) if name not in (first, second)), 30)
     publish(world, third, "Infeasible", "nearest miss: topk 4")
     eventually(lambda: world.condition("Ready")["reason"] == "ProfileRequired", 20)
     assert "nearest miss: topk 4" in world.condition("Ready")["message"]
@@ -271,7 +278,7 @@ def test_outcomes_without_a_policy_keep_exact_and_say_why(world: World) -> None:
     world.apply(manifest(**kept))
     world.ready()
     job = tuning_job(world)
-    pod = world.get("Job", job)["spec"]["template"]["spec"]
+    pod = world.get("Job", f"{job}-tuner")["spec"]["template"]["spec"]
     assert next(v for v in pod["volumes"] if v["name"] == "run")["persistentVolumeClaim"] == {"claimName": "studies"}
     (mount,) = (m for m in pod["containers"][0]["volumeMounts"] if m["name"] == "run")
     given = json.loads(world.get("ConfigMap", f"{job}-input")["data"]["tuning.yaml"])
@@ -297,8 +304,8 @@ def test_a_profile_of_another_engine_is_stale_and_advisory_ones_wait(world: Worl
 
     world.apply({**manifest("n", **TUNED)})
     world.ready("n")
-    job = eventually(lambda: next(j for j in world.items("Job") if j["metadata"]["name"].startswith("n-")), 30)
-    publish(world, job["metadata"]["name"], "Chosen", **{"profile.json": profile(certified=False)})
+    job = eventually(lambda: next(name for name in running(world) if name.startswith("n-")), 30)
+    publish(world, job, "Chosen", **{"profile.json": profile(certified=False)})
     eventually(lambda: world.condition("PolicyApplied", "n")["reason"] == "AwaitingApproval", 60)
     assert world.get("SereDeployment", "n")["status"]["policy"]["stable"] == "exact"
     digest = world.get("SereDeployment", "n")["status"]["policy"]["wanted"]

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kubernetes.dynamic.exceptions import NotFoundError
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -64,14 +66,14 @@ class OperatorProcess:
 
 
 def eventually(check: Any, timeout_s: float = 60.0, what: str = "") -> Any:
-    """The first true value that `check` returns; AssertionErrors and lookups that fail count as not yet."""
+    """The first true value that `check` returns; AssertionErrors, failed look-ups and objects that are not there count as not yet."""
     until, last = time.monotonic() + timeout_s, None
     while time.monotonic() < until:
         try:
             last = check()
             if last:
                 return last
-        except (AssertionError, KeyError, IndexError, StopIteration) as error:
+        except (AssertionError, KeyError, IndexError, StopIteration, NotFoundError) as error:
             last = error
         time.sleep(0.1)
     raise AssertionError(f"not within {timeout_s} s: {what or check}: last {last!r}")

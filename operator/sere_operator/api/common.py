@@ -145,6 +145,12 @@ class SecretEnv(Record):
     secret_key_ref: Annotated[KeyRef, Field(description="key of a Secret")]
 
 
+# An engine's variables by which its command, its libraries or the plug-in's settings would be others than the operator's.
+MANAGED_VARIABLES = ("PATH",)
+MANAGED_PREFIXES = ("LD_", "PYTHON", "SERE_")
+MANAGED_VARIABLE = "is set by the operator or the image (PATH, LD_*, PYTHON*, SERE_*); remove it here, or build an image with it"
+
+
 class EnvVar(Record):
     """An environment variable of the engine's container."""
 
@@ -158,6 +164,8 @@ class EnvVar(Record):
     def _one(self) -> Self:
         if self.value is not None and self.value_from is not None:
             raise ValueError("give value or valueFrom, not both")
+        if self.name in MANAGED_VARIABLES or self.name.startswith(MANAGED_PREFIXES):
+            raise ValueError(f"{self.name} {MANAGED_VARIABLE}")
         return self
 
 

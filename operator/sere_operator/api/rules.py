@@ -12,7 +12,7 @@ from typing import Final
 
 from sere_ext.contract.policy import MAX_BUCKETS, MAX_TOKENS
 
-from sere_operator.api.common import MANAGED_FLAGS
+from sere_operator.api.common import MANAGED_FLAGS, MANAGED_PREFIXES, MANAGED_VARIABLE, MANAGED_VARIABLES
 from sere_operator.api.deployment import NEEDS_SIMILARITY
 from sere_operator.api.tuning import SereTuningJobSpec
 
@@ -90,6 +90,13 @@ def _extra_args() -> Rule:
     )
 
 
+def _variable() -> Rule:
+    """Environment variables that the operator or the image sets."""
+    names = " && ".join(f"self.name != '{name}'" for name in MANAGED_VARIABLES)
+    prefixes = " && ".join(f"!self.name.startsWith('{prefix}')" for prefix in MANAGED_PREFIXES)
+    return Rule(f"{names} && {prefixes}", f"this variable {MANAGED_VARIABLE}", f"self.name + ' {MANAGED_VARIABLE}'")
+
+
 _MODE = "(has(self.mode) ? self.mode : 'Exact')"
 _TUNED = "!(has(self.routing) && has(self.routing.mode) && self.routing.mode == 'Tuned')"
 _STATIC_SERE = (
@@ -140,7 +147,7 @@ RULES: Final[dict[str, tuple[Rule, ...]]] = {
         ),
     ),
     "Similarity": (exactly_one("calibrate", "uri"),),
-    "EnvVar": (at_most_one("value", "valueFrom"),),
+    "EnvVar": (at_most_one("value", "valueFrom"), _variable()),
     "Slo": (at_least_one("tpotMs", "ttftMs", "e2elMs"),),
     "Percentiles": (at_least_one("p50", "p95", "p99"),),
     "Engine.extraArgs": (_extra_args(),),

@@ -52,17 +52,13 @@ def decide(snapshot: Snapshot, defaults: Defaults) -> Plan:
         return _say(snapshot, Reason.SUSPENDED, "spec.suspend is true: the operator changes nothing, what runs goes on")
     autoscaled = children.autoscaler(snapshot.object, spec) is not None
     wanted = {kind: child for kind, child in snapshot.children.items() if kind != "HorizontalPodAutoscaler" or autoscaled}
-    taken = next((child for child in (*wanted.values(), *snapshot.shards.values()) if not owned(snapshot.object, child)), None)
+    taken = next(
+        (child for child in (*wanted.values(), *snapshot.shards.values()) if not children.owned(snapshot.object, child)), None
+    )
     if taken is not None:
         what = f"{taken['kind']} {taken['metadata']['name']}"
         return _say(snapshot, Reason.INVALID_SPEC, f"{what} exists and is not ours; rename it or this resource")
     return _carry_out(snapshot, engine.effective(snapshot, spec, defaults.engine_image), defaults)
-
-
-def owned(owner: Object, child: Object) -> bool:
-    """Only an object that names our uid as its controller is ours; equal names prove nothing."""
-    references = child["metadata"].get("ownerReferences") or []
-    return any(reference.get("uid") == owner["metadata"]["uid"] and reference.get("controller") for reference in references)
 
 
 def _say(snapshot: Snapshot, reason: Reason, message: str) -> Plan:
@@ -142,7 +138,7 @@ def _carry_out(snapshot: Snapshot, spec: SereDeploymentSpec, defaults: Defaults)
     autoscaler, live_autoscaler = children.autoscaler(owner, spec), snapshot.children.get("HorizontalPodAutoscaler")
     if autoscaler is not None:
         bodies.append(drift.stamped(autoscaler))
-    elif live_autoscaler is not None and owned(owner, live_autoscaler):
+    elif live_autoscaler is not None and children.owned(owner, live_autoscaler):
         plan.delete.append(live_autoscaler)
     kept = {body["metadata"]["name"] for body in shards}
     plan.delete += [live for name, live in snapshot.shards.items() if name not in kept]

@@ -63,7 +63,8 @@ async def observe(client: Client, prober: Prober, namespace: str, name: str, def
         client.list(meta.TUNING_JOB_KIND, namespace, owned),
     )
     kept = {kind: {"kind": kind, **body} for kind, body in zip(named, objects, strict=True) if body is not None}
-    snapshot = replace(snapshot, children=kept, tuning_jobs=tuple(jobs))
+    made = tuple(job for job in jobs if children.owned(found, job))  # anybody may make one with our labels
+    snapshot = replace(snapshot, children=kept, tuning_jobs=made)
     spec = engine.effective(snapshot, spec, defaults.engine_image)
     profiles = await _profiles(client, snapshot, spec)
     snapshot = replace(snapshot, profiles=profiles)
@@ -212,4 +213,9 @@ async def observe_tuning(client: Client, namespace: str, name: str, defaults: De
         asyncio.gather(*(client.get(kind, namespace, child) for kind, child in wanted)), client.list("Pod", namespace, label)
     )
     there = {key: {"kind": key[0], **body} for key, body in zip(wanted, objects, strict=True) if body is not None}
+    if ("Role", tuning_children.run_name(name)) not in there:
+        # Before the tuner is given the right to write them: what stands there already is somebody else's.
+        names = tuning_children.result_names(name)
+        bodies = await asyncio.gather(*(client.get("ConfigMap", namespace, one) for one in names))
+        there |= {("ConfigMap", one): {"kind": "ConfigMap", **body} for one, body in zip(names, bodies, strict=True) if body}
     return replace(snapshot, now=time.time(), children=there, pods=tuple(pods))

@@ -14,7 +14,7 @@ from sere_ext.contract.errors import SimilarityError
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.shards import POLICY_SHARDS, encoded, join, places
 from sere_ext.contract.similarity import SimilarityMeta, similarity_digest
-from sere_operator.api.common import parse_spec
+from sere_operator.api.common import SpecError, parse_spec
 from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan.objects import pods
 from sere_operator.plan.objects.artefact import verified_digest
@@ -24,6 +24,10 @@ from sere_operator.plan.tuning import decide as tuning
 from sere_operator.plan.tuning import objects as tuning_children
 
 OWNER = {"apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereDeployment", "name": "m", "uid": "u", "controller": True}
+OURS = {
+    "name": "m-tune-1-tuner",
+    "ownerReferences": [{"kind": "SereTuningJob", "name": "m-tune-1", "uid": "t", "controller": True}],
+}
 SPEC = {
     "deployment": "m",
     "model": {"uri": "pvc://models/qwen3"},
@@ -180,9 +184,8 @@ def test_the_tuners_own_message_is_what_people_read(outcome: str) -> None:
 
 def test_a_run_made_again_waits_until_the_old_ones_objects_are_collected() -> None:
     """Else it would adopt the old result and end at once as the deleted run did."""
-    old = {
-        "metadata": {"name": "m-tune-1-result", "ownerReferences": [{"kind": "SereTuningJob", "uid": "old", "controller": True}]}
-    }
+    owner = {"kind": "SereTuningJob", "name": "m-tune-1", "uid": "old", "controller": True}
+    old = {"kind": "ConfigMap", "metadata": {"name": "m-tune-1-result", "ownerReferences": [owner]}}
     given = snapshot({"outcome.json": {"outcome": "Failed"}}, children={("ConfigMap", "m-tune-1-result"): old})
     plan = tuning.decide_tuning(given, Defaults())
     assert not plan.apply and plan.requeue_after == tuning.COLLECTED_POLL_S
@@ -202,10 +205,10 @@ def test_what_was_spent_and_tried_stands_in_the_status() -> None:
 
 
 def test_a_job_that_died_without_a_word_is_failed_with_its_last_lines() -> None:
-    job = {"kind": "Job", "metadata": {}, "spec": {}, "status": {"conditions": [{"type": "Failed", "status": "True"}]}}
+    job = {"kind": "Job", "metadata": OURS, "spec": {}, "status": {"conditions": [{"type": "Failed", "status": "True"}]}}
     ended = {"state": {"terminated": {"exitCode": 137, "message": "boom"}}}
     pod = {"metadata": {"name": "p"}, "status": {"containerStatuses": [ended]}}
-    plan = tuning.decide_tuning(snapshot({}, children={("Job", "m-tune-1"): job}, pods=(pod,)), Defaults())
+    plan = tuning.decide_tuning(snapshot({}, children={("Job", "m-tune-1-tuner"): job}, pods=(pod,)), Defaults())
     assert plan.status is not None
     assert (
         plan.status["conditions"][0]["message"]
@@ -291,8 +294,8 @@ def test_the_stage_is_true_from_the_first_look_to_the_last_and_counters_never_go
 
 
 def test_suspend_reaches_a_running_job_without_touching_its_template() -> None:
-    job = {"kind": "Job", "metadata": {"name": "m-tune-1"}, "spec": {"suspend": False, "template": {"x": 1}}, "status": {}}
-    plan = tuning.decide_tuning(snapshot({}, children={("Job", "m-tune-1"): job}, spec={"suspend": True}), Defaults())
+    job = {"kind": "Job", "metadata": OURS, "spec": {"suspend": False, "template": {"x": 1}}, "status": {}}
+    plan = tuning.decide_tuning(snapshot({}, children={("Job", "m-tune-1-tuner"): job}, spec={"suspend": True}), Defaults())
     (body,) = plan.replace
     assert body["spec"] == {"suspend": True, "template": {"x": 1}}
     assert "Job" not in [b["kind"] for b in plan.apply]
@@ -317,3 +320,45 @@ def test_a_policy_without_similarity_needs_no_artefact() -> None:
     plan = tuning.decide_tuning(snapshot({"outcome.json": {"outcome": "Chosen"}, "profile.json": profile}), Defaults())
     (made,) = [body for body in plan.apply if body["kind"] == "SereProfile"]
     assert Policy.parse(made["spec"]["policy"]).digest == Policy.parse(POLICY).digest
+
+
+TENANT = [("ServiceAccount", "m-tune-1-tuner"), ("Role", "m-tune-1-tuner"), ("RoleBinding", "m-tune-1-tuner"), ("Job", "m-tune-1-tuner"),
+          ("ConfigMap", "m-tune-1-input"), ("ConfigMap", "m-tune-1-result"), ("ConfigMap", "m-tune-1-result-16")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), TENANT)
+@pytest.mark.parametrize("owners", [[], [{"kind": "SereTuningJob", "name": "other", "uid": "u2", "controller": True}]])
+def test_an_object_that_this_run_did_not_make_is_never_written_nor_may_its_tuner_write_it(
+    kind: str, name: str, owners: list[dict[str, Any]]
+) -> None:
+    """Else who may create tuning jobs could run as any ServiceAccount of the namespace, and rewrite its Roles."""
+    foreign = {"kind": kind, "metadata": {"name": name, "ownerReferences": owners}}
+    plan = tuning.decide_tuning(snapshot({}, children={(kind, name): foreign}), Defaults())
+    assert (plan.replace, plan.apply, plan.delete) == ([], [], [])
+    assert plan.status is not None
+    (complete, _) = plan.status["conditions"]
+    assert (complete["status"], complete["reason"]) == ("False", "InvalidSpec")
+    assert complete["message"] == f"{kind} {name} exists and is not ours; rename it or this job"
+    (event,) = plan.events
+    assert (event.type, event.message) == ("Warning", complete["message"])
+    again = snapshot({}, children={(kind, name): foreign}, status=plan.status)
+    assert tuning.decide_tuning(again, Defaults()).events == [], "said once"
+
+
+@pytest.mark.parametrize("name", ["builder", "b" * 63, "b" * 240])
+def test_no_child_has_the_name_that_the_jobs_author_chose(name: str) -> None:
+    given = snapshot()
+    given.object["metadata"]["name"] = name
+    bodies = tuning_children.build(given, parse_spec(SereTuningJobSpec, SPEC), Defaults())
+    for body in bodies:
+        kubernetes_validate.validate(body, "1.34", strict=True)
+        assert body["metadata"]["name"].startswith("b") and body["metadata"]["name"] != name
+        assert len(body["metadata"]["name"]) <= 63, "a Job takes no longer name"
+    job = bodies[-1]["spec"]["template"]["spec"]
+    assert job["serviceAccountName"] == bodies[0]["metadata"]["name"] == tuning_children.run_name(name)
+
+
+@pytest.mark.parametrize("name", ["PATH", "LD_PRELOAD", "PYTHONPATH", "SERE_POLICY_DIR"])
+def test_variables_by_which_another_program_would_run_are_refused(name: str) -> None:
+    with pytest.raises(SpecError, match=f"spec.engine.env.*{name} is set by the operator or the image.*remove it here"):
+        parse_spec(SereTuningJobSpec, {**SPEC, "engine": {"env": [{"name": name, "value": "x"}]}})

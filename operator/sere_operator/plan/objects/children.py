@@ -41,6 +41,12 @@ def owner_reference(owner: Object) -> Object:
     }
 
 
+def owned(owner: Object, child: Object) -> bool:
+    """Only an object that names the owner's uid as its controller is ours; equal names prove nothing."""
+    references = child["metadata"].get("ownerReferences") or []
+    return any(reference.get("uid") == owner["metadata"]["uid"] and reference.get("controller") for reference in references)
+
+
 def labels(name: str, component: str) -> dict[str, str]:
     """Labels of every child. The selector of the pods is a part of them, so they never change for a name."""
     return {

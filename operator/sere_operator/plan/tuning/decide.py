@@ -7,11 +7,11 @@ from sere_operator.api.common import SpecError, parse_spec
 from sere_operator.api.conditions import ConditionType, Reason, find_condition
 from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan import status
-from sere_operator.plan.objects import drift
+from sere_operator.plan.objects import children, drift
 from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.rollout.step import stamp
 from sere_operator.plan.snapshot import Event, Object, Plan, TuningSnapshot
-from sere_operator.plan.tuning.objects import build, result_name
+from sere_operator.plan.tuning.objects import build, result_name, result_names, run_name
 from sere_operator.plan.tuning.result import Result, read_result
 
 _FEASIBLE = {"Chosen": True, "Infeasible": False}
@@ -35,7 +35,12 @@ def decide_tuning(snapshot: TuningSnapshot, defaults: Defaults) -> Plan:
     if snapshot.status.get("outcome"):
         return plan
     bodies = build(snapshot, spec, defaults)
-    if any(_of_an_earlier_run(snapshot, snapshot.child(body["kind"], body["metadata"]["name"])) for body in bodies):
+    foreign = _not_ours(snapshot, bodies)
+    if foreign is not None and not _of_an_earlier_run(snapshot, foreign):
+        what = f"{foreign['kind']} {foreign['metadata']['name']} exists and is not ours; rename it or this job"
+        _report(snapshot, spec, Result(None, Reason.INVALID_SPEC, what, {}, "refused"), plan)
+        return plan
+    if foreign is not None:
         waiting = Result(None, Reason.PENDING, "what an earlier run of this name left is being collected", {}, "waiting")
         _report(snapshot, spec, waiting, plan)
         plan.requeue_after = COLLECTED_POLL_S
@@ -50,11 +55,25 @@ def decide_tuning(snapshot: TuningSnapshot, defaults: Defaults) -> Plan:
     return plan
 
 
-def _of_an_earlier_run(snapshot: TuningSnapshot, live: Object | None) -> bool:
+def _not_ours(snapshot: TuningSnapshot, bodies: list[Object]) -> Object | None:
+    """The first live object of a name that this run writes, or lets its tuner write, and that this run did not make.
+
+    Objects left by an earlier run of the same name come last, since those go away by themselves.
+    """
+    names = [(body["kind"], body["metadata"]["name"]) for body in bodies]
+    names += [("ConfigMap", name) for name in result_names(snapshot.name)]
+    live = [child for key in names if (child := snapshot.child(*key)) is not None]
+    foreign = [child for child in live if not children.owned(snapshot.object, child)]
+    return min(foreign, key=lambda child: _of_an_earlier_run(snapshot, child), default=None)
+
+
+def _of_an_earlier_run(snapshot: TuningSnapshot, live: Object) -> bool:
     """Whether a child still belongs to a deleted SereTuningJob of the same name: to adopt it would be to read its old result."""
-    owners = (live or {}).get("metadata", {}).get("ownerReferences") or []
-    uid = snapshot.object["metadata"]["uid"]
-    return any(o.get("controller") and o.get("kind") == meta.TUNING_JOB_KIND and o.get("uid") != uid for o in owners)
+    owners = live["metadata"].get("ownerReferences") or []
+    return any(
+        owner.get("controller") and owner.get("kind") == meta.TUNING_JOB_KIND and owner.get("name") == snapshot.name
+        for owner in owners
+    )
 
 
 def _keep(plan: Plan, body: Object, live: Object | None) -> None:
@@ -80,7 +99,7 @@ def _report(snapshot: TuningSnapshot, spec: SereTuningJobSpec, result: Result, p
         (ConditionType.FEASIBLE, (feasible, result.reason, result.message)),
     ):
         conditions = status.with_condition(snapshot, conditions, kind, judgement)
-    job_status = (snapshot.child("Job", snapshot.name) or {}).get("status") or {}
+    job_status = (snapshot.child("Job", run_name(snapshot.name)) or {}).get("status") or {}
     # A run that fails may tell no counters; what was counted before stays true.
     trials = {**(snapshot.status.get("trials") or {}), **result.trials}
     new = status.without_none({
@@ -97,7 +116,7 @@ def _report(snapshot: TuningSnapshot, spec: SereTuningJobSpec, result: Result, p
         **result.told,
     })  # fmt: skip
     plan.status = status.merge_patch(new, snapshot.status)
-    if result.reason is Reason.TUNING_BLOCKED and before != Reason.TUNING_BLOCKED:
+    if result.reason in (Reason.TUNING_BLOCKED, Reason.INVALID_SPEC) and before != result.reason:
         plan.events.append(Event("Warning", result.reason.value, result.message))
     if done:
         plan.events.append(Event("Normal" if result.outcome == "Chosen" else "Warning", result.reason.value, result.message))

@@ -23,12 +23,25 @@ FINAL_EXIT_CODES = [1, 2, 3, 4, 5]
 RETRIES = 6  # pods after one that crashed, where the study is kept
 
 
+def run_name(name: str) -> str:
+    """Name of a SereTuningJob's Job, ServiceAccount, Role and RoleBinding, `NAME-tuner` (at most 63 characters).
+
+    Never the SereTuningJob's own name, which its author chooses: a job called like an existing ServiceAccount would run as it.
+    """
+    return meta.child_name(name, "tuner")
+
+
 def input_name(name: str) -> str:
     return meta.child_name(name, "input")
 
 
 def result_name(name: str) -> str:
     return meta.child_name(name, "result")
+
+
+def result_names(name: str) -> list[str]:
+    """Every ConfigMap that the tuner may write: its result, and those that hold its similarity artefact in pieces."""
+    return [result_name(name), *(config_map_name(result_name(name), index) for index in range(1, POLICY_SHARDS + 1))]
 
 
 def tuning_file(spec: SereTuningJobSpec, storage: pods.Storage, folder: str = "run") -> Object:
@@ -84,18 +97,18 @@ def build(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaults)
     # Of this run alone: one of the same name that was deleted and made again begins anew.
     folder = f"{name}-{str(owner['metadata']['uid'])[:8]}"
     text = json.dumps(tuning_file(spec, storage, folder), indent=2)  # JSON is YAML
-    written = [result_name(name), *(config_map_name(result_name(name), index) for index in range(1, POLICY_SHARDS + 1))]
-    rules = [{"apiGroups": [""], "resources": ["configmaps"], "resourceNames": written, "verbs": ["create", "patch"]}]
+    rules = [{"apiGroups": [""], "resources": ["configmaps"], "resourceNames": result_names(name), "verbs": ["create", "patch"]}]
+    run = run_name(name)
     rbac = "rbac.authorization.k8s.io"
     return [
-        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, **metadata}},
-        {"apiVersion": f"{rbac}/v1", "kind": "Role", "metadata": {"name": name, **metadata}, "rules": rules},
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": run, **metadata}},
+        {"apiVersion": f"{rbac}/v1", "kind": "Role", "metadata": {"name": run, **metadata}, "rules": rules},
         {
             "apiVersion": f"{rbac}/v1",
             "kind": "RoleBinding",
-            "metadata": {"name": name, **metadata},
-            "roleRef": {"apiGroup": rbac, "kind": "Role", "name": name},
-            "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": namespace}],
+            "metadata": {"name": run, **metadata},
+            "roleRef": {"apiGroup": rbac, "kind": "Role", "name": run},
+            "subjects": [{"kind": "ServiceAccount", "name": run, "namespace": namespace}],
         },
         {
             "apiVersion": "v1",
@@ -107,7 +120,7 @@ def build(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaults)
         {
             "apiVersion": "batch/v1",
             "kind": "Job",
-            "metadata": {"name": name, **metadata},
+            "metadata": {"name": run, **metadata},
             "spec": job_spec(snapshot, spec, defaults, storage),
         },
     ]
@@ -156,7 +169,7 @@ def job_spec(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaul
             "metadata": {"labels": labels(snapshot, spec)},
             "spec": {
                 "restartPolicy": "Never",
-                "serviceAccountName": snapshot.name,
+                "serviceAccountName": run_name(snapshot.name),
                 "enableServiceLinks": False,
                 "securityContext": pods.POD_SECURITY,
                 "terminationGracePeriodSeconds": 60,

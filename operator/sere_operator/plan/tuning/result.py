@@ -19,7 +19,7 @@ from sere_operator.api.conditions import Reason
 from sere_operator.api.profile import profile_name
 from sere_operator.api.tuning import MAX_CANDIDATES, SereTuningJobSpec
 from sere_operator.plan.snapshot import Object, TuningSnapshot
-from sere_operator.plan.tuning.objects import labels
+from sere_operator.plan.tuning.objects import labels, run_name
 
 ENDED = "ended"
 _ON_ITS_WAY = ("ContainerCreating", "PodInitializing")  # what a container waits for that nothing is wrong with
@@ -69,7 +69,7 @@ def read_result(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> Result:
     if said:
         reason = next((r for r in Reason if r.value == said), Reason.FAILED)
         return Result(reason.value, reason, message or said, trials, told=told)
-    job = snapshot.child("Job", snapshot.name) or {}
+    job = snapshot.child("Job", run_name(snapshot.name)) or {}
     conditions = {c["type"]: c for c in (job.get("status") or {}).get("conditions") or [] if c.get("status") == "True"}
     if "Failed" in conditions or "Complete" in conditions:
         words = _last_words(snapshot) or str(conditions.get("Failed", {}).get("message") or "the tuner ended without a result")
