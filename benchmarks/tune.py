@@ -92,14 +92,14 @@ def main() -> None:
     summary = json.loads(done.stdout)
     seconds, trials = summary["seconds"], len(summary["trials"])
     per_trial = seconds["search"] / trials
-    rung = summary["ladder"][0] if summary["ladder"] else {}
-    result = rung.get("result") or {}
+    candidate = summary["ladder"][0] if summary["ladder"] else {}
+    result = candidate.get("result") or {}
     print(json.dumps({
         "machine": machine(),
         "ranking": {"trials": trials, "seconds": seconds["search"], "trialsIn10Minutes": 600 / per_trial, "target": TARGET_TRIALS,
                     "itemsPerTrial": ITEMS_PER_TRIAL, "condition": summary["condition"]},
         "certification": {"seconds": seconds.get("certification"), "targetSeconds": TARGET_CERTIFY_S, "limitPoints": 1,
-                          "items": result.get("items"), "verdict": rung.get("verdict"), "policy": rung.get("describe"),
+                          "items": result.get("items"), "verdict": candidate.get("verdict"), "policy": candidate.get("describe"),
                           "pValue": result.get("p_value"), "blockSeconds": args.block_seconds, "pairs": args.pairs},
         "speedup": {"meanTpot": result.get("speedup", {}).get("mean"), "p95Tpot": result.get("speedup", {}).get("p95"),
                     "exactMs": result.get("latency_ms", {}).get("exact", {}).get("tpot"),

@@ -103,15 +103,15 @@ def _main(
 
 
 def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, fresh: bool, as_json: bool, publisher: Any) -> int:
-    from sere_autotune import planner, tuner
+    from sere_autotune import planner, prepare, tuner
     from sere_autotune.progress import Progress
-    from sere_autotune.result import results
+    from sere_autotune.result import screen
     from sere_autotune.trial import engine
 
     console = Console(stderr=True, highlight=False)
     if only is not None:
         spec = spec.model_copy(update={"search": spec.search.model_copy(update={"rungs": 1})})
-    prepared = tuner.prepare(spec, only)
+    prepared = prepare.prepare(spec, only)
     if dry_run:
         return _dry_run(prepared, advisory, as_json)
     if not prepared.plan.can_certify and not advisory:
@@ -137,7 +137,7 @@ def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, f
     if publisher is not None:
         publisher.finish(finished)
     console.print()
-    console.print(results.lines(finished.summary), markup=False, soft_wrap=True)
+    console.print(screen.lines(finished.summary), markup=False, soft_wrap=True)
     if as_json:
         sys.stdout.write(json.dumps(finished.summary, indent=2) + "\n")
     return finished.outcome.exit_code

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -48,21 +48,12 @@ class Outcome:
     message: str
     trials: dict[str, int] = field(default_factory=dict)
     nearest: NearestMiss | None = None
-    chosen: int | None = None  # rung
+    chosen: int | None = None  # index on the ladder
     advisory: bool = False
 
     @property
     def exit_code(self) -> int:
         return EXIT_CODES[self.ending]
-
-    def to_dict(self) -> dict[str, Any]:
-        found = asdict(self)
-        return {**found, "ending": self.ending.value}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Outcome:
-        nearest = NearestMiss(**data["nearest"]) if data.get("nearest") else None
-        return cls(**{**data, "ending": Ending(data["ending"]), "nearest": nearest})
 
     def published(self) -> dict[str, Any]:
         """outcome.json of the result ConfigMap."""

@@ -10,6 +10,7 @@ from typing import Any
 from sere_ext.contract.errors import SereError
 
 from sere_autotune.calibration import Source
+from sere_autotune.study.schema import Pace
 from sere_autotune.trial.stats import items_needed, smallest_limit
 from sere_autotune.tuning.spec import TuningSpec
 
@@ -76,7 +77,7 @@ def make_plan(
     cert_items: int,
     noise: float | None,
     openings: int,
-    pace: dict[str, Any],
+    pace: Pace | None,
     *,
     source: Source,
     searches: bool = True,
@@ -87,7 +88,7 @@ def make_plan(
         items: distinct labelled items; cert_items of them are held out.
         noise: discordant share of exact against exact, from an earlier study; None if never measured.
         openings: earlier studies that opened this CERT set.
-        pace: {"startSeconds", "rate", "residence"} of an earlier study on this model, or {}.
+        pace: of an earlier study on this model, None before the first.
         source: where the similarity artefact comes from.
         searches: False where a given policy is certified and nothing is searched.
     """
@@ -108,9 +109,9 @@ def make_plan(
         limit=limit, confidence=spec.accuracy.confidence, alpha=alpha, items=items, cert_items=usable,
         search_items=items - cert_items, source=source, noise=noise, needs=needs, smallest=smallest, openings=openings,
         can_certify=not problem, problem=problem,
-        start_s=float(pace.get("startSeconds", ASSUMED_START_S)), trials=spec.search.trials if searches else 0,
-        rungs=spec.search.rungs, search_s=search_seconds(spec, pace) if searches else 0.0, certify_s=spec.search.rungs * rung_seconds(spec, pace, levels),
-        pace_known=bool(pace),
+        start_s=pace.start_s if pace else ASSUMED_START_S, trials=spec.search.trials if searches else 0,
+        rungs=spec.search.rungs, search_s=search_seconds(spec, pace) if searches else 0.0, certify_s=spec.search.rungs * candidate_seconds(spec, pace, levels),
+        pace_known=pace is not None,
     )  # fmt: skip
 
 
@@ -132,17 +133,16 @@ def _problem(spec: TuningSpec, limit: float, usable: int, least: float, alpha: f
     )
 
 
-def search_seconds(spec: TuningSpec, pace: dict[str, Any]) -> float:
-    rate = pace.get("rate")
+def search_seconds(spec: TuningSpec, pace: Pace | None) -> float:
     trial = spec.search.trial_seconds
-    if rate:
-        trial = min(trial, spec.search.items_per_trial / rate + WARMUP_RESIDENCES * pace.get("residence", 0.0))
+    if pace and pace.rate_per_s:
+        trial = min(trial, spec.search.items_per_trial / pace.rate_per_s + WARMUP_RESIDENCES * pace.residence_s)
     return spec.search.trials * (trial + SWITCH_S) * len(spec.workload.load.levels)
 
 
-def rung_seconds(spec: TuningSpec, pace: dict[str, Any], levels: int) -> float:
-    """Both arms of all pairs; the exact arm takes a third longer on the same items."""
-    residence = float(pace.get("residence", 0.0))
+def candidate_seconds(spec: TuningSpec, pace: Pace | None, levels: int) -> float:
+    """Of certifying one candidate: all pairs of blocks, in which exact routing takes a third longer on the same items."""
+    residence = pace.residence_s if pace else 0.0
     block = max(spec.certify.block_seconds, spec.certify.block_residences * residence)
     return spec.certify.pairs * levels * (2.33 * block + 2 * (WARMUP_RESIDENCES * residence + SWITCH_S))
 
@@ -150,7 +150,7 @@ def rung_seconds(spec: TuningSpec, pace: dict[str, Any], levels: int) -> float:
 def block_requests(spec: TuningSpec, rate: float, residence_s: float, labelled_share: float, needed: int) -> int:
     """Requests of a certification block.
 
-    Long enough for the faster arm (`rate` requests/s) to fill blockSeconds and blockResidences, and enough in all
+    Long enough for the faster of the two routings (`rate` requests/s) to fill blockSeconds and blockResidences, and enough in all
     blocks together for `needed` labelled items.
     """
     seconds = max(spec.certify.block_seconds, spec.certify.block_residences * residence_s)

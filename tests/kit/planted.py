@@ -131,13 +131,13 @@ def spec_for(out: Path, items: Path, **changes: Any) -> Any:
 
 
 def run(spec: Any, engine: PlantedEngine, report: Any = None, **options: Any) -> Any:
-    from sere_autotune import tuner
+    from sere_autotune import prepare, tuner
 
     def make(given: Any, similarity: str | None, on_start: Any) -> PlantedEngine:
         on_start(True)
         return engine
 
-    return tuner.tune(tuner.prepare(spec), make, report or Quiet(), **options)
+    return tuner.tune(prepare.prepare(spec), make, report or Quiet(), **options)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def _spent_and_tried(summary: dict[str, Any]) -> dict[str, Any]:
     if "spent" in summary:
         found["deviceHours"] = f"{summary['spent']['deviceHours']:.2f}"
     if "ladder" in summary:
-        found["candidates"] = [{"policy": rung["describe"], "verdict": rung["verdict"]} for rung in summary["ladder"]]
+        found["candidates"] = [{"policy": row["describe"], "verdict": row["verdict"]} for row in summary["ladder"]]
     return found
 
 

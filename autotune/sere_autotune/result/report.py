@@ -83,15 +83,15 @@ def _verdict(summary: dict[str, Any]) -> str:
 
 
 def _certificate(summary: dict[str, Any]) -> str:
-    if summary["chosenRung"] is None:
+    if summary["chosen"] is None:
         return ""
-    result = summary["ladder"][summary["chosenRung"] - 1]["result"]
+    result = summary["ladder"][summary["chosen"] - 1]["result"]
     limit = {(row["metric"], row["statistic"]): row["limitMs"] for row in summary["limits"]}
     shown = dict.fromkeys([("tpot", summary["headline"]), ("tpot", "mean"), *limit])
     rows = []
     for metric, name in shown:
-        exact, chosen = (result["latency_ms"][arm][metric][name] for arm in ("exact", "chosen"))
-        ratio = result["speedup"].get(name, {}) if metric == "tpot" else {}
+        exact, chosen = (result["latency_ms"][routing][metric][name] for routing in ("exact", "chosen"))
+        ratio = (result["speedup"].get(name) or {}) if metric == "tpot" else {}
         interval = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio.get("low") is not None else ""
         faster = f"{ratio['value']:.2f}x{interval}" if ratio else ""
         bound = limit.get((metric, name))
@@ -148,17 +148,17 @@ def _ladder(summary: dict[str, Any]) -> str:
     if not summary["ladder"]:
         return ""
     rows = []
-    for rung in summary["ladder"]:
-        result = rung["result"]
-        good = rung["verdict"] == "passed"
-        verdict = f"<span class={'good' if good else 'bad'}>{_e(rung['verdict'])}</span>"
+    for candidate in summary["ladder"]:
+        result = candidate["result"]
+        good = candidate["verdict"] == "passed"
+        verdict = f"<span class={'good' if good else 'bad'}>{_e(candidate['verdict'])}</span>"
         measured = _points((result["exact_accuracy"] - result["chosen_accuracy"]) * 100) if result else "–"
-        rows.append([str(rung["rung"]), rung["describe"], _points(rung["drop"] * 100), f"{rung['speedup']:.2f}x", f"{rung['power']:.0%}",
+        rows.append([str(candidate["number"]), candidate["describe"], _points(candidate["drop"] * 100), f"{candidate['speedup']:.2f}x", f"{candidate['power']:.0%}",
                      measured, verdict, result["reason"] if result else ""])  # fmt: skip
-    head = ["rung", "policy", "predicted points", "predicted speed", "chance", "measured points", "verdict", "reason"]
-    chosen = None if summary["chosenRung"] is None else summary["chosenRung"] - 1
+    head = ["candidate", "policy", "predicted points", "predicted speed", "chance", "measured points", "verdict", "reason"]
+    chosen = None if summary["chosen"] is None else summary["chosen"] - 1
     note = (
-        "A rung is a policy of those that the search could have tried, picked by a model fitted to all trials: it need not have been a "
+        "A candidate is a policy of those that the search could have tried, picked by a model fitted to all trials: it need not have been a "
         "trial itself. Chance: that the held-out items certify it, as predicted."
     )
     table = _table(head, rows, chosen, raw=frozenset({6}), words=frozenset({1, 7}))
@@ -247,7 +247,7 @@ def pareto_svg(summary: dict[str, Any]) -> str:
         steps = " ".join(f"{px(xs[b]):.1f},{py(ys[a]):.1f} {px(xs[b]):.1f},{py(ys[b]):.1f}" for a, b in itertools.pairwise(front))
         first = f"{px(xs[front[0]]):.1f},{py(ys[front[0]]):.1f}"
         parts.append(f'<polyline points="{first} {steps}" fill=none stroke="var(--soft)"/>')
-    chosen = summary["ladder"][summary["chosenRung"] - 1] if summary["chosenRung"] else None
+    chosen = summary["ladder"][summary["chosen"] - 1] if summary["chosen"] else None
     for trial in trials:
         x, y = px(trial["dropPoints"]), py(trial["tpotMs"])
         exact = trial["digest"] == "exact"

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from sere_autotune.search.ladder import FRACTIONS, Candidate, Rung, pick_ladder
+from sere_autotune.search.ladder import FRACTIONS, Pick, pick_ladder
+from sere_autotune.search.observations import observations
 from sere_autotune.search.posterior import MonotoneModel
 from sere_autotune.study.run import Run
+from sere_autotune.study.schema import LADDER, NOISE, SEARCH_ENDED, Candidate, NoiseFloor
 from sere_autotune.trial import stats
 from sere_autotune.tuning.space import EXACT, Space, Table
 
@@ -17,25 +19,25 @@ _REPEATS = 2  # trials that one table may have
 _DRAWS = 16  # of the posterior, before a table that was tried often is replaced by a neighbour
 
 
-def noise_floor(run: Run) -> dict[str, float]:
-    """Exact against exact under the search's load, all measurements pooled: {"items", "differ", "discordant"} (shares)."""
-    first = run.study.get("noise") or {"items": 0, "differ": 0.0, "discordant": 0.0}
+def noise_floor(run: Run) -> NoiseFloor:
+    """Exact against exact under the search's load, all measurements pooled."""
+    first = run.study.get(NOISE) or NoiseFloor(0, 0.0, 0.0)
     levels = [level for trial in run.study.complete() for level in run.study.levels(trial)]
-    n = first["items"] + sum(level.reference_items for level in levels)
-    differ = first["differ"] * first["items"] + sum(level.reference_differ for level in levels)
-    discordant = first["discordant"] * first["items"] + sum(level.reference_discordant for level in levels)
-    return {"items": n, "differ": differ / max(n, 1), "discordant": discordant / max(n, 1)}
+    n = first.items + sum(level.reference_items for level in levels)
+    differ = first.differ * first.items + sum(level.reference_differ for level in levels)
+    discordant = first.discordant * first.items + sum(level.reference_discordant for level in levels)
+    return NoiseFloor(n, differ / max(n, 1), discordant / max(n, 1))
 
 
 def noise_discordance(run: Run) -> float:
     """Discordant share of exact against exact; never quite zero, since only so many items were looked at."""
     noise = noise_floor(run)
-    return float((noise["discordant"] * noise["items"] + 0.5) / (noise["items"] + 100))
+    return float((noise.discordant * noise.items + 0.5) / (noise.items + 100))
 
 
 def fitted_model(run: Run, space: Space, seed: int) -> MonotoneModel:
     model = MonotoneModel(space.choices(), len(space.edges), space.top_k, noise_discordance(run))
-    model.fit(run.study.observations(space), seed)
+    model.fit(observations(run.study, space), seed)
     return model
 
 
@@ -64,25 +66,25 @@ def propose(run: Run, space: Space, seed: int) -> Table:
     return min(fresh, key=lambda pair: pair[0])[1] if fresh else table
 
 
-def freeze_ladder(run: Run) -> list[Rung]:
+def freeze_ladder(run: Run) -> list[Candidate]:
     """The ladder, picked once and kept; empty where no policy is predicted to hold the limits and to gain."""
-    frozen = run.study.get("ladder")
+    frozen = run.study.get(LADDER)
     if frozen is not None:
-        return [Rung(**rung) for rung in frozen]
+        return frozen
     space = run.space()
     model = fitted_model(run, space, run.spec.search.seed)
     noise = noise_discordance(run)
     allowed = _allowed(run, space, model)
     picks = pick_ladder(model, run.max_drop, run.spec.search.rungs, noise, allowed, items=run.cert_items, alpha=run.alpha)
-    ladder = [_rung(run, space, model, fraction, candidate) for fraction, candidate in picks]
-    if ladder or not run.study.get("searchEnded"):  # a search cut short may go on with a raised budget
-        run.study.put("ladder", [rung.to_dict() for rung in ladder])
+    ladder = [_candidate(run, space, model, fraction, pick) for fraction, pick in picks]
+    if ladder or not run.study.get(SEARCH_ENDED):  # a search cut short may go on with a raised budget
+        run.study.put(LADDER, ladder)
     return ladder
 
 
-def _rung(run: Run, space: Space, model: MonotoneModel, fraction: float, candidate: Candidate) -> Rung:
-    policy = space.policy(candidate.table)
-    index = [model.choices.index(choice) for choice in candidate.table]
+def _candidate(run: Run, space: Space, model: MonotoneModel, fraction: float, pick: Pick) -> Candidate:
+    policy = space.policy(pick.table)
+    index = [model.choices.index(choice) for choice in pick.table]
     drops = np.mean([model.drop(b)[:, i] for b, i in enumerate(index)], axis=0)
     excess = np.mean([model.excess(b)[:, i] for b, i in enumerate(index)], axis=0)
     some = np.linspace(0, len(drops) - 1, 24).astype(int)
@@ -90,9 +92,9 @@ def _rung(run: Run, space: Space, model: MonotoneModel, fraction: float, candida
         stats.power(run.cert_items, noise_discordance(run) + float(excess[i]), float(drops[i]), run.max_drop, run.alpha)
         for i in some
     ]
-    return Rung(
-        policy=policy.to_json_dict(), describe=policy.describe(), fraction=fraction, drop=candidate.drop,
-        discordance=candidate.discordance, speedup=candidate.speedup, power=float(np.mean(chance)),
+    return Candidate(
+        policy=policy.to_json_dict(), describe=policy.describe(), fraction=fraction, drop=pick.drop,
+        discordance=pick.discordance, speedup=pick.speedup, power=float(np.mean(chance)),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from sere_autotune.outcome import BudgetExhaustedError
 from sere_autotune.search.learned import propose
 from sere_autotune.search.sampler import make_sampler
 from sere_autotune.study.run import Run
+from sere_autotune.study.schema import EDGES, LADDER, NOISE, PACE, SEARCH_ENDED, NoiseFloor, Pace
 from sere_autotune.trial.engine import EngineCrashError, Reject
 from sere_autotune.trial.items import Item
 from sere_autotune.trial.measures import LevelResult, answers, constraints, objective, summarise
@@ -41,8 +42,8 @@ def measure(run: Run, policy: Policy, items: Sequence[Item], *, number: int, sec
     found = []
     for index, level in enumerate(run.spec.workload.load.levels):
         exact = run.study.exact_answers(index)
-        known = run.study.get("pace", {})
-        load = run.load(level, 2, known.get("residence", 0.3), seed=run.spec.workload.seed + 31 * number + index)
+        known = run.study.get(PACE)
+        load = run.load(level, 2, known.residence_s if known else 0.3, seed=run.spec.workload.seed + 31 * number + index)
         requests = run.traffic.requests(items, offset=number * len(items))
         against = Reject(run.max_drop, 0.05, exact) if reject and exact else None
         # A trial is cut off by its budget too, which so is never exceeded.
@@ -75,7 +76,7 @@ def rank(run: Run) -> None:
     """Run trials until the trials or the budget are used up; what certification needs is kept back."""
     study, search = run.study, run.spec.search
     study.heal()
-    study.put("searchEnded", None)
+    study.put(SEARCH_ENDED, "")
     study.enqueue_first(run.space(), search.trials)
     crashes = 0
     run.report.stage("search", search.trials, len(study.complete()))
@@ -83,10 +84,10 @@ def rank(run: Run) -> None:
         space = run.space()
         base = study.exact_tpot_ms(space)
         run.report.trial(_row(old.number, space, space.table(old.params), study.levels(old), old.constraints, base))
-    while (done := len(study.complete())) < search.trials and study.get("ladder") is None:
+    while (done := len(study.complete())) < search.trials and study.get(LADDER) is None:
         if done and run.left_s() < reserve_s(run) + _trial_seconds(run):
             study.put(
-                "searchEnded", f"{run.budget.which(time.monotonic())} after {done} trials, the rest is kept for certification"
+                SEARCH_ENDED, f"{run.budget.which(time.monotonic())} after {done} trials, the rest is kept for certification"
             )
             break
         if not done and run.left_s() < 10:
@@ -158,27 +159,26 @@ def _after_exact(run: Run) -> None:
     """What the first trial teaches: pace, bucket edges of an open loop, and how far exact differs from exact."""
     study = run.study
     first = study.levels(study.complete()[0])
-    if study.get("pace") is None:
-        pace = {"rate": first[0].rate, "residence": first[0].residence_s, "startSeconds": run.engine.start_seconds}
-        study.put("pace", pace)
+    if study.get(PACE) is None:
+        study.put(PACE, Pace(first[0].rate, first[0].residence_s, run.engine.start_seconds))
     levels = run.spec.workload.load.levels
-    if study.get("edges") is None:
+    if study.get(EDGES) is None:
         edges = run.spec.search.buckets or auto_buckets(levels, [level.batch for level in first])
-        study.put("edges", [edge.to_json_dict() for edge in edges])
-    if study.get("noise") is None:
+        study.put(EDGES, list(edges))
+    if study.get(NOISE) is None:
         run.report.step("noise floor: exact against exact", time_left_s(run))
         items = window(run.search, 0, run.spec.search.items_per_trial)
         again = measure(run, EXACT_POLICY, items, number=0, seconds=run.spec.search.trial_seconds, reject=False)
         n = sum(level.items for level in again)
         differ = sum(level.differ for level in again) / max(n, 1)
         discordant = sum(level.losses + level.gains for level in again) / max(n, 1)
-        study.put("noise", {"items": n, "differ": differ, "discordant": discordant})
+        study.put(NOISE, NoiseFloor(n, differ, discordant))
 
 
 def reserve_s(run: Run) -> float:
-    """Seconds that certifying the ladder will take; the first rung alone where the budget is small."""
-    pace = run.study.get("pace", {})
-    one = planner.rung_seconds(run.spec, pace, len(run.spec.workload.load.levels)) * 1.15 + 5
+    """Seconds that certifying the ladder will take; the first candidate alone where the budget is small."""
+    pace = run.study.get(PACE)
+    one = planner.candidate_seconds(run.spec, pace, len(run.spec.workload.load.levels)) * 1.15 + 5
     every = one * run.spec.search.rungs
     total = run.spec.search.device_hours * 3600 / run.budget.devices
     return every if every < total / 2 else one
@@ -193,5 +193,5 @@ def time_left_s(run: Run) -> float:
     """Estimate for the live table: trials to come and certification."""
     trials = max(0, run.spec.search.trials - len(run.study.complete()))
     levels = len(run.spec.workload.load.levels)
-    pace = run.study.get("pace", {})
-    return trials * _trial_seconds(run) + run.spec.search.rungs * planner.rung_seconds(run.spec, pace, levels)
+    pace = run.study.get(PACE)
+    return trials * _trial_seconds(run) + run.spec.search.rungs * planner.candidate_seconds(run.spec, pace, levels)

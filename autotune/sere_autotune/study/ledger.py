@@ -11,8 +11,11 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from sere_autotune.study.schema import Pace
 
 
 class Ledger:
@@ -52,14 +55,15 @@ class Ledger:
                 seen.append(study)
             return int(seen.index(study))
 
-    def known(self, model: str) -> dict[str, Any]:
-        """The last study's `noise` (share of discordant items, exact against exact) and pace for a model, or {}."""
-        found = self._read().get("models", {}).get(model, {})
-        return found if isinstance(found, dict) else {}
+    def known(self, model: str) -> tuple[float | None, Pace | None]:
+        """The last study's discordant share of exact against exact and its pace, for a model; None where there was no study."""
+        found = self._read().get("models", {}).get(model) or {}
+        pace = found.get("pace")
+        return found.get("noise"), Pace(**pace) if pace else None
 
-    def note(self, model: str, **facts: Any) -> None:
+    def note(self, model: str, noise: float, pace: Pace | None) -> None:
         with self._changed() as content:
-            content.setdefault("models", {}).setdefault(model, {}).update(facts)
+            content.setdefault("models", {})[model] = {"noise": noise, "pace": asdict(pace) if pace else None}
 
 
 def spent_alpha(alpha: float, openings: int) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sere_ext.contract.policy import Policy
 
 from sere_autotune.study.budget import Budget
+from sere_autotune.study.schema import EDGES
 from sere_autotune.study.study import TuningStudy
 from sere_autotune.trial.engine import BlockReport, EngineFacts, Reject
 from sere_autotune.trial.items import Item
@@ -60,9 +61,8 @@ class Run:
     similarity_digest: str | None = None
     facts: EngineFacts | None = None
     advisory: bool = False
-    cert_items: int = 0  # what a certificate may use of `cert`,
-    alpha: float = 0.05  # and its level, after what earlier studies spent on them: the plan's
-    timings: dict[str, float] = field(default_factory=dict)
+    cert_items: int = 0  # how many items of `cert` the certificate may use, from the plan
+    alpha: float = 0.05  # significance level that is left for it after earlier studies opened these items, from the plan
 
     @property
     def max_drop(self) -> float:
@@ -83,9 +83,9 @@ class Run:
         """The space, its bucket edges frozen in the study as soon as they are known."""
         assert self.facts is not None
         levels = self.spec.workload.load.levels
-        frozen = self.study.get("edges")
+        frozen = self.study.get(EDGES)
         if frozen:
-            edges = tuple(BucketEdges.model_validate(e) for e in frozen)
+            edges = tuple(frozen)
         elif self.spec.search.buckets:
             edges = self.spec.search.buckets
         elif all(levels):

@@ -9,12 +9,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import io
-import math
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.storages import JournalStorage
@@ -23,25 +22,29 @@ from optuna.trial import FrozenTrial, TrialState
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.policy import canonical_json
 
-from sere_autotune.search.posterior import Observation
 from sere_autotune.study.budget import Budget
+from sere_autotune.study.schema import ENQUEUED, FINGERPRINT, SPENT, Key, Spent, exact_answers_key
 from sere_autotune.trial.measures import Answer, LevelResult
 from sere_autotune.tuning.space import Space, Table
-from sere_autotune.tuning.spec import SearchSpec, TuningSpec
+from sere_autotune.tuning.spec import TuningSpec
+
+T = TypeVar("T")
 
 JOURNAL = "study.journal"
 
 # What may change between a run and its continuation: budgets and places, not what is measured.
 _BUDGETS = {"trials", "device_hours", "wall_minutes"}
-# Fields of `search` that came after studies had been written: left out where they have their default, so that those go on.
-_LATER = ("min_share",)
 
 
 def fingerprint(spec: TuningSpec, cert_digest: str, config_digest: str) -> str:
-    """Content address of everything that a study's trials must have in common."""
+    """Content address of everything that a study's trials must have in common.
+
+    Args:
+        cert_digest: of the held-out items.
+        config_digest: of the model's configuration.
+    """
     kept = spec.model_dump(mode="json", exclude={"out"})
-    unused = {name for name in _LATER if getattr(spec.search, name) == SearchSpec.model_fields[name].default}
-    kept["search"] = spec.search.model_dump(mode="json", exclude=_BUDGETS | unused)
+    kept["search"] = spec.search.model_dump(mode="json", exclude=_BUDGETS)
     text = canonical_json({"spec": kept, "cert": cert_digest, "model": config_digest})
     return "sha256:" + hashlib.sha256(text).hexdigest()
 
@@ -72,8 +75,10 @@ class TuningStudy:
         self.study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(path))), study_name="sere", direction="minimize", load_if_exists=True
         )
-        self.attrs: dict[str, Any] = self.study.user_attrs  # this process is the only writer, so a copy stays true
-        old = self.get("fingerprint")
+        # This process is the only writer, so copies stay true: of what the journal holds, and of what was decoded from it.
+        self._stored: dict[str, Any] = self.study.user_attrs
+        self._decoded: dict[str, Any] = {}
+        old = self.get(FINGERPRINT)
         if mark is not None and old is not None and old != mark:
             self.close()
             raise UsageError(
@@ -81,7 +86,7 @@ class TuningStudy:
                 "to begin anew there"
             )
         if mark is not None and old is None:
-            self.put("fingerprint", mark)
+            self.put(FINGERPRINT, mark)
 
     def close(self) -> None:
         if self._lock is not None:
@@ -90,24 +95,31 @@ class TuningStudy:
 
     # Study attributes.
 
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.attrs.get(key, default)
+    def get(self, key: Key[T]) -> T | None:
+        """The value under a key of `schema`, None where it was never stored."""
+        if key.name not in self._decoded:
+            if key.name not in self._stored:
+                return None
+            self._decoded[key.name] = key.decode(self._stored[key.name])
+        found: T = self._decoded[key.name]
+        return found
 
-    def put(self, key: str, value: Any) -> None:
-        self.study.set_user_attr(key, value)
-        self.attrs[key] = value
+    def put(self, key: Key[T], value: T) -> None:
+        """Store a value, which nobody may change afterwards."""
+        self.study.set_user_attr(key.name, key.encode(value))
+        self._decoded[key.name] = value
 
     # Spending.
 
     def restore(self, budget: Budget) -> None:
-        spent = self.get("spent", {})
-        budget.device_spent_s = spent.get("deviceSeconds", 0.0)
-        budget.wall_spent_s = spent.get("wallSeconds", 0.0)
+        """Charge what earlier processes spent on this study."""
+        spent = self.get(SPENT) or Spent()
+        budget.device_spent_s, budget.wall_spent_s = spent.device_s, spent.wall_s
 
     def note_spent(self, budget: Budget) -> None:
         """Write down what was spent; called at every trial and block, and meanwhile by the meter's thread (`meter.py`)."""
         now = time.monotonic()
-        self.put("spent", {"deviceSeconds": budget.device_used(now), "wallSeconds": budget.wall_used(now)})
+        self.put(SPENT, Spent(budget.device_used(now), budget.wall_used(now)))
 
     # Trials.
 
@@ -123,12 +135,12 @@ class TuningStudy:
 
     def enqueue_first(self, space: Space, trials: int) -> None:
         """Trial 0 is exact routing, then the paper's settings; once per study."""
-        if self.get("enqueued"):
+        if self.get(ENQUEUED):
             return
         done = len(self.study.get_trials(deepcopy=False))
         for table in space.first_trials(trials)[done:]:
             self.study.enqueue_trial(space.params(table))
-        self.put("enqueued", True)
+        self.put(ENQUEUED, True)
 
     def ask(self, space: Space, sampler: Callable[[int], optuna.samplers.BaseSampler]) -> tuple[optuna.Trial, Table]:
         self.study.sampler = sampler(len(self.study.get_trials(deepcopy=False)))
@@ -152,28 +164,16 @@ class TuningStudy:
     # Exact routing's answers on SEARCH at each load level, from trial 0.
 
     def exact_answers(self, level: int) -> dict[str, Answer]:
-        found = self.get(f"exactAnswers.{level}", {})
-        return {item: Answer(bool(right), text) for item, (right, text) in found.items()}
+        found = self.get(exact_answers_key(level)) or {}
+        return {item: Answer(right, text) for item, (right, text) in found.items()}
 
     def put_exact_answers(self, level: int, answers: dict[str, Answer]) -> None:
-        self.put(f"exactAnswers.{level}", {item: [int(a.correct), a.text] for item, a in answers.items()})
+        self.put(exact_answers_key(level), {item: (a.correct, a.text) for item, a in answers.items()})
 
     def exact_tpot_ms(self, space: Space) -> list[float]:
         """Median TPOT of the exact trial per level, or [] before it ended."""
         exact = next((t for t in self.complete() if space.table(t.params) == space.exact() and self.levels(t)), None)
         return [level.latency_ms["tpot"]["p50"] for level in self.levels(exact)] if exact else []
-
-    def observations(self, space: Space) -> list[Observation]:
-        """What the model learns from: every complete, uncrashed trial at every level, against exact routing beside it."""
-        base = self.exact_tpot_ms(space)
-        found = []
-        for trial in self.complete() if base else []:
-            table = space.table(trial.params)
-            for bucket, (level, choice) in enumerate(zip(self.levels(trial), table, strict=False)):
-                median, reference = level.latency_ms["tpot"]["p50"], level.reference_tpot_ms
-                speed = math.log(reference / median) if reference and median > 0 else math.nan
-                found.append(Observation(bucket, choice, level.items, level.losses, level.gains, speed))
-        return found
 
 
 def forget(out: Path) -> None:

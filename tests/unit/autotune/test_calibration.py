@@ -10,7 +10,7 @@ import pytest
 from matrices import symmetric
 from planted import PlantedEngine, run, spec_for, write_items
 from sere_autotune.calibration import Origin, make_publishable
-from sere_autotune.tuner import read_config
+from sere_autotune.prepare import read_config
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.profile import Profile
 from sere_ext.contract.similarity import SimilarityMeta, model_config_digest, read_meta

@@ -1,13 +1,12 @@
-"""From trials to a ladder, from blocks to verdicts: the model, the fixed sequence, the latency limits."""
+"""From trials to a ladder: the model of the search, and which policies a certificate is tried for."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from sere_autotune.search.ladder import ArmBlock, judge_rung, pick_ladder, walk
+from sere_autotune.search.ladder import pick_ladder
 from sere_autotune.search.posterior import MonotoneModel, Observation, best_table
-from sere_autotune.trial.measures import Answer
 from sere_autotune.trial.stats import power, rough_power
 from sere_autotune.tuning.space import EXACT, Choice, Space, auto_buckets
 from sere_autotune.tuning.spec import BucketEdges
@@ -69,7 +68,7 @@ def test_the_model_ranks_after_a_dozen_trials_and_the_ladder_keeps_the_budget() 
 
 
 @pytest.mark.parametrize("speed_noise", [0.03, 0.3], ids=["steady times", "noisy neighbours"])
-def test_one_rung_after_few_small_trials_certifies_nearly_always(speed_noise: float) -> None:
+def test_one_candidate_after_few_small_trials_certifies_nearly_always(speed_noise: float) -> None:
     """The demo's case: 8 trials of 160 items, a limit of 2 points, 1,100 items to certify. A fast guess gains nothing."""
     chances = []
     for seed in range(6):
@@ -126,7 +125,7 @@ SAFE, LUCKY, NOTHING = Choice(Kind.SERE, 2), Choice(Kind.SERE, 1, 0.4), Choice(K
         ((0.001, 0.001), (0.7, 0.0), "half of the posterior says that it gains nothing"),
     ],
 )
-def test_the_first_rung_is_of_those_that_certify_and_gain_most_surely(
+def test_the_first_candidate_is_of_those_that_certify_and_gain_most_surely(
     drops: tuple[float, float], speeds: tuple[float, float], why: str
 ) -> None:
     model: Any = Posterior(
@@ -278,81 +277,3 @@ def test_exact_buckets_stay_exact_in_every_layer_group() -> None:
 def test_with_too_few_layers_the_step_is_whole() -> None:
     for layers in ((), (0, 1, 2)):
         assert {c.S for c in Space(auto_buckets([16], [0]), (Kind.TOPK,), TOP_K, layers=layers).choices()} == {1, 2, 3}
-
-
-@pytest.mark.parametrize(
-    ("verdicts", "chosen", "ended"),
-    [
-        ([], None, False),
-        (["passed"], 0, False),
-        (["slo", "passed"], 1, False),  # a rung over a latency limit is skipped: the safe ones are slow
-        (["passed", "accuracy"], 0, True),
-        (["accuracy"], None, True),  # nothing beyond the first failure is ever looked at
-        (["passed", "slo"], 0, False),
-    ],
-)
-def test_the_fixed_sequence(verdicts: list[str], chosen: int | None, ended: bool) -> None:
-    assert walk(verdicts) == (chosen, ended)
-
-
-def blocks(
-    lost: int, gained: int, n: int, tpot: tuple[float, float] = (20.0, 15.0), pairs: int = 10, seed: int = 0
-) -> list[ArmBlock]:
-    rng = np.random.default_rng(seed)
-    found = []
-    per = n // pairs
-    for pair in range(pairs):
-        for arm in ("exact", "chosen"):
-            answers = {}
-            for i in range(pair * per, (pair + 1) * per):
-                exact_right = i >= gained
-                chosen_right = (exact_right and not (gained <= i < gained + lost)) or i < gained
-                answers[f"item{i}"] = Answer(exact_right if arm == "exact" else chosen_right, "x")
-            scale = tpot[arm == "chosen"]
-            times = {m: scale * np.exp(rng.normal(0, 0.1, per)) for m in ("tpot", "ttft", "e2el")}
-            found.append(ArmBlock(pair, 0, arm, answers, times, 10.0, per, 0, 16.0, 12.0, 6.0))
-    return found
-
-
-def test_a_rung_passes_fails_on_accuracy_or_on_latency() -> None:
-    limits = [("tpot", "p95", 25.0)]
-    passed = judge_rung(blocks(4, 2, 3000), limits, 0.01, 0.05, 0.0)
-    assert (passed.verdict, passed.items, passed.losses, passed.gains) == ("passed", 3000, 4, 2)
-    assert passed.speedup["p95"]["value"] == pytest.approx(20 / 15, rel=0.1)
-    assert passed.upper_bound < 0.01
-    worse = judge_rung(blocks(60, 0, 3000), limits, 0.01, 0.05, 0.0)
-    assert worse.verdict == "accuracy"
-    assert "-2.00 points" in worse.reason
-    slow = judge_rung(blocks(4, 2, 3000, (20.0, 24.0)), limits, 0.01, 0.05, 0.0)
-    assert slow.verdict == "slo"
-    assert "TPOT p95" in slow.reason
-    assert "25 ms" in slow.reason
-
-
-def test_a_repeated_item_is_no_new_evidence() -> None:
-    once = blocks(0, 0, 150, pairs=5)
-    again = [ArmBlock(b.pair + 5, 0, b.arm, b.answers, b.latency_ms, 10.0, b.requests, 0, 16.0) for b in once]
-    result = judge_rung([*once, *again], [], 0.01, 0.05, 0.0)
-    assert result.items == 150
-    assert result.verdict == "accuracy"  # 149 certify 2 points, 299 would be needed for 1
-
-
-def test_too_few_requests_leave_a_percentile_undecided_and_undecided_never_passes() -> None:
-    enough = judge_rung(blocks(0, 0, 3000, pairs=5), [("tpot", "p99", 40.0)], 0.01, 0.05, 0.0)
-    assert enough.slo[0]["verdict"] == "pass"
-    few = judge_rung(blocks(0, 0, 250, pairs=5), [("tpot", "p99", 19.3)], 0.05, 0.05, 0.0)
-    assert few.slo[0]["verdict"] == "undecided"
-    assert few.verdict == "slo"
-
-
-def test_a_limit_far_above_everything_seen_is_kept_even_on_few_requests() -> None:
-    few = judge_rung(blocks(0, 0, 250, pairs=5), [("tpot", "p99", 200.0)], 0.05, 0.05, 0.0)
-    assert few.slo[0]["high"] > 0.01  # the share alone could not tell
-    assert few.slo[0]["verdict"] == "pass"
-
-
-def test_failed_requests_count_against_a_rung() -> None:
-    some = blocks(0, 0, 600)
-    broken = [ArmBlock(b.pair, 0, b.arm, b.answers, b.latency_ms, 10.0, b.requests, 1, 16.0) for b in some]
-    assert judge_rung(broken, [], 0.01, 0.05, 0.0).verdict == "slo"
-    assert judge_rung(broken, [], 0.01, 0.05, 0.1).verdict == "passed"

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from planted import PlantedEngine, run, spec_for, write_items
-from sere_autotune import calibration, planner, tuner
+from sere_autotune import calibration, planner
 from sere_autotune.outcome import Ending, nearest_miss
+from sere_autotune.prepare import Prepared, prepare
 from sere_autotune.study.ledger import Ledger, spent_alpha
+from sere_autotune.study.schema import Pace
 from sere_autotune.trial.items import Item, load_items, search_count, split
 from sere_autotune.tuning.spec import AccuracySpec, TaskSpec
 from sere_ext.contract.errors import PolicyError, UsageError
@@ -17,8 +19,8 @@ from sere_ext.contract.similarity import SimilarityMeta
 from sere_ext.similarity.file import write_similarity
 
 
-def prepared(tmp_path: Path, count: int, **changes) -> tuner.Prepared:
-    return tuner.prepare(spec_for(tmp_path / "out", write_items(tmp_path / "items.jsonl", count), **changes))
+def prepared(tmp_path: Path, count: int, **changes) -> Prepared:
+    return prepare(spec_for(tmp_path / "out", write_items(tmp_path / "items.jsonl", count), **changes))
 
 
 def test_the_dry_run_says_items_limit_and_time(tmp_path: Path) -> None:
@@ -32,8 +34,8 @@ def test_the_dry_run_says_items_limit_and_time(tmp_path: Path) -> None:
 
 def test_a_stored_noise_floor_and_pace_are_used(tmp_path: Path) -> None:
     ready = prepared(tmp_path, 4000)
-    Ledger(ready.out).note(ready.config_digest, noise=0.009, pace={"rate": 50.0, "residence": 0.3, "startSeconds": 31.0})
-    again = tuner.prepare(ready.spec)
+    Ledger(ready.out).note(ready.config_digest, noise=0.009, pace=Pace(50.0, 0.3, 31.0))
+    again = prepare(ready.spec)
     text = planner.describe(again.plan, again.spec)
     assert "exact against exact is taken to differ on 0.90% of items, from last time" in text
     assert "start about 31 s" in text
@@ -43,15 +45,15 @@ def test_a_stored_noise_floor_and_pace_are_used(tmp_path: Path) -> None:
 def test_a_policy_to_certify_is_planned_without_a_search(tmp_path: Path) -> None:
     ready = prepared(tmp_path, 8800)
     policy = Policy.parse({"buckets": [{"minTokens": 2, "kind": "topk", "S": 2}]})
-    alone = tuner.prepare(ready.spec, policy)
+    alone = prepare(ready.spec, policy)
     text = planner.describe(alone.plan, alone.spec)
     assert "search" not in text.split("Time", 1)[1].split("Budget")[0]
     assert alone.plan.search_s == 0 < ready.plan.search_s
     with pytest.raises(PolicyError, match=r"S = 9 .* above the model's top-k of 4"):
-        tuner.prepare(ready.spec, Policy.parse({"buckets": [{"minTokens": 2, "kind": "topk", "S": 9}]}))
+        prepare(ready.spec, Policy.parse({"buckets": [{"minTokens": 2, "kind": "topk", "S": 9}]}))
     group = {"firstLayer": 8, "lastLayer": 9, "buckets": []}
     with pytest.raises(PolicyError, match=r"layers 8-9, but this model has layers 0-7;"):
-        tuner.prepare(ready.spec, Policy.parse({**policy.to_json_dict(), "layerGroups": [group]}))
+        prepare(ready.spec, Policy.parse({**policy.to_json_dict(), "layerGroups": [group]}))
 
 
 SERE = ["sere", "topk"]
@@ -79,7 +81,7 @@ def test_an_artefact_of_an_earlier_run_is_used_again_for_the_same_model(tmp_path
         layers=(0,), num_experts=4,
     )  # fmt: skip
     write_similarity(ready.out / "similarity.safetensors", meta, {0: np.eye(4, dtype=np.float32)})
-    assert tuner.prepare(ready.spec).source.origin == origin
+    assert prepare(ready.spec).source.origin == origin
 
 
 def test_a_policy_that_needs_no_similarity_is_certified_without_calibration(tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def test_a_policy_that_needs_no_similarity_is_certified_without_calibration(tmp_
     bucket = {"minTokens": 2, "S": 2}
     for kind, origin in (("topk", "unused"), ("sere", "calibrated")):
         policy = Policy.parse({"buckets": [{**bucket, "kind": kind}]})
-        assert tuner.prepare(ready.spec, policy).source.origin == origin
+        assert prepare(ready.spec, policy).source.origin == origin
 
 
 @pytest.mark.parametrize(
@@ -177,9 +179,9 @@ def test_a_dense_model_and_a_missing_one_are_refused(tmp_path: Path) -> None:
     spec = spec_for(tmp_path / "out", write_items(tmp_path / "items.jsonl", 400))
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UsageError, match="dense model"):
-        tuner.prepare(spec)
+        prepare(spec)
     with pytest.raises(UsageError, match="there is no folder"):  # at once: no hub is asked for a path
-        tuner.prepare(spec.model_copy(update={"model": str(tmp_path / "modle")}))
+        prepare(spec.model_copy(update={"model": str(tmp_path / "modle")}))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from planted import PlantedEngine, run, spec_for, write_items
-from sere_autotune.result import results
+from sere_autotune.result import results, screen
 from sere_autotune.result.report import pareto, pareto_svg, render
 
 
@@ -55,13 +55,13 @@ def test_the_front_is_what_no_other_beats() -> None:
 
 
 def test_a_run_without_trials_still_has_a_page(finished) -> None:
-    empty = {**finished.summary, "trials": [], "ladder": [], "chosenRung": None, "outcome": "BudgetExhausted", "noiseFloor": None}
+    empty = {**finished.summary, "trials": [], "ladder": [], "chosen": None, "outcome": "BudgetExhausted", "noiseFloor": None}
     assert "nothing to draw" in render(empty)
     assert "<svg" not in pareto_svg(empty)
 
 
 def test_the_closing_lines_name_policy_limits_condition_and_report(finished) -> None:
-    text = results.lines(finished.summary)
+    text = screen.lines(finished.summary)
     assert text.startswith("Chosen   ")
     assert re.search(r"TPOT p95 +[\d.]+ ms +[\d.]+ ms +40 ms +1\.\d\dx \[[\d.]+, [\d.]+\] at equal concurrency 16, 3 pairs", text)
     assert "certified at 95% on" in text
@@ -73,11 +73,11 @@ def test_the_closing_lines_name_policy_limits_condition_and_report(finished) -> 
 def test_a_policy_that_was_no_trial_is_said_to_be_picked_by_the_model(finished) -> None:
     """People look for it among the trials."""
     summary = finished.summary
-    chosen = summary["ladder"][summary["chosenRung"] - 1]["describe"]
+    chosen = summary["ladder"][summary["chosen"] - 1]["describe"]
     others = [trial for trial in summary["trials"] if trial["policy"] != chosen]
-    text = results.lines({**summary, "trials": others})
+    text = screen.lines({**summary, "trials": others})
     assert f"Picked   by a model of all {len(others)} trials, none of which was this policy" in text
-    assert "Picked" not in results.lines({**summary, "trials": [*others, {**others[0], "policy": chosen}]})
+    assert "Picked" not in screen.lines({**summary, "trials": [*others, {**others[0], "policy": chosen}]})
 
 
 def test_the_last_line_serves_it_by_the_engine_that_it_was_measured_on(tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""Reads and checks all input of a run and makes its plan; starts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sere_ext.contract.errors import SimilarityError, UsageError
+from sere_ext.contract.policy import Policy
+from sere_ext.contract.similarity import language_config, model_config_digest, names_folder, read_meta
+
+from sere_autotune import calibration, planner
+from sere_autotune.study.ledger import Ledger
+from sere_autotune.study.study import fingerprint
+from sere_autotune.trial.items import Item, load_items, set_digest, split
+from sere_autotune.tuning.spec import TuningSpec
+
+
+@dataclass
+class Prepared:
+    """Input that was read and found good; nothing was started."""
+
+    spec: TuningSpec
+    items: list[Item]
+    search: list[Item]
+    cert: list[Item]
+    config_digest: str
+    source: calibration.Source
+    plan: planner.Plan
+
+    @property
+    def out(self) -> Path:
+        return Path(self.spec.out)
+
+
+def prepare(spec: TuningSpec, only: Policy | None = None) -> Prepared:
+    """Read and check all input, and make the plan.
+
+    Args:
+        only: the policy to certify, where nothing is to be searched.
+
+    Raises:
+        UsageError: a missing or bad file, a similarity artefact of another model, too few items, a dense model.
+        PolicyError: `only` keeps more experts than the model's tokens have, or names layers that it does not have.
+    """
+    spec.check_files()
+    items = load_items(spec.accuracy)
+    if len(items) < 40:
+        raise UsageError(
+            f"accuracy.tasks: {len(items)} distinct items are too few to split into search and certification; give 40"
+        )
+    mine, held_out = split(items, spec.accuracy.search_items)
+    config = read_config(spec)
+    digest = model_config_digest(config)
+    if only is not None:  # before an engine is started for it
+        if top_k := experts_per_token(config):
+            only.check_model(top_k)
+        if layers := language_config(config).get("num_hidden_layers"):
+            only.check_layers(range(int(str(layers))), "layers")
+    similarity = read_meta(spec.similarity) if spec.similarity else None
+    if similarity is not None and similarity.config_digest != digest:
+        raise SimilarityError(
+            f"{spec.similarity} was made for {similarity.model_name} ({similarity.model_type}, {similarity.num_experts} experts), "
+            f"not for {spec.model}; make one with `sere calibrate {spec.model} --data FILE`"
+        )
+    ledger = Ledger(Path(spec.out))
+    noise, pace = ledger.known(digest)
+    openings = ledger.openings(digest, set_digest(held_out), _study_name(spec, held_out, digest))
+    source = calibration.find(spec, digest, only)
+    plan = planner.make_plan(spec, len(items), len(held_out), noise, openings, pace, source=source, searches=only is None)
+    return Prepared(spec, items, mine, held_out, digest, source, plan)
+
+
+def read_config(spec: TuningSpec) -> dict[str, object]:
+    """The model's config.json, decoded. Raises UsageError if there is none or it has no experts."""
+    from sere_ext.similarity.file import model_config_dict
+
+    if names_folder(spec.model) and not Path(spec.model).exists():
+        raise UsageError(f"model: there is no folder {spec.model} (from {Path.cwd()}); check its spelling")
+    try:
+        config = model_config_dict(spec.model, spec.revision or None)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"model: cannot read the configuration of {spec.model} ({first}); check the name or folder") from error
+    merged = language_config(config)
+    if not any(merged.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")):
+        raise UsageError(f"model: {spec.model} is a dense model ({merged.get('model_type')}): it has no experts to re-route")
+    return config
+
+
+def experts_per_token(config: dict[str, object]) -> int | None:
+    """top-k as config.json names it, None where it does not (the engine tells it later)."""
+    merged = language_config(config)
+    found = next(
+        (merged[key] for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k") if key in merged), None
+    )
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _study_name(spec: TuningSpec, cert: Sequence[Item], config_digest: str) -> str:
+    return f"{Path(spec.out).resolve()} {fingerprint(spec, set_digest(cert), config_digest)[:19]}"

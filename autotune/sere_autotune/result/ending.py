@@ -1,0 +1,89 @@
+"""How a run ended, in words: the chosen candidate, or what came closest and what would have to give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sere_ext.contract.policy import Policy
+
+from sere_autotune.outcome import Ending, NearestMiss, Outcome, nearest_miss
+from sere_autotune.planner import percent
+from sere_autotune.result.profile import condition, headline
+from sere_autotune.search.ladder import MIN_SPEEDUP
+from sere_autotune.study.run import Run
+from sere_autotune.study.schema import Candidate, Verdict
+
+
+def chosen(run: Run, index: int, candidate: Candidate, verdict: Verdict) -> Outcome:
+    """The ending with a certificate."""
+    name = headline(run.spec)
+    ratio = verdict.speedup.get(name)
+    message = (
+        f"{candidate.describe}: {ratio.value if ratio else float('nan'):.2f}x TPOT {name} at {condition(run.spec)}, "
+        f"{-verdict.drop * 100:+.2f} points, certified at {percent(run.spec.accuracy.confidence)} on {verdict.items:,} held-out items"
+    )
+    return Outcome(Ending.CHOSEN, message, counts(run), chosen=index)
+
+
+def advisory(run: Run, ladder: Sequence[Candidate], verdicts: Sequence[Verdict]) -> Outcome | None:
+    """The ending of a run that may go on without a certificate: the last candidate within the limits as measured."""
+    fit = [i for i, v in enumerate(verdicts) if v.verdict != "slo" and v.drop <= run.max_drop]
+    if not fit:
+        return None
+    index = fit[-1]
+    message = f"{ladder[index].describe}: not certified ({verdicts[index].reason}); advisory only"
+    return Outcome(Ending.CHOSEN, message, counts(run), chosen=index, advisory=True)
+
+
+def counts(run: Run) -> dict[str, int]:
+    complete = run.study.complete()
+    crashed = sum(bool(t.user_attrs.get("crash")) for t in complete)
+    feasible = sum(all(by <= 0 for by in t.constraints.values()) for t in complete)
+    # The names are the operator's (ARCHITECTURE.md): they become status.trials of the SereTuningJob.
+    return {
+        "scheduled": run.spec.search.trials, "completed": len(complete), "feasible": feasible,
+        "infeasible": len(complete) - feasible, "failed": crashed,
+    }  # fmt: skip
+
+
+def nearest(run: Run) -> NearestMiss | None:
+    trials = []
+    for trial in run.study.complete():
+        policy = Policy.parse(trial.user_attrs["policy"])
+        trials.append((policy.describe(), policy.uses_rerouting(), dict(trial.constraints)))
+    limits = {f"{metric}.{name}": limit for metric, name, limit in run.spec.slo.limits()}
+    return nearest_miss(trials, limits, run.spec.accuracy.max_drop_points)
+
+
+def infeasible(run: Run, ladder: Sequence[Candidate], verdicts: Sequence[Verdict]) -> Outcome:
+    """The ending without a policy: what came closest, and what would have to give."""
+    slow = _slow(run)
+    if verdicts:
+        miss = _miss(run, ladder[len(verdicts) - 1], verdicts[-1])
+    elif slow or (found := nearest(run)) is None:
+        best = min(slow)[1] if slow else "no policy"
+        text = f"{best} keeps every limit but is not at least {MIN_SPEEDUP - 1:.0%} faster than exact routing"
+        miss = NearestMiss(best, "speed", 0.0, text, "accuracy.maxDropPoints, or the load (larger batches gain more)")
+    else:
+        miss = found
+    message = f"nothing is feasible; closest: {miss.text}; what would have to give: {miss.give}; exact routing stays"
+    return Outcome(Ending.INFEASIBLE, message, counts(run), miss)
+
+
+def _miss(run: Run, candidate: Candidate, verdict: Verdict) -> NearestMiss:
+    """What a candidate that was measured lacks."""
+    give = {
+        "slo": "the latency limit, or the load",
+        "accuracy": "accuracy.maxDropPoints, or more items to tell such a drop from the limit",
+    }[verdict.verdict]
+    by = max(0.0, verdict.upper_bound - run.max_drop)
+    return NearestMiss(candidate.describe, verdict.verdict, by, f"{candidate.describe}: {verdict.reason}", give)
+
+
+def _slow(run: Run) -> list[tuple[float, str]]:
+    """(mean TPOT in ms, policy in words) of the re-routing trials that keep every limit."""
+    return [
+        (trial.value or 0.0, str(trial.user_attrs["describe"]))
+        for trial in run.study.complete()
+        if all(by <= 0 for by in trial.constraints.values()) and Policy.parse(trial.user_attrs["policy"]).uses_rerouting()
+    ]

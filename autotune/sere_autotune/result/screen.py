@@ -1,0 +1,65 @@
+"""The closing lines that the engineer reads on the screen. Pure: from the summary to text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sere_autotune.outcome import Ending
+from sere_autotune.planner import percent
+
+
+def lines(summary: dict[str, Any]) -> str:
+    """The closing lines, as the engineer reads them."""
+    report = f"Report   {Path(summary['out']) / 'report.html'}"
+    hours = f"{summary['spent']['deviceHours']:.2f} device-hours"
+    if summary["chosen"] is None:
+        word = {
+            Ending.INFEASIBLE: "Nothing feasible", Ending.BUDGET: "Budget spent", Ending.CANNOT_CERTIFY: "Cannot certify",
+        }.get(Ending(summary["outcome"]), "Failed")  # fmt: skip
+        miss = summary["nearestMiss"]
+        found = [f"{word}   {len(summary['trials'])} trials, {hours}", f"  {summary['message']}"]
+        if miss and summary["outcome"] != Ending.INFEASIBLE.value:
+            found += [f"  closest so far   {miss['text']}", f"  would have to give   {miss['give']}"]
+        return "\n".join([*found, *_not_taken(summary), report])
+    candidate = summary["ladder"][summary["chosen"] - 1]
+    result, name = candidate["result"], summary["headline"]
+    ratio = result["speedup"][name]
+    low_high = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio["low"] is not None else ""
+    limit = {(row["metric"], row["statistic"]): row["limitMs"] for row in summary["limits"]}
+    found = [
+        f"Chosen   {candidate['describe']}       candidate {summary['chosen']} of {len(summary['ladder'])}, {hours}",
+        f"            {'exact':<11}{'chosen':<11}limit",
+    ]
+    shown = [("tpot", name), *(key for key in limit if key != ("tpot", name))]
+    for metric, statistic in shown:
+        exact, chosen = (result["latency_ms"][routing][metric][statistic] for routing in ("exact", "chosen"))
+        bound = limit.get((metric, statistic))
+        extra = f"{ratio['value']:.2f}x{low_high} at {summary['condition']}, {ratio['pairs']} pairs" if metric == "tpot" else ""
+        left = f"{metric.upper()} {statistic}"
+        found.append(f"{left:<11} {exact:>6.1f} ms  {chosen:>6.1f} ms  {f'{bound:g} ms' if bound else '':<9} {extra}".rstrip())
+    accuracy = summary["accuracy"]
+    sure = "NOT certified (advisory)" if summary["advisory"] else f"certified at {percent(accuracy['confidence'])}"
+    found.append(
+        f"accuracy    {result['exact_accuracy']:>7.2%}    {result['chosen_accuracy']:>7.2%}    -{accuracy['maxDropPoints']:<8g} "
+        f"{sure} on {result['items']:,} held-out items"
+    )
+    if result["active_before"] is not None:
+        found.append(
+            f"experts     {result['active_before']:>6.1f}     {result['active_after']:>6.1f}              active per layer and step"
+        )
+    if candidate["describe"] not in {trial["policy"] for trial in summary["trials"]}:
+        found.append(f"Picked   by a model of all {len(summary['trials'])} trials, none of which was this policy")
+    return "\n".join([*found, *_not_taken(summary), report, f"Serve    {summary['serve']}"])
+
+
+def _not_taken(summary: dict[str, Any]) -> list[str]:
+    others = []
+    for candidate in summary["ladder"]:
+        if candidate["number"] == summary["chosen"]:
+            continue
+        reason = candidate["result"]["reason"] if candidate["result"] else "not run, the ladder had ended"
+        if candidate["result"] and candidate["verdict"] == "passed":
+            reason = "passed too, slower"
+        others.append(f"candidate {candidate['number']}, {candidate['describe']}: {reason}")
+    return ["Not taken   " + "; ".join(others)] if others else []

@@ -1,0 +1,190 @@
+"""What a study keeps beside its trials: one typed record for each key of the journal, and the keys themselves.
+
+Every value that is not part of one trial is stored under a `Key`, which knows the value's type, so that a module that
+reads a key gets the record that another module wrote, or a validation error, and never a dictionary of unknown shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic, TypeVar
+
+from pydantic import TypeAdapter
+
+from sere_autotune.outcome import Outcome
+from sere_autotune.tuning.spec import BucketEdges
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast the engine answered in the exact trial; what time estimates rest on."""
+
+    rate_per_s: float  # answered requests per second
+    residence_s: float  # mean time of a request in the engine
+    start_s: float  # of the engine
+
+    def to_dict(self) -> dict[str, float]:
+        """The pace as summary.json has it."""
+        return {"rate": self.rate_per_s, "residence": self.residence_s, "startSeconds": self.start_s}
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """Exact routing against itself on the same items under the same load."""
+
+    items: int
+    differ: float  # share of items whose answer text differs
+    discordant: float  # share of items that are right once and wrong once
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Time charged so far, over all restarts of the tuner."""
+
+    device_s: float = 0.0  # engine seconds times devices
+    wall_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy of the frozen ladder, with what the search predicts of it (posterior means)."""
+
+    policy: dict[str, Any]
+    describe: str
+    fraction: float  # share of the accuracy limit that it may be predicted to cost
+    drop: float  # share of items
+    discordance: float  # share of items, noise floor included
+    speedup: float
+    power: float  # probability that its certificate passes
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """That the held-out items were opened, and the significance level that this study may spend on them."""
+
+    earlier: int  # studies that opened these items before
+    alpha: float
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How a candidate's certificate is measured; declared before its first block."""
+
+    items: int  # distinct held-out items per routing
+    per_block: int  # labelled items of one block
+
+
+@dataclass(frozen=True)
+class MeasuredBlock:
+    """One certification block: exact routing or the candidate, at one load level, in one pair of blocks."""
+
+    pair: int
+    level: int  # index into the load levels
+    routing: str  # "exact" | "chosen"
+    items: list[str]  # digests of the labelled items, in dispatch order
+    right: str  # one character per item: "1" right, "0" wrong
+    said: list[str]  # short digest of each item's answer
+    latency_ms: dict[str, list[float]]  # metric -> one value per timed request
+    seconds: float  # from the first counted dispatch to the last counted answer
+    requests: int
+    failures: int
+    tokens: float  # mean output tokens
+    wall_s: float = 0.0  # of the whole block, warm-up included
+    batch: float = 0.0  # mean requests in flight
+    active_before: float | None = None  # mean experts per layer and step, as the router asked for them
+    active_after: float | None = None  # and as the policy let them be used
+    covered: float | None = None  # share of router calls inside the policy's buckets
+
+
+@dataclass(frozen=True)
+class Interval:
+    """exact / candidate with its t interval over pairs of blocks; no limits where one pair is all there is."""
+
+    value: float
+    low: float | None
+    high: float | None
+    pairs: int
+
+
+@dataclass
+class Verdict:
+    """What certification found of one candidate."""
+
+    verdict: str  # "passed" | "slo" | "accuracy"
+    reason: str
+    p_value: float
+    alpha: float
+    items: int
+    losses: int
+    gains: int
+    differ: int
+    exact_accuracy: float
+    chosen_accuracy: float
+    upper_bound: float  # of the drop, share
+    slo: list[dict[str, Any]] = field(default_factory=list)
+    speedup: dict[str, Interval] = field(default_factory=dict)  # TPOT statistic -> ratio
+    latency_ms: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # routing -> metric -> statistic
+    active_before: float | None = None
+    active_after: float | None = None
+    tokens: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def drop(self) -> float:
+        """Measured drop, a share of items; positive is a loss."""
+        return self.exact_accuracy - self.chosen_accuracy
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Key(Generic[T]):
+    """A name in the study and the type of its value."""
+
+    def __init__(self, name: str, kind: Any) -> None:
+        self.name = name
+        self._adapter: TypeAdapter[T] = TypeAdapter(kind)
+
+    def encode(self, value: T) -> Any:
+        """The value as JSON."""
+        return self._adapter.dump_python(value, mode="json")
+
+    def decode(self, value: Any) -> T:
+        return self._adapter.validate_python(value)
+
+
+FINGERPRINT: Key[str] = Key("fingerprint", str)  # of everything that the study's trials must have in common
+SPENT: Key[Spent] = Key("spent", Spent)
+SECONDS: Key[dict[str, float]] = Key("seconds", dict[str, float])  # of each stage, over all restarts
+ENGINE: Key[dict[str, Any]] = Key("key", dict[str, Any])  # what was measured on, as the profile's key
+ENQUEUED: Key[bool] = Key("enqueued", bool)  # the first trials are planned
+PACE: Key[Pace] = Key("pace", Pace)
+EDGES: Key[list[BucketEdges]] = Key("edges", list[BucketEdges])  # bucket edges, frozen after the exact trial
+NOISE: Key[NoiseFloor] = Key("noise", NoiseFloor)  # as measured right after the exact trial
+SIMILARITY: Key[str] = Key("similarity", str)  # digest of the similarity artefact that every trial used
+SEARCH_ENDED: Key[str] = Key("searchEnded", str)  # why the search was cut short; empty where it was not
+LADDER: Key[list[Candidate]] = Key("ladder", list[Candidate])  # frozen before the held-out items are opened
+OPENING: Key[Opening] = Key("opening", Opening)
+LADDER_ENDED: Key[str] = Key("ladderEnded", str)  # why later candidates were left out
+OUTCOME: Key[Outcome] = Key("outcome", Outcome)
+
+
+def exact_answers_key(level: int) -> Key[dict[str, tuple[bool, str]]]:
+    """Exact routing's answers to the search items at a load level: item digest -> (right, text)."""
+    return Key(f"exactAnswers.{level}", dict[str, tuple[bool, str]])
+
+
+def plan_key(candidate: int) -> Key[BlockPlan]:
+    return Key(f"plan.{candidate}", BlockPlan)
+
+
+def block_key(candidate: int, pair: int, level: int, routing: str) -> Key[MeasuredBlock]:
+    return Key(f"block.{candidate}.{pair}.{level}.{routing}", MeasuredBlock)
+
+
+def verdict_key(candidate: int) -> Key[Verdict]:
+    return Key(f"verdict.{candidate}", Verdict)
