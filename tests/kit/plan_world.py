@@ -14,14 +14,13 @@ from sere_ext.contract.policy import Policy
 from sere_operator.api import meta
 from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
-from sere_operator.plan.decide import decide, stable_digest
+from sere_operator.plan.decide import decide
 from sere_operator.plan.histogram import Histogram
-from sere_operator.plan.objects import revision as engine
-from sere_operator.plan.objects import volume as policies
+from sere_operator.plan.needs import needs, taken
 from sere_operator.plan.objects.children import Defaults
-from sere_operator.plan.rollout import evidence
-from sere_operator.plan.rollout import wanted as routing
-from sere_operator.plan.snapshot import GoldenResult, Plan, PodMetrics, PodView, Snapshot
+from sere_operator.plan.objects.volume import recovered_shards
+from sere_operator.plan.reads import Artefact, Child, Golden, Listed, Metrics, Read, ServiceToken, State, Token
+from sere_operator.plan.snapshot import GoldenResult, Plan, PodMetrics, Similarity, Snapshot
 
 KEY = {
     "modelName": "m", "modelRevision": "", "configDigest": "sha256:" + "0" * 64, "engineVersion": "0.32.0",
@@ -132,43 +131,73 @@ class World:
     def condition(self, kind: str) -> dict[str, Any]:
         return next(c for c in self.status["conditions"] if c["type"] == kind)
 
-    def view(self, pod: Pod) -> PodView:
-        conditions = [{"type": "Ready", "status": str(pod.ready)}]
-        body = {
+    def body(self, pod: Pod) -> dict[str, Any]:
+        """The pod as the API server has it."""
+        return {
             "metadata": {"name": pod.name, "uid": pod.uid, "annotations": dict(pod.annotations), "labels": {}},
             "spec": (pod.template or {}).get("spec") or {"containers": []},
             "status": {
-                "phase": "Running", "podIP": "10.0.0.1", "conditions": conditions,
+                "phase": "Running", "podIP": "10.0.0.1", "conditions": [{"type": "Ready", "status": str(pod.ready)}],
                 "containerStatuses": [{"restartCount": pod.restarts}],
             },
         }  # fmt: skip
-        state = {
+
+    def state(self, pod: Pod) -> dict[str, Any] | None:
+        """What the pod answers to GET /sere."""
+        if not pod.ready:
+            return None
+        return {
             "ready": True,
             "policyDigest": pod.digest,
             "key": pod.key,
             "error": self.errors.get(pod.name) or self._refusal(pod),
             "ranks": [{"rank": 0, "policyDigest": pod.digest}],
         }
+
+    def metrics(self, pod: Pod) -> PodMetrics:
         series = {  # as if every latency of one policy were the same
             (d, "8-64"): Histogram(int(n), s, {"20": int(over)}, (s, s * s / n if n else 0.0))
             for d, (n, s, over) in pod.counts.items()
         }
-        metrics = PodMetrics(series, series) if evidence.metrics_needed(self.status) else None
-        return PodView(body, state if pod.ready else None, pod.digest if pod.ready else None, metrics)
+        return PodMetrics(series, series)
 
     def observe(self) -> Snapshot:
+        """A whole snapshot, read as `needs` asks for it."""
         self._deployment_status()
-        snapshot = Snapshot(
-            now=self.now, object=copy.deepcopy(self.object), children=copy.deepcopy(self.children),
-            shards=copy.deepcopy(self.shards), pods=tuple(self.view(pod) for pod in self.pods), service_digest=self.pods[0].digest if self.pods else None,
-            profiles=dict(self.profiles), similarities=dict(self.similarities), tuning_jobs=tuple(self.jobs), watched_s=self.now - self.watching_since,
-        )  # fmt: skip
-        wanted = routing.wanted(snapshot, engine.effective(snapshot, self.spec, self.defaults.engine_image))
-        results = []
-        for pod, digest in evidence.golden_needed(snapshot, wanted, stable_digest(snapshot)):
-            self.golden_runs.append((pod.name, digest))
-            results.append(GoldenResult(pod.uid, digest, (digest not in self.harmful,) * GOLDEN))
-        return replace(snapshot, golden=tuple(results))
+        snapshot = Snapshot(now=self.now, object=copy.deepcopy(self.object))
+        while missing := needs(snapshot, self.defaults):
+            snapshot = taken(snapshot, {read: copy.deepcopy(self.answer(read)) for read in missing})
+        return replace(snapshot, watched_s=self.now - self.watching_since)
+
+    def answer(self, read: Read) -> Any:
+        """What this cluster answers to one read."""
+        pods = {pod.uid: pod for pod in self.pods}
+        match read:
+            case Child("SereProfile", name):
+                return self.profiles.get(name)
+            case Child("ConfigMap", name) if name != "m-policy":
+                return self.shards.get(name)
+            case Child(kind):
+                return self.children.get(kind)
+            case Listed("Pod"):
+                return [self.body(pod) for pod in self.pods]
+            case Listed("ConfigMap"):
+                return [body for body in self.shards.values() if body["metadata"].get("labels")]
+            case Listed():
+                return self.jobs
+            case Artefact(uri):
+                return self.similarities.get(uri, Similarity(problem="is not there"))
+            case State(uid):
+                return self.state(pods[uid])
+            case Token(uid):
+                return pods[uid].digest if pods[uid].ready else None
+            case Metrics(uid):
+                return self.metrics(pods[uid])
+            case ServiceToken():
+                return self.pods[0].digest if self.pods else None
+            case Golden(uid, digest=digest):
+                self.golden_runs.append((pods[uid].name, digest))
+                return GoldenResult(uid, digest, (digest not in self.harmful,) * GOLDEN)
 
     # ---- what the operator writes ----
 
@@ -194,6 +223,8 @@ class World:
             self.jobs.append(live)
             return
         live["metadata"]["uid"] = f"uid-{body['kind']}"
+        if body["kind"] == "Service":
+            live["spec"]["clusterIP"] = "10.1.0.1"
         if body["metadata"]["name"] in meta.policy_shards("m"):
             self.shards[body["metadata"]["name"]] = live
             return
@@ -279,7 +310,7 @@ class World:
         if text is None:
             return False
         policy = Policy.parse(text)
-        held = policies.recovered_shards(self.shards.values(), policy.similarity_digest or "")
+        held = recovered_shards(self.shards.values(), policy.similarity_digest or "")
         return held is not None or not policy.needs_similarity()
 
     def _refusal(self, pod: Pod) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sere_operator.plan.histogram import Histogram
+from sere_operator.plan.reads import Read
 
 Object = dict[str, Any]
 
@@ -92,10 +93,16 @@ class Similarity:
 
 @dataclass(frozen=True)
 class Resource:
-    """One of our custom resources as it was read. `now`: seconds since the epoch."""
+    """One of our custom resources, and what has been read around it so far.
+
+    now     seconds since the epoch, when the last answer came
+    object  the resource with apiVersion and kind
+    read    the reads whose answers are in this snapshot
+    """
 
     now: float
     object: Object
+    read: frozenset[Read] = frozenset()
 
     @property
     def name(self) -> str:

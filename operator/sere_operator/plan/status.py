@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
 
 from sere_operator.api import meta
 from sere_operator.api.conditions import ConditionType, Reason, set_condition
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
 from sere_operator.plan.objects.children import selector
 from sere_operator.plan.objects.revision import replacing
+from sere_operator.plan.objects.volume import EXACT
+from sere_operator.plan.rollout.annotations import right_digests
 from sere_operator.plan.rollout.step import Step, seconds
 from sere_operator.plan.rollout.tuning_first import Hold
-from sere_operator.plan.rollout.wanted import EXACT, Wanted, overridden, read_profile, tuning_job_name, tuning_job_of
+from sere_operator.plan.rollout.wanted import Wanted, overridden, read_profile, tuning_job_name, tuning_job_of
 from sere_operator.plan.snapshot import Object, PodView, Resource, Snapshot
 
 SCHEDULING_GRACE_S = 10.0
 
 Judgement = tuple[bool | None, Reason, str]
-
-
-def expected_digest(snapshot: Snapshot, step: Step, pod: PodView) -> str:
-    """The policy that this pod is meant to run at this moment."""
-    return EXACT if overridden(snapshot) else step.pod_policy.get(pod.name, step.stable)
-
-
-def right_digests(snapshot: Snapshot, step: Step, pod: PodView) -> set[str]:
-    """The policies that this pod may run at this moment. A switch from turn to turn is no reason not to be Ready."""
-    right = {expected_digest(snapshot, step, pod)}
-    return right | {step.stable, str((step.rollout or {}).get("candidate"))} if pod.name in step.in_turns else right
 
 
 def serving_pods(snapshot: Snapshot, step: Step) -> list[PodView]:
@@ -93,7 +83,11 @@ def ready(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, step: St
     silent = [pod for pod in snapshot.live_pods if pod.state is None]
     if silent:
         return False, Reason.PODS_NOT_READY, f"{len(silent)} of {total} pods do not answer GET /sere"
-    if spec.routing.mode is not RoutingMode.TUNED and not overridden(snapshot) and (wanted.hold or step.stable != wanted.digest):
+    if (
+        spec.routing.mode is not RoutingMode.TUNED
+        and not overridden(snapshot)
+        and (wanted.blocked or step.stable != wanted.digest)
+    ):
         return False, step.reason if not step.applied else Reason.POLICY_PENDING, step.message
     serving = serving_pods(snapshot, step)
     if len(serving) < total:
@@ -226,23 +220,3 @@ def with_condition(snapshot: Resource, conditions: list[Object], kind: Condition
     status, reason, message = judgement
     now = datetime.fromtimestamp(snapshot.now, UTC)
     return set_condition(conditions, kind, status, reason, message[:1024], generation=snapshot.generation, now=now)
-
-
-def without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    return [without_none(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def merge_patch(wanted: Object, live: Object) -> Object | None:
-    """JSON merge patch (RFC 7386) that turns `live` into `wanted`, None if they are equal."""
-    patch: Object = {}
-    for key in {*wanted, *live}:
-        new, old = wanted.get(key), live.get(key)
-        if new == old:
-            continue
-        if isinstance(new, dict) and isinstance(old, dict):
-            patch[key] = merge_patch(new, old) or {}
-        else:
-            patch[key] = new
-    return patch or None

@@ -82,7 +82,7 @@ class Operator:
         kind, namespace, name = key
         defaults = self.settings.defaults
         if kind == meta.TUNING_JOB_KIND:
-            run = await observe_tuning(self.client, namespace, name, defaults)
+            run = await observe_tuning(self.client, self.prober, namespace, name, defaults)
             if run is None:
                 return None
             owner, plan = run.object, decide_tuning(run, defaults)

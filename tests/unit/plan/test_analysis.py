@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -16,8 +15,8 @@ from sere_operator.plan.rollout.analysis import (
     FLAGRANT_RATIO,
     LEAST_INDEPENDENT,
     SLOWER_RATIO,
-    Arm,
     Outcome,
+    Side,
     compare_means,
     golden_harm,
     judge,
@@ -41,13 +40,13 @@ def histogram(n: int, mean_ms: float, over: int = 0, spread: float = 0.3) -> His
     return Histogram(n, total_s, {"20": over}, (total_s, n * (mean_ms / 1e3) ** 2 * (1 + spread**2)))
 
 
-def arm(n: int, tpot_ms: float, over: int, right: int | None = 16, bucket: str = "8-15", spread: float = 0.3) -> Arm:
+def arm(n: int, tpot_ms: float, over: int, right: int | None = 16, bucket: str = "8-15", spread: float = 0.3) -> Side:
     seen = {bucket: histogram(n, tpot_ms, over, spread)}
     golden = None if right is None else (True,) * right + (False,) * (16 - right)
-    return Arm(seen, seen, golden)
+    return Side(seen, seen, golden)
 
 
-def verdict(stable: Arm, canary: Arm, **changes: Any) -> Outcome:
+def verdict(stable: Side, canary: Side, **changes: Any) -> Outcome:
     given: dict[str, Any] = {"min_requests": 500, "golden_prompts": 16, "deadline_over": False, **changes}
     return judge(stable, canary, SLO, **given).outcome
 
@@ -70,15 +69,15 @@ def verdict(stable: Arm, canary: Arm, **changes: Any) -> Outcome:
         (arm(1000, 18, 20, right=2), arm(1000, 14, 10, right=2), Outcome.PENDING),  # prompts that nobody answers show nothing
         (arm(1000, 18, 20), arm(499, 14, 10), Outcome.PENDING),
         (arm(499, 18, 20), arm(1000, 14, 10), Outcome.PENDING),
-        (Arm(), Arm(), Outcome.PENDING),
+        (Side(), Side(), Outcome.PENDING),
     ],
 )
-def test_verdicts(stable: Arm, canary: Arm, expected: Outcome) -> None:
+def test_verdicts(stable: Side, canary: Side, expected: Outcome) -> None:
     assert verdict(stable, canary) is expected
 
 
-@pytest.mark.parametrize("canary", [arm(1000, 14, 10, right=None), arm(10, 14, 0), Arm()])
-def test_missing_data_never_passes(canary: Arm) -> None:
+@pytest.mark.parametrize("canary", [arm(1000, 14, 10, right=None), arm(10, 14, 0), Side()])
+def test_missing_data_never_passes(canary: Side) -> None:
     assert verdict(arm(1000, 18, 20), canary, deadline_over=True) is Outcome.INCONCLUSIVE
 
 
@@ -93,7 +92,7 @@ def test_turns_on_one_pod_ban_nothing_for_latency() -> None:
 
 def test_a_limit_without_a_bound_cannot_be_judged() -> None:
     seen = {"8-15": Histogram(1000, 14.0, {})}
-    unseen = Arm(seen, seen, (True,) * 16)
+    unseen = Side(seen, seen, (True,) * 16)
     assert verdict(arm(1000, 18, 20), unseen) is Outcome.PENDING
 
 
@@ -145,8 +144,8 @@ def test_a_static_policy_is_taken_back_only_for_flagrant_slowness() -> None:
     static = {"min_requests": 0, "golden_prompts": 0}
     assert verdict(arm(3000, 10, 0), arm(3000, 14, 0), **static) is Outcome.PASSED
     assert verdict(arm(100, 10, 0), arm(100, 19, 0), **static) is Outcome.PASSED
-    assert verdict(arm(100, 10, 0), Arm(), **static) is Outcome.PASSED
-    assert verdict(Arm(), arm(3000, 30, 2900), **static) is Outcome.PASSED  # nothing to compare with: no harm shown
+    assert verdict(arm(100, 10, 0), Side(), **static) is Outcome.PASSED
+    assert verdict(Side(), arm(3000, 30, 2900), **static) is Outcome.PASSED  # nothing to compare with: no harm shown
     assert verdict(arm(3000, 10, 0), arm(3000, 19, 0), **static) is Outcome.REJECTED
     assert verdict(arm(3000, 10, 0), arm(3000, 19, 0), **static, watched=False) is Outcome.PENDING
     assert verdict(arm(3000, 10, 0), arm(3000, 30, 2900), **static) is Outcome.REJECTED  # breaks the SLO as well
@@ -227,7 +226,7 @@ def test_variance_from_buckets_is_near_the_truth_and_never_below_the_buckets_wid
     assert found.variance_s2 == pytest.approx(float(values.var()), rel=0.1)
     narrow = from_bounds({0.010: 0, 0.020: 50, math.inf: 50}, 0.55, set())
     assert narrow.variance_s2 == pytest.approx(0.010**2 / 12)
-    assert Histogram(5, 1.0, {}, None).variance_s2 is None
+    assert math.isnan(Histogram().variance_s2)
 
 
 def test_a_window_is_a_difference_and_a_restart_is_seen() -> None:
@@ -238,20 +237,9 @@ def test_a_window_is_a_difference_and_a_restart_is_seen() -> None:
     assert added["1"] == now["1"]
     assert (added["8-15"].count, added["8-15"].total_s, added["8-15"].over) == (20, 1.5, {"20": 1})
     assert added["8-15"].moments == pytest.approx((1.5, 0.2))
-    assert window(start, {"8-15": Histogram(9, 0.5, {"20": 0})}) is None
+    assert window(start, {"8-15": Histogram(9, 0.5, {"20": 0}, (0.5, 0.05))}) is None
     assert window(start, {}) is None
     assert unpacked(start["8-15"]) == Histogram(10, 1.0, {"20": 3}, (1.0, 0.1))
-
-
-def test_what_an_operator_of_before_packed_still_reads_and_bans_nothing() -> None:
-    old = {"8-15": {"n": 1000, "s": 10.0, "over": {"20": 0}}}
-    assert unpacked(old["8-15"]) == Histogram(1000, 10.0, {"20": 0}, None)
-    added = window(old, {"8-15": histogram(9000, 19)})
-    assert added is not None
-    assert added["8-15"].moments is None
-    means = compare_means(added, {"8-15": histogram(9000, 5)}, CONFIDENCE)
-    assert means is not None
-    assert (means.ratio > 3, means.least) == (True, -math.inf)
 
 
 def test_pods_and_windows_add_up() -> None:
@@ -259,8 +247,6 @@ def test_pods_and_windows_add_up() -> None:
     (added,) = merged(parts).values()
     assert (added.count, added.total_s, added.over) == (15, 1.5, {"20": 4})
     assert added.moments == pytest.approx((1.5, 0.3))
-    for one, other in itertools.pairwise([added, *merged([{"1": Histogram(1, 1.0, {}, None)}, parts[0]]).values()]):
-        assert (one.moments is None, other.moments is None) == (False, True)
 
 
 def test_too_few_requests_say_nothing_about_the_spread() -> None:

@@ -14,9 +14,8 @@ from sere_ext.control.watch import desired
 from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan.objects import children
-from sere_operator.plan.objects import volume as policies
 from sere_operator.plan.objects.children import Defaults
-from sere_operator.plan.objects.volume import PolicyEntry
+from sere_operator.plan.objects.volume import PolicyEntry, policy_config_map, shard_config_maps
 
 OWNER = {
     "apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereDeployment",
@@ -36,8 +35,8 @@ def test_children_are_valid_and_owned() -> None:
     policy = Policy.parse({"buckets": [{"minTokens": 8, "kind": "topk", "S": 2}]})
     bodies = [
         children.deployment(OWNER, wanted, Defaults()), children.service(OWNER), children.disruption_budget(OWNER, wanted),
-        policies.policy_config_map(OWNER, "exact", False, {policy.digest: PolicyEntry(policy)}),
-        *policies.shard_config_maps(OWNER, {}, [PolicyEntry(policy, similarity=("sha256:0", ("AAAA",)))]),
+        policy_config_map(OWNER, "exact", False, {policy.digest: PolicyEntry(policy)}),
+        *shard_config_maps(OWNER, {}, [PolicyEntry(policy, similarity=("sha256:0", ("AAAA",)))]),
     ]  # fmt: skip
     for body in bodies:
         kubernetes_validate.validate(body, "1.34", strict=True)
@@ -110,13 +109,13 @@ def test_the_policy_config_maps_are_what_the_plug_in_reads() -> None:
     policy = Policy.parse({"buckets": [{"minTokens": 8, "kind": "sere", "S": 2}], "similarityDigest": "sha256:" + "ab" * 32})
     content = bytes(range(256)) * 20
     entry = PolicyEntry(policy, similarity=(policy.similarity_digest or "", encoded(content, 2000)))
-    body = policies.policy_config_map(OWNER, policy.digest, True, {policy.digest: entry})
+    body = policy_config_map(OWNER, policy.digest, True, {policy.digest: entry})
     assert body["data"]["stable"] == policy.digest
     assert body["data"]["override"] == "exact"
     assert Policy.parse(body["data"][f"{policy.digest}.json"]).digest == policy.digest
     assert json.loads(body["data"][f"{policy.digest}.json"])["similarityDigest"] == policy.similarity_digest
     volume = {name: text.encode() for name, text in body["data"].items()}
-    shards = policies.shard_config_maps(OWNER, {}, [entry])
+    shards = shard_config_maps(OWNER, {}, [entry])
     assert [shard["metadata"]["name"] for shard in shards] == [f"m-policy-shard-{i}" for i in range(4)]
     for shard in shards:
         ((name, text),) = shard["binaryData"].items()

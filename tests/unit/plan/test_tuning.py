@@ -19,9 +19,11 @@ from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan.objects import pods
 from sere_operator.plan.objects.artefact import verified_digest
 from sere_operator.plan.objects.children import Defaults
+from sere_operator.plan.reads import Child, Listed, Read
 from sere_operator.plan.snapshot import Similarity, TuningSnapshot
-from sere_operator.plan.tuning import decide as tuning
-from sere_operator.plan.tuning import objects as tuning_children
+from sere_operator.plan.tuning.decide import COLLECTED_POLL_S, decide_tuning
+from sere_operator.plan.tuning.needs import needs_tuning, taken_tuning
+from sere_operator.plan.tuning.objects import RETRIES, RUN_DIR, build, run_name, tuning_file
 
 OWNER = {"apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereDeployment", "name": "m", "uid": "u", "controller": True}
 OURS = {
@@ -71,7 +73,7 @@ def artefact() -> tuple[bytes, str]:
 
 
 def test_children_are_valid_and_the_rights_end_at_the_result() -> None:
-    bodies = tuning_children.build(snapshot(), parse_spec(SereTuningJobSpec, SPEC), Defaults())
+    bodies = build(snapshot(), parse_spec(SereTuningJobSpec, SPEC), Defaults())
     for body in bodies:
         kubernetes_validate.validate(body, "1.34", strict=True)
         assert body["metadata"]["ownerReferences"][0]["uid"] == "t"
@@ -91,7 +93,7 @@ def test_a_lost_pod_is_replaced_only_where_the_study_outlives_it() -> None:
 
     def job_of(**tuning: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         spec = parse_spec(SereTuningJobSpec, {**SPEC, "tuning": {**SPEC["tuning"], **tuning}})  # type: ignore[dict-item]
-        bodies = tuning_children.build(snapshot(), spec, Defaults())
+        bodies = build(snapshot(), spec, Defaults())
         for body in bodies:
             kubernetes_validate.validate(body, "1.34", strict=True)
         given = next(body for body in bodies if body["metadata"]["name"] == "m-tune-1-input")
@@ -103,17 +105,15 @@ def test_a_lost_pod_is_replaced_only_where_the_study_outlives_it() -> None:
     job, given = job_of(storage={"claimName": "studies"})
     assert {"name": "run", "persistentVolumeClaim": {"claimName": "studies"}} in job["template"]["spec"]["volumes"]
     mounts = job["template"]["spec"]["containers"][0]["volumeMounts"]
-    assert {"name": "run", "mountPath": tuning_children.RUN_DIR} in mounts
-    assert given["out"] == f"{tuning_children.RUN_DIR}/m-tune-1-t", (
-        "runs share the claim, each its own folder, even those of one name"
-    )
-    assert job["backoffLimit"] == tuning_children.RETRIES
+    assert {"name": "run", "mountPath": RUN_DIR} in mounts
+    assert given["out"] == f"{RUN_DIR}/m-tune-1-t", "runs share the claim, each its own folder, even those of one name"
+    assert job["backoffLimit"] == RETRIES
     assert job["podFailurePolicy"]["rules"][1]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
 
 
 def test_uris_become_paths_that_are_mounted() -> None:
     storage = pods.Storage()
-    given = tuning_children.tuning_file(parse_spec(SereTuningJobSpec, SPEC), storage)
+    given = tuning_file(parse_spec(SereTuningJobSpec, SPEC), storage)
     assert given["model"] == "/mnt/pvc/models/qwen3"
     assert given["calibrate"] == {"data": "/mnt/pvc/data/calib.jsonl"}
     assert given["accuracy"]["tasks"][0]["file"] == "/etc/sere-data/items/a.jsonl"
@@ -136,7 +136,7 @@ def chosen(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_chosen_result_becomes_a_profile_that_outlives_the_run() -> None:
-    plan = tuning.decide_tuning(snapshot(**chosen()), Defaults())
+    plan = decide_tuning(snapshot(**chosen()), Defaults())
     *config_maps, profile = [body for body in plan.apply if body.get("immutable") or body["kind"] == "SereProfile"]
     assert profile["kind"] == "SereProfile", "after what it refers to"
     for body in (profile, *config_maps):
@@ -166,7 +166,7 @@ def test_a_chosen_result_becomes_a_profile_that_outlives_the_run() -> None:
     ],
 )
 def test_a_result_that_does_not_check_out_is_never_used(result: dict[str, Any], words: str) -> None:
-    plan = tuning.decide_tuning(snapshot(**result), Defaults())
+    plan = decide_tuning(snapshot(**result), Defaults())
     assert not [body for body in plan.apply if body["kind"] == "SereProfile"]
     assert plan.status is not None
     assert plan.status["outcome"] == "Failed"
@@ -175,7 +175,7 @@ def test_a_result_that_does_not_check_out_is_never_used(result: dict[str, Any], 
 
 @pytest.mark.parametrize("outcome", ["Infeasible", "BudgetExhausted", "CannotCertify", "Failed"])
 def test_the_tuners_own_message_is_what_people_read(outcome: str) -> None:
-    plan = tuning.decide_tuning(snapshot({"outcome.json": {"outcome": outcome, "message": "nearest miss: x"}}), Defaults())
+    plan = decide_tuning(snapshot({"outcome.json": {"outcome": outcome, "message": "nearest miss: x"}}), Defaults())
     assert plan.status is not None
     complete = plan.status["conditions"][0]
     assert (complete["status"], complete["reason"], complete["message"]) == ("True", outcome, "nearest miss: x")
@@ -187,20 +187,20 @@ def test_a_run_made_again_waits_until_the_old_ones_objects_are_collected() -> No
     owner = {"kind": "SereTuningJob", "name": "m-tune-1", "uid": "old", "controller": True}
     old = {"kind": "ConfigMap", "metadata": {"name": "m-tune-1-result", "ownerReferences": [owner]}}
     given = snapshot({"outcome.json": {"outcome": "Failed"}}, children={("ConfigMap", "m-tune-1-result"): old})
-    plan = tuning.decide_tuning(given, Defaults())
-    assert not plan.apply and plan.requeue_after == tuning.COLLECTED_POLL_S
+    plan = decide_tuning(given, Defaults())
+    assert not plan.apply and plan.requeue_after == COLLECTED_POLL_S
     assert plan.status is not None and "outcome" not in plan.status
     assert "collected" in plan.status["conditions"][0]["message"]
 
 
 def test_what_was_spent_and_tried_stands_in_the_status() -> None:
     told = {"deviceHours": "0.12", "candidates": [{"policy": f"topk {n}", "verdict": "failed"} for n in range(7)]}
-    plan = tuning.decide_tuning(snapshot({"outcome.json": {"outcome": "Infeasible", **told}}), Defaults())
+    plan = decide_tuning(snapshot({"outcome.json": {"outcome": "Infeasible", **told}}), Defaults())
     assert plan.status is not None
     assert plan.status["deviceHours"] == "0.12"
     assert plan.status["candidates"] == told["candidates"][:5]
     odd = {"deviceHours": 3, "candidates": "topk"}
-    plan = tuning.decide_tuning(snapshot({"outcome.json": {"outcome": "Infeasible", **odd}}), Defaults())
+    plan = decide_tuning(snapshot({"outcome.json": {"outcome": "Infeasible", **odd}}), Defaults())
     assert plan.status is not None and not {"deviceHours", "candidates"} & set(plan.status)
 
 
@@ -208,7 +208,7 @@ def test_a_job_that_died_without_a_word_is_failed_with_its_last_lines() -> None:
     job = {"kind": "Job", "metadata": OURS, "spec": {}, "status": {"conditions": [{"type": "Failed", "status": "True"}]}}
     ended = {"state": {"terminated": {"exitCode": 137, "message": "boom"}}}
     pod = {"metadata": {"name": "p"}, "status": {"containerStatuses": [ended]}}
-    plan = tuning.decide_tuning(snapshot({}, children={("Job", "m-tune-1-tuner"): job}, pods=(pod,)), Defaults())
+    plan = decide_tuning(snapshot({}, children={("Job", "m-tune-1-tuner"): job}, pods=(pod,)), Defaults())
     assert plan.status is not None
     assert (
         plan.status["conditions"][0]["message"]
@@ -239,14 +239,14 @@ NO_IMAGE = {"waiting": {"reason": "ImagePullBackOff", "message": 'Back-off pulli
 )
 def test_a_pod_that_cannot_begin_is_said_with_the_reason_and_warned_of_once(pod: dict[str, Any], stage: str, words: str) -> None:
     given = snapshot({}, pods=(pod,))
-    plan = tuning.decide_tuning(given, Defaults())
+    plan = decide_tuning(given, Defaults())
     assert plan.status is not None
     complete = plan.status["conditions"][0]
     assert (complete["status"], complete["reason"], plan.status["stage"]) == ("False", "TuningBlocked", stage)
     assert words in complete["message"]
     (event,) = plan.events
     assert (event.type, event.reason, event.message) == ("Warning", "TuningBlocked", complete["message"])
-    assert tuning.decide_tuning(snapshot({}, pods=(pod,), status=plan.status), Defaults()).events == []
+    assert decide_tuning(snapshot({}, pods=(pod,), status=plan.status), Defaults()).events == []
 
 
 @pytest.mark.parametrize(
@@ -259,23 +259,23 @@ def test_a_pod_that_cannot_begin_is_said_with_the_reason_and_warned_of_once(pod:
     ids=["on its way", "being deleted", "ended"],
 )
 def test_nothing_is_wrong_with_a_pod_on_its_way_or_one_that_was_replaced(pod: dict[str, Any]) -> None:
-    plan = tuning.decide_tuning(snapshot({}, pods=(pod,)), Defaults())
+    plan = decide_tuning(snapshot({}, pods=(pod,)), Defaults())
     assert plan.status is not None
     assert (plan.status["conditions"][0]["reason"], plan.events) == ("Pending", [])
 
 
 def test_progress_is_shown_and_an_ended_run_is_left_alone() -> None:
-    plan = tuning.decide_tuning(snapshot({"progress.json": {"stage": "search", "now": "trial 3", "trials": 3}}), Defaults())
+    plan = decide_tuning(snapshot({"progress.json": {"stage": "search", "now": "trial 3", "trials": 3}}), Defaults())
     assert plan.status is not None
     assert (plan.status["progress"], plan.status["stage"]) == ("3/8", "search")
-    assert tuning.decide_tuning(snapshot(status={"outcome": "Infeasible"}), Defaults()).writes == 0
+    assert decide_tuning(snapshot(status={"outcome": "Infeasible"}), Defaults()).writes == 0
 
 
 RUNNING = ({"metadata": {"name": "p"}, "status": {"phase": "Running"}},)
 
 
 def stage_of(world: TuningSnapshot) -> tuple[str, str, dict[str, int]]:
-    plan = tuning.decide_tuning(world, Defaults())
+    plan = decide_tuning(world, Defaults())
     assert plan.status is not None
     seen = {**world.status, **plan.status}
     return seen["progress"], seen["stage"], seen.get("trials", {})
@@ -295,7 +295,7 @@ def test_the_stage_is_true_from_the_first_look_to_the_last_and_counters_never_go
 
 def test_suspend_reaches_a_running_job_without_touching_its_template() -> None:
     job = {"kind": "Job", "metadata": OURS, "spec": {"suspend": False, "template": {"x": 1}}, "status": {}}
-    plan = tuning.decide_tuning(snapshot({}, children={("Job", "m-tune-1-tuner"): job}, spec={"suspend": True}), Defaults())
+    plan = decide_tuning(snapshot({}, children={("Job", "m-tune-1-tuner"): job}, spec={"suspend": True}), Defaults())
     (body,) = plan.replace
     assert body["spec"] == {"suspend": True, "template": {"x": 1}}
     assert "Job" not in [b["kind"] for b in plan.apply]
@@ -317,7 +317,7 @@ def test_the_artefacts_digest_is_recomputed() -> None:
 def test_a_policy_without_similarity_needs_no_artefact() -> None:
     profile = profile_body(POLICY)
     profile["metadata"] = {}
-    plan = tuning.decide_tuning(snapshot({"outcome.json": {"outcome": "Chosen"}, "profile.json": profile}), Defaults())
+    plan = decide_tuning(snapshot({"outcome.json": {"outcome": "Chosen"}, "profile.json": profile}), Defaults())
     (made,) = [body for body in plan.apply if body["kind"] == "SereProfile"]
     assert Policy.parse(made["spec"]["policy"]).digest == Policy.parse(POLICY).digest
 
@@ -333,7 +333,7 @@ def test_an_object_that_this_run_did_not_make_is_never_written_nor_may_its_tuner
 ) -> None:
     """Else who may create tuning jobs could run as any ServiceAccount of the namespace, and rewrite its Roles."""
     foreign = {"kind": kind, "metadata": {"name": name, "ownerReferences": owners}}
-    plan = tuning.decide_tuning(snapshot({}, children={(kind, name): foreign}), Defaults())
+    plan = decide_tuning(snapshot({}, children={(kind, name): foreign}), Defaults())
     assert (plan.replace, plan.apply, plan.delete) == ([], [], [])
     assert plan.status is not None
     (complete, _) = plan.status["conditions"]
@@ -342,23 +342,39 @@ def test_an_object_that_this_run_did_not_make_is_never_written_nor_may_its_tuner
     (event,) = plan.events
     assert (event.type, event.message) == ("Warning", complete["message"])
     again = snapshot({}, children={(kind, name): foreign}, status=plan.status)
-    assert tuning.decide_tuning(again, Defaults()).events == [], "said once"
+    assert decide_tuning(again, Defaults()).events == [], "said once"
 
 
 @pytest.mark.parametrize("name", ["builder", "b" * 63, "b" * 240])
 def test_no_child_has_the_name_that_the_jobs_author_chose(name: str) -> None:
     given = snapshot()
     given.object["metadata"]["name"] = name
-    bodies = tuning_children.build(given, parse_spec(SereTuningJobSpec, SPEC), Defaults())
+    bodies = build(given, parse_spec(SereTuningJobSpec, SPEC), Defaults())
     for body in bodies:
         kubernetes_validate.validate(body, "1.34", strict=True)
         assert body["metadata"]["name"].startswith("b") and body["metadata"]["name"] != name
         assert len(body["metadata"]["name"]) <= 63, "a Job takes no longer name"
     job = bodies[-1]["spec"]["template"]["spec"]
-    assert job["serviceAccountName"] == bodies[0]["metadata"]["name"] == tuning_children.run_name(name)
+    assert job["serviceAccountName"] == bodies[0]["metadata"]["name"] == run_name(name)
 
 
 @pytest.mark.parametrize("name", ["PATH", "LD_PRELOAD", "PYTHONPATH", "SERE_POLICY_DIR"])
 def test_variables_by_which_another_program_would_run_are_refused(name: str) -> None:
     with pytest.raises(SpecError, match=f"spec.engine.env.*{name} is set by the operator or the image.*remove it here"):
         parse_spec(SereTuningJobSpec, {**SPEC, "engine": {"env": [{"name": name, "value": "x"}]}})
+
+
+def test_before_the_tuner_may_write_them_it_is_read_what_stands_under_its_names() -> None:
+    def rounds(*there: tuple[str, str]) -> list[tuple[Read, ...]]:
+        given, found = snapshot(), []
+        while missing := needs_tuning(given, Defaults()):
+            found.append(missing)
+            empty: dict[Read, Any] = {read: [] if isinstance(read, Listed) else None for read in missing}
+            given = taken_tuning(given, empty | {Child(*key): {"metadata": OURS} for key in there if Child(*key) in missing})
+        return found
+
+    first, *_, last = rounds()
+    assert first == (Child("ConfigMap", "m-tune-1-result"),)
+    assert Child("ConfigMap", "m-tune-1-result-1") in last
+    known = rounds(("Role", "m-tune-1-tuner"))[-1]
+    assert Child("Job", "m-tune-1-tuner") in known and Child("ConfigMap", "m-tune-1-result-1") not in known

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from plan_world import DIGEST, POLICY, CrashError, World, profile_body
 from sere_ext.contract.policy import Policy
-from sere_operator.plan.objects import revision as engine
 from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.rollout.tuning_first import DOWN_S
 
@@ -194,17 +193,13 @@ def test_while_held_foreign_edits_are_put_back_and_other_changes_of_the_pods_wai
     assert world.pods[0].engine["resources"] == {"limits": {"nvidia.com/gpu": 2}}
 
 
-def test_pods_that_an_older_operator_made_are_held_as_they_are() -> None:
+def test_where_somebody_took_away_what_the_pods_are_meant_to_be_they_are_made_as_the_spec_says() -> None:
+    """Without the annotation nobody knows what to keep."""
     world = tuned_world()
-    before = [pod.uid for pod in world.pods]
     del world.children["Deployment"]["metadata"]["annotations"]["serving.sere.dev/template"]
     world.edit(model=model("v2"))
-    look_for(world, 5)
-    assert [pod.uid for pod in world.pods] == before
-    assert "waits too" not in world.condition("Ready")["message"]
-    world.children["Deployment"]["spec"]["template"]["spec"]["containers"][0]["image"] = "foreign:1"
-    look_for(world, 5)
-    assert [pod.uid for pod in world.pods] == before, "known from the first look on"
+    look_for(world, 10)
+    assert revisions(world) == {"v2"}
 
 
 def half_way_to_v2(world: World) -> None:
@@ -280,24 +275,13 @@ def test_another_default_image_waits_for_nothing_where_the_spec_names_its_own_or
     assert (images(waived), len(waived.jobs)) == ({"sere-engine:0.2.0"}, 2)
 
 
-def test_an_upgrade_of_the_operator_without_another_image_tunes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even from operators that left the default image out of what they remember."""
-    with monkeypatch.context() as before:
-        before.setattr(engine, "effective", lambda _snapshot, spec, _image: spec)
-        world = tuned_world()
-    pods, (job,) = [pod.uid for pod in world.pods], world.jobs
-    assert "image" not in job["spec"]["engine"]
-    world.settle(20)
-    assert world.step().writes == 0
-    assert ([pod.uid for pod in world.pods], world.jobs) == (pods, [job])
+def test_an_upgrade_of_the_operator_without_another_image_tunes_nothing() -> None:
+    world = tuned_world()
+    (job,) = world.jobs
     world.defaults = Defaults(image_pull_policy="Always")
     world.settle()
     assert world.jobs == [job], "another pod template is no other engine"
     assert {pod.digest for pod in world.pods} == {DIGEST}
-    world.defaults = NEW_DEFAULT
-    look_for(world, 10)
-    assert world.condition("Progressing")["reason"] == "TuningFirst"
-    assert len(world.jobs) == 2
 
 
 def test_what_is_not_the_model_or_engine_waits_for_nothing() -> None:

@@ -1,11 +1,12 @@
 """The objects that a SereDeployment owns, as the dicts that the operator applies. Pure builders.
 
-The policy stands nowhere in the pod template: a policy change is a change of ConfigMaps (`plan/policies.py`) and of pods'
+The policy stands nowhere in the pod template: a policy change is a change of ConfigMaps (`volume`) and of pods'
 annotations, so it can never restart a pod.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,7 @@ from sere_operator.api import meta
 from sere_operator.api.common import Percentiles
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan.objects import drift, pods
-from sere_operator.plan.objects.revision import remembered, revision
+from sere_operator.plan.objects.revision import as_annotations, revision
 
 Object = dict[str, Any]
 
@@ -61,6 +62,34 @@ def labels(name: str, component: str) -> dict[str, str]:
 def selector(name: str) -> dict[str, str]:
     whole = labels(name, meta.ENGINE_COMPONENT)
     return {key: whole[key] for key in ROLLED_OUT_LABELS}
+
+
+def text(labels_wanted: Mapping[str, str]) -> str:
+    """Labels as a label selector: `a=b,c=d`."""
+    return ",".join(f"{key}={value}" for key, value in labels_wanted.items())
+
+
+def names(name: str) -> dict[str, str]:
+    """Names of a SereDeployment's children by kind; shards of artefacts are named in `meta.policy_shards`."""
+    return {
+        "Deployment": deployment_name(name),
+        "Service": service_name(name),
+        "ConfigMap": meta.policy_config_map(name),
+        "PodDisruptionBudget": meta.fit_name(name),
+        "HorizontalPodAutoscaler": meta.fit_name(name),
+    }
+
+
+def base(address: str) -> str:
+    """`http://<address>:<port>` of a pod or Service, with an IPv6 address in brackets."""
+    return f"http://[{address}]:{PORT}" if ":" in address else f"http://{address}:{PORT}"
+
+
+def pod_base(pod: Object) -> str | None:
+    """Where a running pod answers; None while it has no address or does not run."""
+    status = pod.get("status") or {}
+    address = status.get("podIP")
+    return base(address) if address and status.get("phase") == "Running" else None
 
 
 def metadata(owner: Object, name: str, component: str = meta.ENGINE_COMPONENT) -> Object:
@@ -194,7 +223,7 @@ def deployment(owner: Object, spec: SereDeploymentSpec, defaults: Defaults) -> O
     }
     if spec.wanted_replicas is not None:
         body["replicas"] = spec.wanted_replicas
-    annotated = {**metadata(owner, deployment_name(name)), "annotations": remembered(revision(spec), template)}
+    annotated = {**metadata(owner, deployment_name(name)), "annotations": as_annotations(revision(spec), template)}
     return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": annotated, "spec": body}
 
 

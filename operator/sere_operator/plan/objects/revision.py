@@ -1,4 +1,4 @@
-"""The engine that the pods are of: its revision, and whether they are being replaced by another's. Pure."""
+"""The model and engine that the pods are of: their revision, and whether pods of another are being replaced. Pure."""
 
 from __future__ import annotations
 
@@ -18,48 +18,43 @@ def revision(spec: SereDeploymentSpec) -> str:
     return hashlib.sha256(canonical_json(state)).hexdigest()[:12]
 
 
-def effective(snapshot: Snapshot, spec: SereDeploymentSpec, default_image: str) -> SereDeploymentSpec:
-    """The spec with the engine image that its pods get, so that another default of the operator is another engine.
-
-    Operators before left a default image out of the revision and of what is tuned. A Deployment of theirs is read as they
-    did for as long as it is of this model, engine and image: an upgrade alone replaces and tunes nothing.
-    """
-    live = snapshot.children.get("Deployment")
-    as_before = (
-        live is not None and not changing(snapshot, spec) and container(applied_template(live)).get("image") == default_image
-    )
-    if spec.engine.image is not None or as_before:
+def effective(spec: SereDeploymentSpec, default_image: str) -> SereDeploymentSpec:
+    """The spec with the engine image that its pods get, so that another default of the operator is another engine."""
+    if spec.engine.image is not None:
         return spec
     return spec.model_copy(update={"engine": spec.engine.model_copy(update={"image": default_image})})
 
 
 def container(template: Object) -> Object:
-    """The engine's own, among those that others may have injected."""
+    """The engine's own container, among those that others may have injected."""
     return next((found for found in template["spec"]["containers"] if found["name"] == "engine"), {})
 
 
-def remembered(made_of: str, template: Object) -> Object:
-    """Annotations of the Deployment that say what its pods are meant to be."""
+def as_annotations(made_of: str, template: Object) -> Object:
+    """Annotations of the Deployment that say what its pods are meant to be: revision and pod template."""
     return {meta.REVISION_ANNOTATION: made_of, meta.TEMPLATE_ANNOTATION: canonical_json(template).decode()}
 
 
-def applied_template(live: Object) -> Object:
-    """The pod template that the operator last applied, whatever others have made of it. Unknown (an older operator's): theirs."""
+def applied(live: Object | None) -> tuple[str, Object] | None:
+    """(revision, pod template) that the operator last applied, whatever others have made of the template since.
+
+    None where there is no Deployment, or somebody took the annotations away.
+    """
+    found = (live or {}).get("metadata", {}).get("annotations") or {}
     try:
-        found: Object = json.loads((live["metadata"].get("annotations") or {})[meta.TEMPLATE_ANNOTATION])
+        return found[meta.REVISION_ANNOTATION], json.loads(found[meta.TEMPLATE_ANNOTATION])
     except (KeyError, ValueError):
-        found = live["spec"]["template"]
-    return found
+        return None
 
 
 def changing(snapshot: Snapshot, spec: SereDeploymentSpec) -> bool:
-    """Whether the Deployment is still of another revision than the spec. Unknown (an older operator's): no."""
-    annotations = (snapshot.children.get("Deployment") or {}).get("metadata", {}).get("annotations") or {}
-    return bool(annotations.get(meta.REVISION_ANNOTATION, revision(spec)) != revision(spec))
+    """Whether the Deployment is known to be still of another revision than the spec."""
+    before = applied(snapshot.children.get("Deployment"))
+    return before is not None and before[0] != revision(spec)
 
 
 def replacing(snapshot: Snapshot) -> str | None:
-    """None if all pods are of the Deployment's newest template, else what is missing."""
+    """What is missing until all pods are of the Deployment's newest template; None if nothing is."""
     deployment = snapshot.children.get("Deployment")
     if deployment is None:
         return "the Deployment is being created"
@@ -71,14 +66,19 @@ def replacing(snapshot: Snapshot) -> str | None:
 
 
 def kept(body: Object, live: Object) -> Object:
-    """A Deployment as wanted, but with the pods that it is meant to have: their number may change, their template does not."""
-    template = applied_template(live)
-    annotations = remembered(live["metadata"]["annotations"][meta.REVISION_ANNOTATION], template)
-    return {**body, "metadata": {**body["metadata"], "annotations": annotations}, "spec": {**body["spec"], "template": template}}
+    """A Deployment as wanted, but with the pod template that was applied before: the number of pods may still change.
+
+    Args:
+        live: a Deployment for which `applied` is known.
+    """
+    before = applied(live)
+    assert before is not None
+    metadata = {**body["metadata"], "annotations": as_annotations(*before)}
+    return {**body, "metadata": metadata, "spec": {**body["spec"], "template": before[1]}}
 
 
 def waiting(template: Object, live: Object) -> list[str]:
-    """Fields of the spec, beside model and engine, in which a pod template differs from the one that is kept."""
+    """Fields of the spec, beside model and engine, in which a pod template differs from the one that was applied before."""
 
     def parts(of: Object) -> dict[str, object]:
         pod, engine = of["spec"], container(of)
@@ -91,5 +91,8 @@ def waiting(template: Object, live: Object) -> list[str]:
             **{field: pod.get(field) for field in ("nodeSelector", "tolerations", "runtimeClassName")},
         }
 
-    now, then = parts(template), parts(applied_template(live))
+    before = applied(live)
+    if before is None:
+        return []
+    now, then = parts(template), parts(before[1])
     return [f"spec.{field}" for field, value in now.items() if value != then[field]]

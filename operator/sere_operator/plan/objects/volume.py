@@ -11,15 +11,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sere_ext.contract.policy import Policy
+from sere_ext.contract.errors import SereError
+from sere_ext.contract.policy import EXACT_POLICY, Policy
 from sere_ext.contract.profile import ProfileKey
 from sere_ext.contract.shards import MAX_FILE_BYTES, POLICY_SHARDS, piece_name, pieces
 from sere_ext.contract.similarity import similarity_file
 
 from sere_operator.api import meta
 from sere_operator.plan.objects.children import metadata
+from sere_operator.plan.snapshot import Snapshot
 
 Object = dict[str, Any]
+
+EXACT = "exact"  # digest of exact routing
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,31 @@ class PolicyEntry:
     policy: Policy
     key: ProfileKey | None = None
     similarity: tuple[str, tuple[str, ...]] | None = None
+
+
+def stable_digest(snapshot: Snapshot) -> str:
+    """What pods without an annotation run: the ConfigMap's word, else (it was deleted) the status's, else exact."""
+    live = (snapshot.children.get("ConfigMap") or {}).get("data") or {}
+    digest = live.get(meta.STABLE_KEY) or (snapshot.status.get("policy") or {}).get("stable") or EXACT
+    return str(digest)
+
+
+def recovered_entry(snapshot: Snapshot, digest: str) -> PolicyEntry | None:
+    """A policy as the live ConfigMaps hold it, None if it is not there whole."""
+    if digest == EXACT:
+        return PolicyEntry(EXACT_POLICY)
+    data = (snapshot.children.get("ConfigMap") or {}).get("data") or {}
+    try:
+        policy = Policy.parse(data[f"{digest}.json"])
+        key = ProfileKey.model_validate_json(data[f"{digest}.key.json"]) if f"{digest}.key.json" in data else None
+    except (KeyError, ValueError, SereError):
+        return None
+    if policy.digest != digest:
+        return None
+    if not policy.needs_similarity():
+        return PolicyEntry(policy, key)
+    shards = recovered_shards(snapshot.shards.values(), policy.similarity_digest or "")
+    return PolicyEntry(policy, key, (policy.similarity_digest or "", shards)) if shards else None
 
 
 def policy_config_map(owner: Object, stable: str, override: bool, entries: Mapping[str, PolicyEntry]) -> Object:

@@ -11,11 +11,12 @@ from dataclasses import replace
 from sere_operator.api import meta
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import SereDeploymentSpec
+from sere_operator.plan.objects.volume import EXACT
 from sere_operator.plan.rollout import candidate
 from sere_operator.plan.rollout.aftermath import refused
 from sere_operator.plan.rollout.evidence import Stage
 from sere_operator.plan.rollout.step import POLL_S, Step
-from sere_operator.plan.rollout.wanted import EXACT, Wanted, overridden
+from sere_operator.plan.rollout.wanted import Wanted, overridden
 from sere_operator.plan.snapshot import Event, Snapshot
 
 
@@ -36,7 +37,7 @@ def advance(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable
     base = Step(stable=stable, rejected=rejected, previous=previous)
     if overridden(snapshot):
         return _override(snapshot, base)
-    if wanted.hold:
+    if wanted.blocked:
         return replace(base, reason=wanted.problem or Reason.PROFILE_MISSING, message=wanted.message, requeue_after=30.0)
     if wanted.digest != EXACT and snapshot.annotations.get(meta.ROLLBACK_ANNOTATION) == wanted.digest:
         return _given_up(snapshot, base, wanted)

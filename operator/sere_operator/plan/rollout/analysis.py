@@ -47,7 +47,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Side:
     """What one side did in its window: histograms by batch bucket, golden answers in the prompts' order."""
 
     tpot: dict[str, Histogram] = field(default_factory=dict)
@@ -61,8 +61,8 @@ class Arm:
 
 
 def judge(
-    stable: Arm,
-    canary: Arm,
+    stable: Side,
+    canary: Side,
     slo: Slo | None,
     *,
     min_requests: int,
@@ -151,7 +151,7 @@ def _breaks_limit(name: str, limits: Percentiles | None, canary: Histogram, stab
     return None
 
 
-def _unseen_limit(slo: Slo, canary: Arm) -> str | None:
+def _unseen_limit(slo: Slo, canary: Side) -> str | None:
     for name, limits, histograms in (("TPOT", slo.tpot_ms, canary.tpot), ("TTFT", slo.ttft_ms, canary.ttft)):
         bounds = total(histograms.values()).over
         for percentile in _ALLOWED:
@@ -165,7 +165,7 @@ def _unseen_limit(slo: Slo, canary: Arm) -> str | None:
 class Means:
     """Mean TPOT of the canary over the stable side's at equal buckets: the estimate, and what it is at least.
 
-    `least` is minus infinity where the data cannot say (too few requests, or no known spread).
+    `least` is minus infinity where the data cannot say (too few requests).
     """
 
     ratio: float
@@ -190,9 +190,9 @@ def compare_means(canary: dict[str, Histogram], stable: dict[str, Histogram], co
     ratio, least = mean / before, -math.inf
     independent = 2 * sum(weights) / DESIGN_EFFECT  # of a side, where both are equally large
     spreads = [[h.variance_s2 for h in side] for side in sides]
-    if independent >= LEAST_INDEPENDENT and not any(spread is None for side in spreads for spread in side):
+    if independent >= LEAST_INDEPENDENT:
         variance = sum(
-            w * w * (spread or 0.0) * DESIGN_EFFECT / h.count / (whole * whole)
+            w * w * spread * DESIGN_EFFECT / h.count / (whole * whole)
             for side, spread_of, whole in zip(sides, spreads, (mean, before), strict=True)
             for w, h, spread in zip(weights, side, spread_of, strict=True)
         )
@@ -225,7 +225,7 @@ def _complete(answers: tuple[bool | None, ...] | None, wanted: int) -> bool:
     return answers is not None and len(answers) >= wanted and None not in answers
 
 
-def _summary(stable: Arm, canary: Arm, golden_prompts: int) -> str:
+def _summary(stable: Side, canary: Side, golden_prompts: int) -> str:
     parts = []
     here, there = total(canary.tpot.values()), total(stable.tpot.values())
     if here.count and there.count:

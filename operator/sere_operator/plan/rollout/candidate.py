@@ -170,7 +170,7 @@ def _await_canary(attempt: Attempt) -> Step:
 
 def _analyse(attempt: Attempt) -> Step:
     wanted, now, alone = attempt.wanted, attempt.now, bool(attempt.state["alone"])
-    turns = alone and not wanted.vouched
+    turns = alone and not wanted.by_hand
     # None: a pod does not answer, or not with one voice
     if any(pod.digest not in (None, wanted.digest, attempt.base.stable if turns else None) for pod in attempt.canaries):
         return attempt.back("the canary stopped running the policy while it was being compared")
@@ -187,13 +187,13 @@ def _analyse(attempt: Attempt) -> Step:
     attempt = replace(attempt, known=known)
     if stable is None or canary is None:
         return attempt.noting(countedSince=stamp(now)).step("counting requests from now on")
-    needed = 0 if wanted.vouched else attempt.spec.rollout.canary.min_requests
+    needed = 0 if wanted.by_hand else attempt.spec.rollout.canary.min_requests
     verdict = analysis.judge(
         stable, canary, attempt.spec.slo, min_requests=needed,
         golden_prompts=prompts, deadline_over=attempt.overdue, side_by_side=not alone,
         watched=now - seconds(attempt.state.get("countedSince")) >= WATCH_S,
     )  # fmt: skip
-    unsettled = wanted.vouched and attempt.in_stage_s < SETTLE_S and verdict.outcome is Outcome.PASSED
+    unsettled = wanted.by_hand and attempt.in_stage_s < SETTLE_S and verdict.outcome is Outcome.PASSED
     if verdict.outcome is Outcome.PENDING or unsettled:
         lacking = (canary.requests < needed, stable.requests < needed)
         mine = not turns or candidates_turn(now - seconds(attempt.state.get("countedSince")), *lacking)

@@ -1,6 +1,6 @@
 """What a rollout has seen so far: counters of both sides and golden answers, kept in `status.rollout.state`. Pure.
 
-Each side of the comparison is an `Arm`. Counters are remembered when a window opens and subtracted later, so that a
+Each side of the comparison is a `Side`. Counters are remembered when a window opens and subtracted later, so that a
 restarted operator goes on counting where it was.
 """
 
@@ -10,8 +10,11 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
+from sere_ext.contract.policy import Policy
+
+from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan import histogram
-from sere_operator.plan.rollout.analysis import Arm
+from sere_operator.plan.rollout.analysis import Side
 from sere_operator.plan.rollout.wanted import Wanted
 from sere_operator.plan.snapshot import Object, PodView, Snapshot
 
@@ -76,6 +79,18 @@ def metrics_needed(status: Object) -> bool:
     return (status.get("rollout") or {}).get("stage") == Stage.ANALYSING
 
 
+def slo_limits(spec: SereDeploymentSpec) -> frozenset[str]:
+    """The limits of the SLO as keys of `Histogram.over` (ms); other bounds are not needed and would swell the status."""
+    parts = (spec.slo.tpot_ms, spec.slo.ttft_ms) if spec.slo else ()
+    return frozenset(f"{limit:g}" for part in parts if part for limit in (part.p50, part.p95, part.p99) if limit is not None)
+
+
+def golden_concurrency(policy: Policy) -> int:
+    """Requests at a time that bring decode steps into the policy's largest-reaching bucket, at most 64."""
+    edges = [bucket.min_tokens for table in policy.tables() for bucket in table if bucket.kind.value != "exact"]
+    return min(64, max([8, *edges]))
+
+
 def _counters(pod: PodView, digest: str) -> Object | None:
     """A pod's histograms under one policy, packed by bucket."""
     if pod.metrics is None:
@@ -86,7 +101,7 @@ def _counters(pod: PodView, digest: str) -> Object | None:
     }
 
 
-def measured(known: Object, pods: list[PodView], digest: str, key: str = "start") -> tuple[Object, Arm | None]:
+def measured(known: Object, pods: list[PodView], digest: str, key: str = "start") -> tuple[Object, Side | None]:
     """What these pods did since the remembered start; the first look only remembers. A restarted pod starts anew."""
     start: Object | None = known["state"].get(key)
     if start is None:
@@ -105,12 +120,12 @@ def measured(known: Object, pods: list[PodView], digest: str, key: str = "start"
         if series[0] is not None and series[1] is not None:
             tpot.append(series[0])
             ttft.append(series[1])
-    return known, Arm(histogram.merged(tpot), histogram.merged(ttft))
+    return known, Side(histogram.merged(tpot), histogram.merged(ttft))
 
 
 def arms(
     snapshot: Snapshot, stable: str, candidate: str, known: Object, canaries: list[PodView]
-) -> tuple[Object, Arm | None, Arm | None]:
+) -> tuple[Object, Side | None, Side | None]:
     """Both sides. Where there are no other pods, the canary pods are both, in turns: histograms tell policies apart."""
     known, canary = measured(known, canaries, candidate)
     others = [pod for pod in snapshot.live_pods if pod.name not in known["canaryPods"] and pod.digest == stable]

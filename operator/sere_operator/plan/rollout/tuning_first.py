@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from sere_operator.api.conditions import ConditionType, Reason, find_condition, held_rollout
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan.objects import children
-from sere_operator.plan.objects import revision as engine
-from sere_operator.plan.rollout import wanted as routing
+from sere_operator.plan.objects.revision import changing, waiting
+from sere_operator.plan.objects.volume import EXACT
 from sere_operator.plan.rollout.step import seconds
-from sere_operator.plan.rollout.wanted import EXACT, Wanted
+from sere_operator.plan.rollout.wanted import Wanted, overridden, read_profile, tuning_job_name, tuning_job_of
 from sere_operator.plan.snapshot import Object, Snapshot
 
 DOWN_S = 600.0  # pods that answer nothing for so long serve nobody who could fall off the cliff
@@ -38,20 +38,20 @@ def held(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable: s
     5. it ended with anything else                                     hold until a person decides
     6. otherwise                                                       hold until it has ended
     """
-    if not spec.profile_required or not engine.changing(snapshot, spec):
+    if not spec.profile_required or not changing(snapshot, spec):
         return None
     # A profile that was deleted while its policy serves is no reason to let the pods go.
     tuned = stable != EXACT and (
         wanted.problem is Reason.PROFILE_MISSING or (wanted.profile is not None and wanted.problem is not Reason.POLICY_STALE)
     )
-    switched_off = routing.overridden(snapshot) and held_rollout(snapshot.status.get("conditions") or []) is None
+    switched_off = overridden(snapshot) and held_rollout(snapshot.status.get("conditions") or []) is None
     if not tuned or switched_off or not _serves(snapshot):
         return None
     if any(pod.ready and pod.digest == stable and children.made_of(pod.object, template) for pod in snapshot.live_pods):
         return None
-    more = engine.waiting(template, snapshot.children["Deployment"])
+    more = waiting(template, snapshot.children["Deployment"])
     too = f"; what else changes their pods waits too: {', '.join(more)}" if more else ""
-    status = (routing.tuning_job_of(snapshot, spec) or {}).get("status") or {}
+    status = (tuning_job_of(snapshot, spec) or {}).get("status") or {}
     complete = find_condition(status.get("conditions") or [], ConditionType.COMPLETE) or {}
     outcome = status.get("outcome")
     if outcome is None:
@@ -65,12 +65,12 @@ def held(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable: s
         return Hold(Reason.TUNING_FIRST, f"{message}; to replace them now, set rollout.requireProfile: false")
     why = str(complete.get("message") or outcome)
     if outcome == "Chosen":
-        profile = routing.read_profile(snapshot, status.get("profile"))
+        profile = read_profile(snapshot, status.get("profile"))
         if profile is not None and profile.evidence.certified:
             return None
         why = f"profile {status.get('profile')} is {'gone' if profile is None else 'advisory, not certified'}"
     message = f"the pods of the old model or engine serve on, since the new one has no certified profile: {why}"
-    again = f"delete SereTuningJob {routing.tuning_job_name(snapshot.name, spec)} to tune again"
+    again = f"delete SereTuningJob {tuning_job_name(snapshot.name, spec)} to tune again"
     way_out = (
         f"set rollout.requireProfile: false to go on with exact routing, change the limits, {again}, or take the change back"
     )

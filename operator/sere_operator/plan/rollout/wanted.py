@@ -13,11 +13,9 @@ from sere_ext.contract.profile import Profile, ProfileKey, ProfileSpec
 from sere_operator.api import meta
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
-from sere_operator.plan.objects import revision as engine
-from sere_operator.plan.objects.volume import PolicyEntry
+from sere_operator.plan.objects.revision import changing, replacing
+from sere_operator.plan.objects.volume import EXACT, PolicyEntry
 from sere_operator.plan.snapshot import Object, Similarity, Snapshot
-
-EXACT = "exact"
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,8 @@ class Wanted:
 
     profile      the SereProfile it comes from; None for Exact and Static
     problem      why it is exact (or held) although the spec asks for more
-    hold         keep whatever is stable: the answer is not known yet, or the wanted thing cannot be had
-    vouched      Static: the user answers for its accuracy, so no golden prompts are asked for
+    blocked      the policy in force is kept: the answer is not known yet, or the wanted policy cannot be had
+    by_hand      mode Static: the user answers for its accuracy, so no golden prompts are asked for
     """
 
     entry: PolicyEntry
@@ -37,15 +35,15 @@ class Wanted:
     profile: ProfileSpec | None = None
     problem: Reason | None = None
     message: str = ""
-    hold: bool = False
+    blocked: bool = False
 
     @property
-    def vouched(self) -> bool:
+    def by_hand(self) -> bool:
         return self.source is RoutingMode.STATIC
 
 
-def _exact(mode: RoutingMode, problem: Reason | None = None, message: str = "", *, hold: bool = False) -> Wanted:
-    return Wanted(PolicyEntry(EXACT_POLICY), EXACT, mode, problem=problem, message=message, hold=hold)
+def _exact(mode: RoutingMode, problem: Reason | None = None, message: str = "", *, blocked: bool = False) -> Wanted:
+    return Wanted(PolicyEntry(EXACT_POLICY), EXACT, mode, problem=problem, message=message, blocked=blocked)
 
 
 def overridden(snapshot: Snapshot) -> bool:
@@ -96,7 +94,7 @@ def wanted(snapshot: Snapshot, spec: SereDeploymentSpec) -> Wanted:
     found = snapshot.profiles.get(name)
     if found is None:
         message = f"profile {name} does not exist; apply it, or correct spec.routing.profileRef"
-        return _exact(routing.mode, Reason.PROFILE_MISSING, message, hold=True)
+        return _exact(routing.mode, Reason.PROFILE_MISSING, message, blocked=True)
     return _from_profile(snapshot, spec, name, found)
 
 
@@ -110,7 +108,7 @@ def profile_name(snapshot: Snapshot, spec: SereDeploymentSpec) -> str | None:
     if spec.routing.mode is not RoutingMode.TUNED:
         return None
     made, served = made_profile(snapshot, spec), (snapshot.status.get("policy") or {}).get("profile")
-    return served or made if engine.changing(snapshot, spec) else made or served
+    return served or made if changing(snapshot, spec) else made or served
 
 
 def made_profile(snapshot: Snapshot, spec: SereDeploymentSpec) -> str | None:
@@ -144,16 +142,16 @@ def _from_profile(snapshot: Snapshot, spec: SereDeploymentSpec, name: str, found
     try:
         profile = _parse(found)
     except ProfileError as error:
-        return _exact(mode, Reason.PROFILE_MISSING, f"profile {name} cannot be read: {error}", hold=True)
+        return _exact(mode, Reason.PROFILE_MISSING, f"profile {name} cannot be read: {error}", blocked=True)
     pinned = spec.routing.profile_ref.digest if spec.routing.profile_ref else None
     if pinned is not None and pinned != profile.digest:
         message = f"profile {name} has digest {profile.digest}, spec.routing.profileRef asks for {pinned}"
-        return _exact(mode, Reason.PROFILE_MISSING, message, hold=True)
+        return _exact(mode, Reason.PROFILE_MISSING, message, blocked=True)
     stale = stale_reason(snapshot, profile.key)
-    rolling = engine.replacing(snapshot)
+    rolling = replacing(snapshot)
     if stale is not None and rolling is not None:
         message = f"{stale}, but pods are being replaced ({rolling}); the policy in force stays until they are"
-        return Wanted(PolicyEntry(EXACT_POLICY), EXACT, mode, name, profile, Reason.POLICY_PENDING, message, hold=True)
+        return Wanted(PolicyEntry(EXACT_POLICY), EXACT, mode, name, profile, Reason.POLICY_PENDING, message, blocked=True)
     if stale is not None:
         message = f"{stale}; serving exact routing until the next tuning"
         return Wanted(PolicyEntry(EXACT_POLICY), EXACT, mode, name, profile, Reason.POLICY_STALE, message)
@@ -186,20 +184,27 @@ def _with_similarity(snapshot: Snapshot, spec: SereDeploymentSpec, chosen: Wante
     if found is None or not found.shards or found.digest is None:
         why = found.problem if found else f"{uri} cannot be read"
         message = f"policy {chosen.digest} re-routes by similarity, but {why}; the policy in force is kept"
-        return held(chosen, message)
+        return blocked(chosen, message)
     if expected is not None and found.digest != expected:
         message = f"policy {chosen.digest} was made with similarity {expected}, but {uri} holds {found.digest}"
-        return held(chosen, message)
+        return blocked(chosen, message)
     # The plug-in finds the artefact by the digest in the policy, so a policy that names none gets this one.
     policy = policy.model_copy(update={"similarity_digest": found.digest})
     entry = PolicyEntry(policy, chosen.entry.key, (found.digest, found.shards))
     return Wanted(entry, policy.digest, chosen.source, chosen.profile_name, chosen.profile)
 
 
-def held(chosen: Wanted, message: str) -> Wanted:
+def blocked(chosen: Wanted, message: str) -> Wanted:
     """The same, but not to be rolled out as things are."""
     return Wanted(
-        chosen.entry, chosen.digest, chosen.source, chosen.profile_name, chosen.profile, Reason.INVALID_SPEC, message, hold=True
+        chosen.entry,
+        chosen.digest,
+        chosen.source,
+        chosen.profile_name,
+        chosen.profile,
+        Reason.INVALID_SPEC,
+        message,
+        blocked=True,
     )
 
 

@@ -9,6 +9,7 @@ from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan import status
 from sere_operator.plan.objects import children, drift
 from sere_operator.plan.objects.children import Defaults
+from sere_operator.plan.patch import merge_patch, without_none
 from sere_operator.plan.rollout.step import stamp
 from sere_operator.plan.snapshot import Event, Object, Plan, TuningSnapshot
 from sere_operator.plan.tuning.objects import build, result_name, result_names, run_name
@@ -30,7 +31,7 @@ def decide_tuning(snapshot: TuningSnapshot, defaults: Defaults) -> Plan:
         judgement = (False, Reason.INVALID_SPEC, str(error))
         conditions = status.with_condition(snapshot, conditions, ConditionType.COMPLETE, judgement)
         new = {**snapshot.status, "observedGeneration": snapshot.generation, "conditions": conditions}
-        return Plan(status=status.merge_patch(new, snapshot.status), requeue_after=POLL_S)
+        return Plan(status=merge_patch(new, snapshot.status), requeue_after=POLL_S)
     plan = Plan(requeue_after=POLL_S)
     if snapshot.status.get("outcome"):
         return plan
@@ -102,7 +103,7 @@ def _report(snapshot: TuningSnapshot, spec: SereTuningJobSpec, result: Result, p
     job_status = (snapshot.child("Job", run_name(snapshot.name)) or {}).get("status") or {}
     # A run that fails may tell no counters; what was counted before stays true.
     trials = {**(snapshot.status.get("trials") or {}), **result.trials}
-    new = status.without_none({
+    new = without_none({
         "observedGeneration": snapshot.generation,
         "conditions": conditions,
         "trials": trials or None,
@@ -115,7 +116,7 @@ def _report(snapshot: TuningSnapshot, spec: SereTuningJobSpec, result: Result, p
         "profile": result.profile,
         **result.told,
     })  # fmt: skip
-    plan.status = status.merge_patch(new, snapshot.status)
+    plan.status = merge_patch(new, snapshot.status)
     if result.reason in (Reason.TUNING_BLOCKED, Reason.INVALID_SPEC) and before != result.reason:
         plan.events.append(Event("Warning", result.reason.value, result.message))
     if done:

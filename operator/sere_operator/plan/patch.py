@@ -1,0 +1,28 @@
+"""JSON merge patches (RFC 7386) of a status. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Object = dict[str, Any]
+
+
+def without_none(value: Any) -> Any:
+    """`value` without the keys, at any depth, whose value is None. Tuples become lists."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def merge_patch(wanted: Object, live: Object) -> Object | None:
+    """The merge patch that turns `live` into `wanted`; None where the two are equal."""
+    patch: Object = {}
+    for key in {*wanted, *live}:
+        new, old = wanted.get(key), live.get(key)
+        if new == old:
+            continue
+        if isinstance(new, dict) and isinstance(old, dict):
+            patch[key] = merge_patch(new, old) or {}
+        else:
+            patch[key] = new
+    return patch or None
