@@ -11,13 +11,14 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from ground import ROOT, machine
 from sere_ext.calibration.moments import make_moments
-from tune import ROOT, machine
 
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
+sys.path.insert(0, str(ROOT / "tests" / "kit"))
 import pairwise
 
 EXPERTS, CHUNK = 64, 256
@@ -39,7 +40,7 @@ def measure(repeats: int = 3) -> dict[str, Any]:
                 total.add(outputs[:, start : start + CHUNK], (start // CHUNK) % 2)
             return torch.from_numpy(total.matrix())
 
-        plain_s, _ = best_s(lambda m=loops, o=outputs: pairwise.LOOPS[m](o), repeats)
+        plain_s, _ = best_s(partial(pairwise.LOOPS[loops], outputs), repeats)
         running_s, matrix = best_s(ours, repeats)
         exact = pairwise.METRICS[metric](outputs.double())
         found["metrics"][loops] = {

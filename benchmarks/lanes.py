@@ -26,8 +26,6 @@ import tokenizer  # noqa: E402
 from reference import Cache, Reference  # noqa: E402
 from tasks import Item  # noqa: E402
 
-LONGEST_ANSWER = 16  # tokens after which an answer is cut off
-CAPACITY = 32  # tokens of the longest prompt and answer
 LANES = 512
 
 # (layer, router logits [L, E]) -> weight of every expert [L, E], 0 where a token does not use it
@@ -47,7 +45,7 @@ class Lanes(Reference):
         weights, ids = logits.softmax(-1).topk(self.top_k, -1)
         return (weights / weights.sum(-1, keepdim=True) if self.config["norm_topk_prob"] else weights), ids
 
-    def moe(self, layer: int, x: Tensor, route: Mix) -> Tensor:  # type: ignore[override]
+    def moe(self, layer: int, x: Tensor, route: Mix) -> Tensor:
         mix = route(layer, functional.linear(x, self.weights[f"model.layers.{layer}.mlp.gate.weight"]))
         return self.mixed(layer, x, mix)
 
@@ -57,21 +55,23 @@ class Prompted:
     """Items whose prompts were computed under exact routing."""
 
     items: list[Item]
-    cache: Cache  # one row per item
+    cache: Cache  # one row per item, with room for the longest prompt and the longest answer
     first: Tensor  # int64 [items]: first token of the answer
     position: Tensor  # int64 [items]: its place
+    longest: int  # tokens after which an answer is cut off: those of the longest right one and its end
 
 
 def prompted(model: Lanes, items: list[Item]) -> Prompted:
     """Compute all prompts; equal lengths together, so that nothing is padding."""
-    cache = model.cache(len(items), CAPACITY)
+    longest = max(len(item.answer) for item in items) + 1
+    cache = model.cache(len(items), max(len(item.prompt) for item in items) + longest)
     first, position = torch.zeros(len(items), dtype=torch.int64), torch.tensor([len(item.prompt) for item in items])
     for length in sorted(set(position.tolist())):
         for rows in (position == length).nonzero().flatten().split(LANES):
             ids = torch.tensor([[tokenizer.IDS[c] for c in items[row].prompt] for row in rows.tolist()])
-            logits = model.forward(ids, torch.arange(length).expand(len(rows), -1), cache, rows, model.exact)  # type: ignore[arg-type]
+            logits = model.forward(ids, torch.arange(length).expand(len(rows), -1), cache, rows, model.exact)
             first[rows] = logits[:, -1].argmax(-1)
-    return Prompted(items, cache, first, position)
+    return Prompted(items, cache, first, position, longest)
 
 
 def answers(model: Lanes, asked: Prompted, route: Mix, *, refill: bool = True, batch: int = LANES) -> list[str]:
@@ -83,8 +83,8 @@ def answers(model: Lanes, asked: Prompted, route: Mix, *, refill: bool = True, b
             give NaN logits to `route`.
     """
     lanes = min(LANES, -(-len(asked.items) // batch) * batch)
-    cache = model.cache(lanes, CAPACITY)
-    tokens = torch.full((len(asked.items), LONGEST_ANSWER), tokenizer.EOS_ID)
+    cache = model.cache(lanes, asked.cache.keys.shape[3])
+    tokens = torch.full((len(asked.items), asked.longest), tokenizer.EOS_ID)
     tokens[:, 0] = asked.first
     length = torch.ones(len(asked.items), dtype=torch.int64)
     owner = torch.full((lanes,), -1)  # item of each lane
@@ -111,14 +111,14 @@ def answers(model: Lanes, asked: Prompted, route: Mix, *, refill: bool = True, b
             cache.keys[:, free], cache.values[:, free] = asked.cache.keys[:, item], asked.cache.values[:, item]
             last[free], position[free] = asked.first[item], asked.position[item]
             # Items that are not counted have an answer of their own length: it is kept apart.
-        logits = model.forward(last[:, None], position[:, None], cache, everywhere, masked)  # type: ignore[arg-type]
+        logits = model.forward(last[:, None], position[:, None], cache, everywhere, masked)
         last = logits[:, 0].argmax(-1)
         position = position + 1
         live = owner >= 0
         mine = (live & counted).nonzero().flatten()
         tokens[owner[mine], length[owner[mine]]] = last[mine]
         length[owner[mine]] += 1
-        over = live & ((last == tokenizer.EOS_ID) | (position - asked.position[owner.clamp(min=0)] >= LONGEST_ANSWER - 1))
+        over = live & ((last == tokenizer.EOS_ID) | (position - asked.position[owner.clamp(min=0)] >= asked.longest - 1))
         open_items -= int((over & counted).sum())
         owner[over] = -1
         position[over] = 0

@@ -1,9 +1,9 @@
 """`make bench-policies`: accuracy against active experts of every kind of policy, on the small trained model. Writes JSON.
 
-    python benchmarks/policies.py [--items N] [--seed N] [--batch N ...] [--out FILE]
+    python benchmarks/policies.py [--model DIR] [--items N] [--seed N] [--batch N ...] [--out FILE]
 
-Every cell decodes the same items in full batches of 1, 4, 16 or 64 sequences (`lanes.py`) under one policy (`dense.py`); prompts
-are routed exactly. Drops are paired with exact routing at the same batch size: the two-sided 95 %
+Every cell decodes the same items in full batches of 1, 4, 16 or 64 sequences (`lanes.py`) under one policy, which the plug-in's
+CPU kernel applies (`rerouted.py`); prompts are routed exactly. Drops are paired with exact routing at the same batch size: the two-sided 95 %
 score interval for a difference of paired proportions (T. Tango, Statistics in Medicine 17 (1998) 891), items taken as independent.
 One cell is decoded by vLLM as well, waves of requests at a time, and both must give the same answers.
 """
@@ -22,15 +22,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import dense
 import torch
-from lanes import ROOT, Lanes, Prompted, answers, prompted
+from ground import ROOT, calibrated, machine, models
+from lanes import Lanes, Prompted, answers, prompted
+from rerouted import Rerouted, describe, grid
 from sere_ext.similarity.file import read_similarity
-from tasks import Item, items
+from tasks import Item
 from torch import Tensor
-from tune import machine, make_items, run
 
-MODEL = ROOT / "tests" / "assets" / "tiny_moe"
 FOLDER = ROOT / "build" / "bench-policies"
 RESULT = ROOT / "benchmarks" / "results" / "policies.json"
 BATCHES = (1, 4, 16, 64)
@@ -40,49 +39,11 @@ EQUAL_ACTIVE = 1.02  # policies within 2 % of active experts count as equally fa
 # Where the engine must agree: one wave of requests at a time, so that both know which tokens share a step.
 ENGINE_BATCH, ENGINE_ITEMS = 16, 512
 ENGINE_BUCKET: dict[str, Any] = {"kind": "sere", "S": 1}
-
-
-def grid(most: int = 64) -> list[dict[str, Any]]:
-    """Every policy of the table, as buckets without edges; exact first. Budgets from `most` experts on limit nothing."""
-    rhos = (0.3, 0.4, 0.5)
-    found: list[dict[str, Any]] = [{"kind": "exact"}]
-    found += [{"kind": "sere", "S": S, "rho": rho} for S in (1, 2, 3) for rho in (0.0, *rhos)]
-    found += [{"kind": kind, "S": S} for kind in ("topk", "oea") for S in (1, 2, 3)]
-    found += [{"kind": "budget", "maxExperts": N} for N in (2, 3, 4, 5, 6, 8, 10, 12)]
-    found += [{"kind": "hybrid", "S": S, "rho": rho} for S in (1, 2) for rho in rhos]
-    found += [{"kind": "hybrid", "S": 1, "rho": rho, "maxExperts": N} for N in (4, 6, 8, 10) for rho in (0.3, 0.5, 1.0)]
-    found += [{"kind": kind, "S": 2, "minShare": share} for kind in ("sere", "oea") for share in (0.5, 0.7)]
-    found += [{"kind": "hybrid", "S": 2, "minShare": share, "rho": 0.6} for share in (0.5, 0.7)]
-    return [bucket for bucket in found if bucket.get("maxExperts", 0) < most]
-
-
-class Policied:
-    """One bucket of a policy as a `lanes.Mix` for batches of `batch` sequences; counts active experts and slots."""
-
-    def __init__(self, model: Lanes, similarity: Tensor, bucket: dict[str, Any], batch: int) -> None:
-        self.model, self.similarity, self.bucket, self.batch = model, similarity, bucket, batch
-        self.before, self.after, self.slots, self.calls = 0.0, 0.0, 0.0, 0
-
-    def __call__(self, layer: int, logits: Tensor) -> Tensor:
-        grouped = (-1, self.batch, logits.shape[1])
-        mix = self.model.exact(layer, logits).nan_to_num(0.0).view(grouped)  # idle lanes use no expert
-        new = dense.reroute(self.bucket, mix, logits.softmax(-1).view(grouped), self.similarity[layer], self.model.top_k)
-        self.before += _active(mix)
-        self.after += _active(new)
-        self.slots += float((new != 0).sum() / len(logits))
-        self.calls += 1
-        return new.reshape(logits.shape)
-
-
-def _active(mix: Tensor) -> float:
-    """Mean distinct experts of a batch."""
-    return float((mix != 0).any(1).sum(1).double().mean())
-
-
-def describe(bucket: dict[str, Any]) -> str:
-    """As people read it."""
-    named = {"S": "S={}", "minShare": "share={:.2f}", "rho": "rho={:.2f}", "maxExperts": "N={}"}
-    return " ".join([bucket["kind"], *(named[key].format(value) for key, value in bucket.items() if key in named)])
+# By model: what `rerouted.grid` is asked for.
+GRIDS: dict[str, dict[str, Any]] = {
+    "tiny_moe": {"slots": (1, 2, 3), "rhos": (0.3, 0.5), "budgets": (2, 3, 4, 5, 6, 8, 10, 12)},
+    "rows_moe": {"slots": (1, 2, 3, 4), "rhos": (0.3, 0.5), "budgets": (8, 12, 16, 20, 24, 28, 32)},
+}
 
 
 @dataclass
@@ -141,7 +102,7 @@ def measure(
             print(f"batch {batch:2d}: out of time before {describe(bucket)}", file=sys.stderr)
             break
         policy, began = describe(bucket), time.monotonic()
-        route = Policied(model, similarity, bucket, batch)
+        route = Rerouted(model, similarity, bucket, batch)
         texts = answers(model, asked, route)
         exact = exact or texts
         right = [text == item.answer for text, item in zip(texts, asked.items, strict=True)]
@@ -151,8 +112,7 @@ def measure(
             "batch": batch, "policy": policy, **bucket, "correctPercent": 100 * sum(right) / len(right),
             "dropPoints": drop, "dropLow": low, "dropHigh": high,
             "differPercent": 100 * sum(a != b for a, b in zip(texts, exact, strict=True)) / len(texts),
-            "activeBefore": route.before / route.calls, "active": route.after / route.calls,
-            "slots": route.slots / route.calls, "seconds": time.monotonic() - began,
+            **route.counts(), "seconds": time.monotonic() - began,
         }  # fmt: skip
         cells.append(cell)
         print(f"batch {batch:2d}  {policy:26s} {drop:7.3f} [{low:.3f}, {high:.3f}]  {cell.row['active']:.2f}", file=sys.stderr)
@@ -188,17 +148,17 @@ def duels(cells: list[Cell], kind: str) -> list[dict[str, Any]]:
     return found
 
 
-def in_engine(similarity: Path, asked: list[Item]) -> list[str]:
+def in_engine(directory: Path, similarity: Path, asked: list[Item], longest: int) -> list[str]:
     """Answers of vLLM in waves of ENGINE_BATCH under ENGINE_BUCKET; a wave's prompts are outside the bucket, so exact."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all requests of a wave are there before its first step
     from vllm import LLM, SamplingParams
 
     ours = {"similarity": str(similarity), "policy": {"buckets": [{"minTokens": 1, "maxTokens": ENGINE_BATCH, **ENGINE_BUCKET}]}}
     engine = LLM(
-        model=str(MODEL), dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=ENGINE_BATCH,
+        model=str(directory), dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=ENGINE_BATCH,
         enable_prefix_caching=False, additional_config={"sere": ours},
     )  # fmt: skip
-    greedy = SamplingParams(temperature=0, max_tokens=16)
+    greedy = SamplingParams(temperature=0, max_tokens=longest)
     texts: list[str] = []
     for start in range(0, len(asked), ENGINE_BATCH):
         wave = [item.prompt for item in asked[start : start + ENGINE_BATCH]]
@@ -206,12 +166,14 @@ def in_engine(similarity: Path, asked: list[Item]) -> list[str]:
     return texts
 
 
-def engine_check(model: Lanes, similarity: Path, matrices: Tensor, seed: int) -> dict[str, Any]:
+def engine_check(recipe: models.Recipe, directory: Path, similarity: Path, seed: int) -> dict[str, Any]:
     """The same waves in both; how many answers are equal."""
-    asked = items("eval", ENGINE_ITEMS, seed)
-    route = Policied(model, matrices, ENGINE_BUCKET, ENGINE_BATCH)
-    mine = answers(model, prompted(model, asked), route, refill=False, batch=ENGINE_BATCH)
-    theirs = in_engine(similarity, asked)
+    asked = recipe.tasks.items("eval", ENGINE_ITEMS, seed)
+    model = Lanes(directory)
+    started = prompted(model, asked)
+    route = Rerouted(model, load(similarity), ENGINE_BUCKET, ENGINE_BATCH)
+    mine = answers(model, started, route, refill=False, batch=ENGINE_BATCH)
+    theirs = in_engine(directory, similarity, asked, started.longest)
     right = [sum(t == item.answer for t, item in zip(texts, asked, strict=True)) for texts in (mine, theirs)]
     equal = sum(a == b for a, b in zip(mine, theirs, strict=True))
     return {
@@ -225,39 +187,41 @@ def load(similarity: Path) -> Tensor:
     return torch.stack([torch.from_numpy(matrix) for _, matrix in sorted(read_similarity(similarity).matrices.items())])
 
 
-def table(similarity: Path, count: int, seed: int, batch: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def table(
+    directory: Path, similarity: Path, count: int, seed: int, batch: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows and duels of one batch size, in a process of its own."""
     torch.set_num_threads(1)
-    model = Lanes(MODEL)
-    asked = prompted(model, items("eval", count, seed))
-    cells = measure(model, asked, load(similarity), batch, grid(batch * model.top_k))
+    recipe, model = models.of(directory), Lanes(directory)
+    asked = prompted(model, recipe.tasks.items("eval", count, seed))
+    buckets = grid(**GRIDS[recipe.name], most=min(model.experts, batch * model.top_k))
+    cells = measure(model, asked, load(similarity), batch, buckets)
     mark_front(cells)
     return [cell.row for cell in cells], duels(cells, "hybrid")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--items", type=int, default=4000)
+    parser.add_argument("--model", type=Path, default=models.ROWS_MOE.directory)
+    parser.add_argument("--items", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--skip-engine", action="store_true")
     args = parser.parse_args()
     began = time.monotonic()
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    calibration, similarity = FOLDER / "calib.jsonl", FOLDER / "similarity.safetensors"
-    make_items(calibration, "calibration", 600, seed=0)
-    run(sys.executable, "-m", "sere_ext.cli.main", "calibrate", MODEL, "--data", calibration, "--out", similarity)
+    recipe, directory = models.of(args.model), args.model.resolve()
+    similarity = calibrated(recipe, directory, FOLDER / directory.name)
     # Two processes of one thread each: torch's own threads gain little on tensors this small.
-    jobs = [(similarity, args.items, args.seed, batch) for batch in sorted(args.batch, reverse=True)]
+    jobs = [(directory, similarity, args.items, args.seed, batch) for batch in sorted(args.batch, reverse=True)]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         tables = dict(zip(sorted(args.batch, reverse=True), pool.map(table, *zip(*jobs, strict=True)), strict=True))
     rows = [row for batch in args.batch for row in tables[batch][0]]
     fights = [fight for batch in args.batch for fight in tables[batch][1]]
-    model, matrices = Lanes(MODEL), load(similarity)
-    check = None if args.skip_engine else engine_check(model, similarity, matrices, args.seed)
+    check = None if args.skip_engine else engine_check(recipe, directory, similarity, args.seed)
     result = {
-        "machine": machine(), "items": args.items, "seed": args.seed, "experts": model.experts, "topK": model.top_k,
+        "machine": machine(), "model": recipe.name, "items": args.items, "seed": args.seed, "experts": recipe.experts,
+        "topK": recipe.top_k,
         "engineCheck": check, "rows": rows, "hybridDuels": fights, "seconds": time.monotonic() - began,
     }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)

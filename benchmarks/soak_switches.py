@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tune import ROOT, machine
+from ground import ROOT, machine
 
 sys.path.insert(0, str(ROOT / "tests" / "kit"))
 from sere_ext.calibration.run import calibrate

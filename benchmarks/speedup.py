@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from tune import ROOT, machine, prepare
+from ground import ROOT, machine, sere, tuner_flags
 
 BUCKET = {"minTokens": 8, "maxTokens": 128, "kind": "topk"}
 POLICY = {
@@ -33,25 +31,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench-tune")
     args = parser.parse_args()
     folder = args.folder.resolve()
-    prepare(folder, None)
+    flags = {
+        **tuner_flags(folder, "speedup", limit_points=1), "--search-device-hours": 1, "--certify-pairs": args.pairs,
+        "--certify-block-seconds": 10, "--certify-items": args.items,
+    }  # fmt: skip
     policy = args.policy or folder / "policy.json"
     if not args.policy:
         policy.write_text(json.dumps(POLICY))
-    flags = {
-        "--model": folder / "model", "--similarity": folder / "similarity.safetensors", "--out": folder / "speedup",
-        "--engine-max-model-len": 128, "--engine-extra-args": '["--dtype","float32","--enforce-eager","--max-num-seqs","16"]',
-        "--workload-load-concurrency": "[16]", "--slo-tpot-ms-p95": 1000,
-        "--accuracy-tasks": f"[{{file: '{folder / 'items.jsonl'}', maxTokens: 24}}]", "--accuracy-max-drop-points": 1,
-        "--search-device-hours": 1, "--certify-pairs": args.pairs, "--certify-block-seconds": 10, "--certify-items": args.items,
-    }  # fmt: skip
-    command = [sys.executable, "-m", "sere_ext.cli.main", "certify", policy, "--fresh", "--json"]
-    for flag, value in flags.items():
-        command += [flag, value]
-    (folder / "sere-ledger.json").unlink(missing_ok=True)  # a benchmark's items are not evidence for anybody
-    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=False)
+    sere(["certify", policy], flags)
     profile = folder / "speedup" / "profile.json"
-    if done.returncode:
-        raise SystemExit(done.returncode)
     evidence = json.loads(profile.read_text())["spec"]["evidence"]
     print(json.dumps({"machine": machine(), "policy": json.loads(policy.read_text()), "evidence": evidence}, indent=2))
 

@@ -15,12 +15,11 @@ import json
 import math
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tune import MAKE, ROOT, machine, run
+from ground import ROOT, ROWS_MOE, machine, widened
 
 CONCURRENCY, TOKENS = 16, 64
 
@@ -146,9 +145,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--block-seconds", type=float, default=5)
     args = parser.parse_args()
-    model = ROOT / "build" / "bench-tune" / "model"
-    if not (model / "model.safetensors").exists():
-        run(sys.executable, MAKE / "widen.py", ROOT / "tests" / "assets" / "tiny_moe", model)
+    model, _ = widened(ROWS_MOE, ROOT / "build" / "bench-tune")
     result = asyncio.run(measure(model, args.pairs, args.block_seconds))
     print(json.dumps({"machine": machine(), "concurrency": CONCURRENCY, **result}, indent=2))
 

@@ -20,10 +20,11 @@ sys.path.insert(0, str(ROOT / "tests" / "assets" / "make"))
 
 import tokenizer
 import train
-from lanes import CAPACITY, Lanes
-from tasks import stream
+from lanes import Lanes
+from short_tasks import SHORT
 
 SEED = 20260217
+BATCH, POOL = 192, 4  # items per step; batches that are sorted by length together
 CHUNK_BYTES = 1 << 30  # of what all experts make of one chunk of tokens
 
 
@@ -130,14 +131,12 @@ class Moe(Lanes):
         """
         import random
 
-        source = train.batches(stream("train", SEED), random.Random(SEED))
+        source = train.batches(SHORT.stream("train", SEED), random.Random(SEED), BATCH, POOL)
         steppers = train.optimisers(self)  # type: ignore[arg-type]
-        base = [group["lr"] for stepper in steppers for group in stepper.param_groups]
         began, step, total, loss = time.monotonic(), 0, 100_000, torch.zeros(())
         spent = done = 0.0
         while done < 1:
-            for stepper, full in zip(steppers, base, strict=True):
-                stepper.param_groups[0]["lr"] = full * min((step + 1) / 50, train.rate(max(50, int(done * total)), total))
+            train.scale_rates(steppers, min((step + 1) / 50, train.rate(max(50, int(done * total)), total)))
             ids, labels = (tensor.to(self.device) for tensor in train.encode(next(source)))
             with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
                 logits, routers = self.teach(ids)
@@ -155,7 +154,7 @@ class Moe(Lanes):
             spent = time.monotonic() - began
             done = min(spent / seconds, step / least_steps)
         self.weights = {name: weight.detach() for name, weight in self.weights.items()}
-        return {"steps": step, "items": step * train.BATCH, "trainSeconds": spent, "loss": loss.item()}
+        return {"steps": step, "items": step * BATCH, "trainSeconds": spent, "loss": loss.item()}
 
     def similarity(self, prompts: list[str]) -> Tensor:
         """[layers, E, E] by the default metric, from what all experts make of these prompts' tokens."""
@@ -170,5 +169,5 @@ class Moe(Lanes):
 
             positions = torch.arange(ids.shape[1], device=self.device)[None]
             rows = torch.zeros(1, dtype=torch.int64, device=self.device)
-            self.forward(ids, positions, self.cache(1, CAPACITY), rows, self.exact, spy)  # type: ignore[arg-type]
+            self.forward(ids, positions, self.cache(1, ids.shape[1]), rows, self.exact, spy)  # type: ignore[arg-type]
         return torch.stack([torch.from_numpy(sum_.matrix()) for sum_ in sums]).to(self.device)

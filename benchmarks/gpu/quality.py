@@ -75,7 +75,7 @@ def main() -> None:
     import moe
     import policies
     from lanes import prompted
-    from tasks import items
+    from short_tasks import SHORT
 
     model = moe.Moe(moe.config(**SIZES[args.size]), device)
     report.say(f"{model.parameters() / 1e6:.1f} million parameters, {model.experts} experts, on {device}")
@@ -84,10 +84,10 @@ def main() -> None:
     report.keep(
         parameters=model.parameters(), experts=model.experts, topK=model.top_k, items=args.items, seed=SEED, training=trained
     )
-    torch.set_default_device(device)  # what lanes.py and dense.py make anew stands beside the weights
+    torch.set_default_device(device)  # what lanes.py makes anew stands beside the weights
     with torch.no_grad():
-        similarity = model.similarity([item.prompt + item.answer for item in items("calibration", CALIBRATION, 0)])
-        asked = prompted(model, items("eval", args.items, SEED))
+        similarity = model.similarity([item.prompt + item.answer for item in SHORT.items("calibration", CALIBRATION, 0)])
+        asked = prompted(model, SHORT.items("eval", args.items, SEED))
         rows: list[dict[str, Any]] = []
         # The larger batches first: they are what is served.
         for batch in sorted(args.batch, reverse=True):

@@ -23,7 +23,7 @@ for _folder in (ROOT, ROOT / "benchmarks", ROOT / "sere_ext", ROOT / "autotune")
     if str(_folder) not in sys.path:  # the tree as it stands, installed or not
         sys.path.append(str(_folder))
 
-from tune import machine  # noqa: E402
+from ground import machine  # noqa: E402
 
 # SERE_BENCH_OUT: the folder that comes back from a machine on which nothing else is kept.
 RESULTS = Path(os.environ.get("SERE_BENCH_OUT") or ROOT / "docs" / "benchmarks" / "results")

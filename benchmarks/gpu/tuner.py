@@ -155,14 +155,14 @@ def main() -> None:
     args = parser.parse_args()
     report = Report("tuner", args.out)
     import torch
-    from ext import widened
-    from tune import make_items
+    from ground import make_items, widened
+    from models import TINY
 
     gpu, folder = torch.cuda.is_available(), args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    model, similarity = widened(folder, args.factor)
+    model, similarity = widened(TINY, folder, args.factor)
     if not (folder / "items.jsonl").exists():
-        make_items(folder / "items.jsonl", "eval", 10_000, seed=7)
+        make_items(TINY, folder / "items.jsonl", "eval", 10_000, seed=7)
     report.keep(factor=args.factor, trained=True, concurrency=CONCURRENCY)
     given, until_s = (folder, model, similarity), args.time_limit
 

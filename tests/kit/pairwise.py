@@ -5,6 +5,8 @@ arXiv 2602.07616 and its repository's calibration; linear CKA as in Kornblith et
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -35,7 +37,7 @@ def kernel_cka(outputs: torch.Tensor) -> torch.Tensor:
     return _pairs(outputs, kernel, 1.0)
 
 
-def _pairs(outputs: torch.Tensor, measure, diagonal: float) -> torch.Tensor:
+def _pairs(outputs: torch.Tensor, measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], diagonal: float) -> torch.Tensor:
     experts = outputs.shape[0]
     found = torch.full((experts, experts), diagonal, dtype=outputs.dtype)
     for i in range(experts):

@@ -1,4 +1,4 @@
-"""Write items as JSONL: ``python tests/assets/make/items.py --split eval --count 8000 --seed 1 --out items.jsonl``.
+"""Write items as JSONL: ``python tests/assets/make/items.py --model rows_moe --split eval --count 8000 --out items.jsonl``.
 
 One object per line, ``{"prompt": ..., "answer": ..., "task": ...}``. Any number from 1 on; the same arguments give the same
 bytes, a larger count the same beginning, and no split ever shares a prompt with another.
@@ -11,23 +11,25 @@ import json
 import sys
 from pathlib import Path
 
-from tasks import BUCKETS, items
+from models import RECIPES, Recipe
+from tasks import BUCKETS, Split
 
 
-def lines(split: str, count: int, seed: int) -> str:
-    """The JSONL text."""
-    return "".join(json.dumps(item.as_dict()) + "\n" for item in items(split, count, seed))  # type: ignore[arg-type]
+def lines(recipe: Recipe, split: Split, count: int, seed: int) -> str:
+    """The JSONL text of ``count`` items of the model's tasks."""
+    return "".join(json.dumps(item.as_dict()) + "\n" for item in recipe.tasks.items(split, count, seed))
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=sorted(RECIPES), default="tiny_moe", help="whose tasks")
     parser.add_argument("--split", choices=sorted(BUCKETS), required=True)
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="file to write; standard output when not given")
     given = parser.parse_args()
-    text = lines(given.split, given.count, given.seed)
+    text = lines(RECIPES[given.model], given.split, given.count, given.seed)
     if given.out:
         given.out.write_text(text)
     else:

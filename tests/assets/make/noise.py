@@ -15,18 +15,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tasks import Item, items
+import models
+from tasks import Item
 
-MODEL = Path(__file__).resolve().parent.parent / "tiny_moe"
 CONCURRENCY = 16
 DECODE_STEPS = 64
 
 
-def ask(engine: Any, asked: list[Item], order: list[int], width: int | None) -> tuple[list[str], float]:
-    """Answers in item order, and the seconds it took; ``width`` sends that many at a time, None leaves it to the engine."""
+def ask(engine: Any, asked: list[Item], order: list[int], width: int | None, longest: int) -> tuple[list[str], float]:
+    """Answers in item order, and the seconds it took.
+
+    Args:
+        width: requests that are sent at a time; None sends all and leaves it to the engine.
+        longest: tokens after which an answer is cut off.
+    """
     from vllm import SamplingParams
 
-    greedy = SamplingParams(temperature=0, max_tokens=16)
+    greedy = SamplingParams(temperature=0, max_tokens=longest)
     texts = [""] * len(asked)
     width = width or len(order)
     started = time.monotonic()
@@ -68,12 +73,13 @@ def measure(directory: Path, count: int, seed: int) -> dict[str, object]:
         max_num_seqs=CONCURRENCY,
         enable_prefix_caching=False,
     )
-    asked = items("eval", count, seed)
+    recipe = models.of(directory)
+    asked = recipe.tasks.items("eval", count, seed)
     forward = list(range(count))
     shuffled = random.Random(0).sample(forward, count)
-    first, seconds = ask(engine, asked, forward, None)
-    second, _ = ask(engine, asked, shuffled, None)
-    narrow, _ = ask(engine, asked, shuffled, 4)
+    first, seconds = ask(engine, asked, forward, None, recipe.longest_answer)
+    second, _ = ask(engine, asked, shuffled, None, recipe.longest_answer)
+    narrow, _ = ask(engine, asked, shuffled, 4, recipe.longest_answer)
 
     def differing(a: list[str], b: list[str]) -> int:
         return sum(x != y for x, y in zip(a, b, strict=True))
@@ -92,7 +98,7 @@ def measure(directory: Path, count: int, seed: int) -> dict[str, object]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--model", type=Path, default=models.ROWS_MOE.directory)
     parser.add_argument("--items", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="also write the answers, one JSON string per line")

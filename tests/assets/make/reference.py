@@ -81,12 +81,10 @@ class Reference:
 
     def mixed(self, layer: int, x: Tensor, mix: Tensor) -> Tensor:
         """Sum of the experts' outputs over [tokens, H], weighted by ``mix`` [tokens, E]; an expert runs on its own rows alone."""
-        out = torch.zeros_like(x)
-        for expert in range(self.experts):
-            rows = mix[:, expert].nonzero().flatten()
-            if len(rows):
-                out.index_add_(0, rows, mix[rows, expert, None] * self.expert(layer, expert, x[rows]))
-        return out
+        experts, tokens = mix.T.nonzero(as_tuple=True)  # sorted by expert
+        rows = x[tokens].split(torch.bincount(experts, minlength=self.experts).tolist())
+        made = torch.cat([self.expert(layer, expert, own) for expert, own in enumerate(rows) if len(own)])
+        return torch.zeros_like(x).index_add(0, tokens, mix[tokens, experts, None] * made)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotary embedding of [R, heads, T, head] at ``positions`` [R, T]."""
@@ -94,7 +92,7 @@ class Reference:
         left, right = x.chunk(2, -1)
         return x * angles.cos() + torch.cat([-right, left], -1) * angles.sin()
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def forward(
         self,
         ids: Tensor,

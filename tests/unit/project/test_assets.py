@@ -1,4 +1,4 @@
-"""The small model under tests/assets: its items, its weights, its widened form."""
+"""The small models under tests/assets: their items, weights, routing and widened form."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
-MODEL = ASSETS / "tiny_moe"
 sys.path.insert(0, str(ASSETS / "make"))  # scripts, run by path; not a package
 
-import tasks  # noqa: E402
+import models  # noqa: E402
+from models import ROWS_MOE, TINY, Recipe  # noqa: E402
+from row_tasks import ROWS  # noqa: E402
+from short_tasks import SHORT  # noqa: E402
+from tasks import Split, TaskSet  # noqa: E402
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -21,61 +25,80 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 LIMIT_BYTES = 8_000_000
 LOGIT_TOLERANCE = 2e-4  # float32 rounding through four layers
+RECIPES = [TINY]
+TASKS = {"short": SHORT, "rows": ROWS}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _two_threads():
+def _one_thread():
     """Small matrices: more threads only wait for one another."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return transformers.Qwen3MoeForCausalLM.from_pretrained(MODEL)
+@pytest.fixture(scope="module", params=RECIPES, ids=lambda recipe: recipe.name)
+def recipe(request) -> Recipe:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return transformers.AutoTokenizer.from_pretrained(MODEL)
+def model(recipe):
+    return transformers.Qwen3MoeForCausalLM.from_pretrained(recipe.directory)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(recipe):
+    return transformers.AutoTokenizer.from_pretrained(recipe.directory)
+
+
+@pytest.fixture(params=TASKS.values(), ids=TASKS)
+def tasks(request) -> TaskSet:
+    return request.param
 
 
 class TestItems:
-    def test_same_arguments_same_items(self):
+    def test_same_arguments_same_items(self, tasks: TaskSet):
         assert tasks.items("eval", 300, 7) == tasks.items("eval", 300, 7)
 
-    def test_longer_list_begins_with_the_shorter(self):
+    def test_longer_list_begins_with_the_shorter(self, tasks: TaskSet):
         assert tasks.items("eval", 300, 7)[:100] == tasks.items("eval", 100, 7)
 
-    def test_pinned(self):
-        """Figures in the README hold for these items: a change here is a change of the benchmark."""
-        first = tasks.items("eval", 3, 1)
-        assert [item.as_dict() for item in first] == PINNED
+    @pytest.mark.parametrize("name", TASKS)
+    def test_pinned(self, name: str):
+        """Figures in the documentation hold for these items: a change here is a change of the benchmark."""
+        first = TASKS[name].items("eval", 3, 1)
+        assert [item.as_dict() for item in first] == PINNED[name]
 
-    def test_seed_matters(self):
+    def test_seed_matters(self, tasks: TaskSet):
         assert tasks.items("eval", 50, 1) != tasks.items("eval", 50, 2)
 
     @pytest.mark.parametrize("split", ["train", "eval", "calibration"])
-    def test_split_owns_its_prompts(self, split):
+    def test_split_owns_its_prompts(self, tasks: TaskSet, split: Split):
         found = tasks.items(split, 500, 3)
         assert {tasks.split_of(item.prompt) for item in found} == {split}
         assert len({item.prompt for item in found}) == 500
 
-    def test_every_family_in_every_split(self):
-        measured = set(tasks.FAMILIES) - tasks.UNMASTERED
-        assert {item.task for item in tasks.items("train", 300, 0)} == set(tasks.FAMILIES)
+    def test_every_family_in_every_split(self, tasks: TaskSet):
+        measured = set(tasks.families) - tasks.unmastered
+        assert {item.task for item in tasks.items("train", 300, 0)} == set(tasks.families)
         assert {item.task for item in tasks.items("eval", 300, 0)} == measured
         assert {item.task for item in tasks.items("calibration", 300, 0)} == measured
 
-    def test_enough_for_certification(self):
+    def test_enough_for_certification(self, tasks: TaskSet):
         assert len(tasks.items("eval", 20_000, 1)) == 20_000
 
-    def test_answers_decode_in_several_steps(self):
-        lengths = [len(item.answer) for item in tasks.items("eval", 1000, 1)]
-        assert min(lengths) >= 4
-        assert max(lengths) <= 10
+    @pytest.mark.parametrize(("name", "least", "most"), [("short", 4, 10), ("rows", 40, 100)])
+    def test_answers_decode_in_several_steps(self, name: str, least: int, most: int):
+        lengths = [len(item.answer) for item in TASKS[name].items("eval", 1000, 1)]
+        assert min(lengths) >= least
+        assert max(lengths) <= most
+
+    def test_items_fit_the_model(self, recipe: Recipe):
+        for item in recipe.tasks.items("eval", 1000, 2):
+            assert len(item.prompt + item.answer) <= recipe.longest_item
+            assert len(item.answer) < recipe.longest_answer
 
     @pytest.mark.parametrize(
         ("task", "prompt", "answer"),
@@ -93,40 +116,66 @@ class TestItems:
             ("carry", "L9999+0001=", "00001"),
         ],
     )
-    def test_family_rule(self, task, prompt, answer):
+    def test_short_family_rule(self, task: str, prompt: str, answer: str):
         """The rules by hand, held against what the generator makes: it must reproduce the example's answer."""
         assert solve(task, prompt) == answer
-        for item in tasks.items("train", 1500, 11):
+        for item in SHORT.items("train", 1500, 11):
             if item.task == task:
                 assert solve(task, item.prompt) == item.answer
 
-    def test_command_line(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("task", "prompt", "begins"),
+        [
+            ("running_sums", "P439345=", "476938E417697S"),
+            ("cipher", "C4uhnztd=", "ylrdxhEcpvhblS"),
+            ("add", "A123456,900004=", "023450E923454S"),
+            ("subtract", "B123456,900004=", "223452E787652S"),
+            ("rotate", "L2abcdef=", "cdefabEefabcdS"),
+            ("reverse_shift", "R1abcxyz=", "azydcbEcdezabS"),
+            ("multiply", "M7123456=", "741852E987654S"),
+        ],
+    )
+    def test_row_family_rule(self, task: str, prompt: str, begins: str):
+        """The first two rows by hand; every later row of every item by the same rule."""
+        assert solve_rows(task, prompt).startswith(begins)
+        for item in ROWS.items("train", 700, 11):
+            if item.task == task:
+                assert solve_rows(task, item.prompt) == item.answer
+
+    def test_command_line(self, recipe: Recipe, tmp_path: Path):
         out = tmp_path / "items.jsonl"
-        command = [sys.executable, str(ASSETS / "make" / "items.py"), "--split", "calibration", "--count", "5", "--out", str(out)]
-        subprocess.run(command, check=True, cwd=tmp_path)
+        options = ["--model", recipe.name, "--split", "calibration", "--count", "5", "--out", str(out)]
+        subprocess.run([sys.executable, str(ASSETS / "make" / "items.py"), *options], check=True, cwd=tmp_path)
         assert [json.loads(line) for line in out.read_text().splitlines()] == [
-            item.as_dict() for item in tasks.items("calibration", 5, 0)
+            item.as_dict() for item in recipe.tasks.items("calibration", 5, 0)
         ]
 
 
-PINNED: list[dict[str, str]] = [
-    {"prompt": "Rqxnfwxd=", "answer": "dxwfnxq", "task": "reverse"},
-    {"prompt": "Iumyef,ehwxd=", "answer": "uemhywexfd", "task": "interleave"},
-    {"prompt": "C3tjppflv=", "answer": "wmssioy", "task": "shift"},
-]
+PINNED: dict[str, list[dict[str, str]]] = {
+    "short": [
+        {"prompt": "Rqxnfwxd=", "answer": "dxwfnxq", "task": "reverse"},
+        {"prompt": "Iumyef,ehwxd=", "answer": "uemhywexfd", "task": "interleave"},
+        {"prompt": "C3tjppflv=", "answer": "wmssioy", "task": "shift"},
+    ],
+    "rows": [
+        {"prompt": "M3695188=", "answer": "875344E415922S235766X695188+875344-415922*235766^695188", "task": "multiply"},
+        {"prompt": "C3izxfor=", "answer": "lcairuEofdluxSrigoxaXuljrad+xomudg-arpxgj*dusajm^gxvdmp", "task": "cipher"},
+        {"prompt": "L3bqjydi=", "answer": "ydibqjEbqjydiSydibqjXbqjydi+ydibqj-bqjydi*ydibqj^bqjydi", "task": "rotate"},
+    ],
+}
 
 
 def solve(task: str, prompt: str) -> str:
-    """Answer a prompt from its text alone, written independently of the generator."""
+    """Answer a prompt of the short families from its text alone, written independently of the generator."""
     body = prompt[1:-1]
     if task == "reverse":
         return "".join(reversed(body))
     if task == "sort":
         return "".join(digit * body.count(digit) for digit in "0123456789")
     if task == "shift":
-        return "".join(chr((ord(c) - 97 + int(body[0])) % 26 + 97) for c in body[1:])
+        return moved(body[1:], int(body[0]))
     if task == "prefix_sums":
-        return "".join(str(sum(map(int, body[: end + 1])) % 10) for end in range(len(body)))
+        return sums(body)
     if task == "run_lengths":
         return "".join(f"{body.count(c)}{c}" for c in dict.fromkeys(body))
     half = len(body) // 2
@@ -140,17 +189,54 @@ def solve(task: str, prompt: str) -> str:
                    for a, b in zip(left, right, strict=True))  # fmt: skip
 
 
+def solve_rows(task: str, prompt: str) -> str:
+    """Answer a prompt of the row families from its text alone, written independently of the generator."""
+    body = prompt[1:-1]
+    rows = body.split(",") if "," in body else [body[-6:]]
+    given, key = len(rows), int(body[0]) if len(body) == 7 else 0
+    while len(rows) < given + 8:
+        last = rows[-1]
+        if task == "running_sums":
+            rows.append(sums(last))
+        elif task == "cipher":
+            rows.append(moved(last, key))
+        elif task == "rotate":
+            rows.append("".join(last[(place + key) % 6] for place in range(6)))
+        elif task == "reverse_shift":
+            rows.append(moved("".join(reversed(last)), key))
+        elif task == "multiply":
+            rows.append("".join(str(int(digit) * key)[-1] for digit in last))
+        else:
+            sign = 1 if task == "add" else 9  # 9 is -1 modulo 10
+            rows.append("".join(str(int(a) + sign * int(b))[-1] for a, b in zip(rows[-2], last, strict=True)))
+    return "".join(f"{mark}{row}" for mark, row in zip(["", *"ESX+-*^"], rows[given:], strict=True))
+
+
+def moved(letters: str, key: int) -> str:
+    return "".join(chr((ord(c) - 97 + key) % 26 + 97) for c in letters)
+
+
+def sums(digits: str) -> str:
+    return "".join(str(sum(map(int, digits[: end + 1])) % 10) for end in range(len(digits)))
+
+
 class TestFiles:
-    def test_small_enough_to_commit(self):
-        assert sum(path.stat().st_size for path in MODEL.iterdir()) <= LIMIT_BYTES
+    def test_small_enough_to_commit(self, recipe: Recipe):
+        assert sum(path.stat().st_size for path in recipe.directory.iterdir()) <= LIMIT_BYTES
 
-    def test_weights_are_float32_one_tensor_per_expert(self):
-        weights = safetensors_torch.load_file(MODEL / "model.safetensors")
+    def test_weights_are_float32_one_tensor_per_expert(self, recipe: Recipe):
+        weights = safetensors_torch.load_file(recipe.directory / "model.safetensors")
         assert {weight.dtype for weight in weights.values()} == {torch.float32}
-        assert "model.layers.0.mlp.experts.15.gate_proj.weight" in weights
+        last = weights[f"model.layers.3.mlp.experts.{recipe.experts - 1}.gate_proj.weight"]
+        assert tuple(last.shape) == (recipe.expert_width, 128)
 
-    def test_tokenizer_round_trip(self, tokenizer):
-        for item in tasks.items("eval", 200, 5):
+    def test_a_folder_is_known_by_its_name_or_its_experts(self, recipe: Recipe, tmp_path: Path):
+        assert models.of(recipe.directory) is recipe
+        (tmp_path / "config.json").write_text((recipe.directory / "config.json").read_text())
+        assert models.of(tmp_path) is recipe
+
+    def test_tokenizer_round_trip(self, recipe: Recipe, tokenizer):
+        for item in recipe.tasks.items("eval", 200, 5):
             ids = tokenizer(item.prompt + item.answer).input_ids
             assert len(ids) == len(item.prompt + item.answer)
             assert tokenizer.unk_token_id not in ids
@@ -160,41 +246,42 @@ class TestFiles:
         assert tokenizer.eos_token_id == model.config.eos_token_id == model.generation_config.eos_token_id
 
 
-def generate(model, tokenizer, prompts: list[str]) -> list[str]:
+def generate(model, tokenizer, recipe: Recipe, prompts: list[str]) -> list[str]:
     """Greedy answers by transformers' own generation, stopping at EOS."""
     batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    out = model.generate(**batch, max_new_tokens=16, do_sample=False)
+    out = model.generate(**batch, max_new_tokens=recipe.longest_answer, do_sample=False)
     return tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
 
 
-def first_ids(count: int, seed: int):
-    """The first 8 ids of each item, prompt and answer; no item is shorter. int64 [count, 8]."""
+def first_ids(recipe: Recipe, count: int, seed: int, length: int = 8):
+    """The first so many ids of each item, prompt and answer; no item is shorter. int64 [count, length]."""
     from tokenizer import IDS
 
-    return torch.tensor([[IDS[c] for c in item.prompt + item.answer][:8] for item in tasks.items("eval", count, seed)])
+    found = recipe.tasks.items("eval", count, seed)
+    return torch.tensor([[IDS[c] for c in item.prompt + item.answer][:length] for item in found])
 
 
 class TestModel:
-    def test_accuracy_in_transformers(self, model, tokenizer):
-        asked = tasks.items("eval", 300, 1)
-        texts = generate(model, tokenizer, [item.prompt for item in asked])
+    def test_accuracy_in_transformers(self, model, tokenizer, recipe: Recipe):
+        asked = recipe.tasks.items("eval", 5000 // recipe.longest_item, 1)
+        texts = generate(model, tokenizer, recipe, [item.prompt for item in asked])
         right = sum(text == item.answer for text, item in zip(texts, asked, strict=True))
         assert right / len(asked) >= 0.97
 
-    def test_routing_is_spread(self, model):
+    def test_routing_is_spread(self, model, recipe: Recipe):
         """No layer leaves experts idle: each one gets at least a tenth of an even share."""
-        ids = first_ids(300, 2)
+        ids = first_ids(recipe, 300, 2, 60 if recipe is ROWS_MOE else 8)
         with torch.no_grad():
             logits = model.model(input_ids=ids, output_router_logits=True).router_logits
         for layer in logits:
-            load = torch.bincount(layer.topk(4, -1).indices.flatten(), minlength=16) / (layer.shape[0] * 4)
-            assert load.min() >= 0.1 / 16
+            load = torch.bincount(layer.topk(recipe.top_k, -1).indices.flatten(), minlength=recipe.experts)
+            assert load.min() / load.sum() >= 0.1 / recipe.experts
 
-    def test_reference_computes_what_transformers_does(self, model):
+    def test_reference_computes_what_transformers_does(self, model, recipe: Recipe):
         from reference import Reference
 
-        reference = Reference(MODEL)
-        ids = first_ids(50, 3)
+        reference = Reference(recipe.directory)
+        ids = first_ids(recipe, 50, 3)
         positions = torch.arange(8).expand(50, -1)
         cache = reference.cache(50, 10)
         first = reference.forward(ids[:, :7], positions[:, :7], cache, torch.arange(50))
@@ -203,11 +290,76 @@ class TestModel:
             expected = model(input_ids=ids).logits
         torch.testing.assert_close(torch.cat([first, last], 1), expected, atol=LOGIT_TOLERANCE, rtol=0)
 
-    def test_widening_preserves_the_function(self, model, tmp_path):
+    def test_widening_preserves_the_function(self, model, recipe: Recipe, tmp_path: Path):
         from widen import widen
 
-        wide = transformers.Qwen3MoeForCausalLM.from_pretrained(widen(MODEL, tmp_path / "wide", 4))
+        wide = transformers.Qwen3MoeForCausalLM.from_pretrained(widen(recipe.directory, tmp_path / "wide", 4))
         assert wide.config.moe_intermediate_size == 4 * model.config.moe_intermediate_size
-        ids = first_ids(50, 4)
+        ids = first_ids(recipe, 50, 4)
         with torch.no_grad():
             torch.testing.assert_close(wide(input_ids=ids).logits, model(input_ids=ids).logits, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+class TestTraining:
+    def test_sorted_experts_compute_what_transformers_does_gradients_too(self, model, recipe: Recipe):
+        import train
+
+        layer = model.model.layers[1].mlp
+        x = torch.randn(40, 128, generator=torch.Generator().manual_seed(3))
+        _, weights, ids = layer.gate(x)
+        found = []
+        for forward in (type(layer.experts).forward, train.sorted_experts):
+            model.zero_grad()
+            y = forward(layer.experts, x, ids, weights)
+            y.square().sum().backward(retain_graph=True)
+            found.append((y.detach(), layer.experts.gate_up_proj.grad.clone(), layer.experts.down_proj.grad.clone()))
+        model.zero_grad()
+        for theirs, ours in zip(*found, strict=True):
+            torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+
+    def test_gate_and_up_are_orthogonalised_apart_whatever_the_width(self):
+        """At expert width 16 a down projection [128, 16] is as tall as a stack of gate and up: names tell them apart, not shapes."""
+        import train
+
+        moe = torch.nn.Module()
+        moe.gate_up_proj = torch.nn.Parameter(torch.randn(3, 32, 128))
+        moe.down_proj = torch.nn.Parameter(torch.randn(3, 128, 16))
+        moe.norm = torch.nn.Parameter(torch.ones(128))
+        stepper = train.optimisers(moe)[0]
+        grads = {name: torch.randn_like(p) for name, p in moe.named_parameters()}
+        before = {name: p.detach().clone() for name, p in moe.named_parameters()}
+        for name, parameter in moe.named_parameters():
+            parameter.grad = grads[name]
+        stepper.step()
+        decay = 1 - train.MUON_RATE * 0.01
+        moved_by = {name: (before[name] * decay - p.detach()) / train.MUON_RATE for name, p in moe.named_parameters()}
+        gate = train.orthogonalised(grads["gate_up_proj"][0, :16])  # a positive factor changes nothing
+        torch.testing.assert_close(moved_by["gate_up_proj"][0, :16], gate, atol=1e-3, rtol=1e-3)
+        down = train.orthogonalised(grads["down_proj"][1])
+        torch.testing.assert_close(moved_by["down_proj"][1], down * (128 / 16) ** 0.5, atol=1e-3, rtol=1e-3)
+
+    def test_a_stopped_run_goes_on_where_it_was(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """Stopped after a checkpoint and started anew, it writes the weights of a run that was not stopped."""
+        import train
+
+        recipe = SimpleNamespace(**{name: getattr(ROWS_MOE, name) for name in ROWS_MOE.__slots__})
+        recipe.experts, recipe.batch = 8, 4
+        monkeypatch.setattr(train, "REPORT_STEPS", 2)
+        train.train(recipe, tmp_path / "whole", 5, 1, 1)
+
+        class StoppedError(Exception):
+            pass
+
+        def stop(*_: object) -> None:
+            raise StoppedError
+
+        monkeypatch.setattr(train, "save", stop)
+        with pytest.raises(StoppedError):
+            train.train(recipe, tmp_path / "stopped", 5, 1, 1)
+        assert (tmp_path / "stopped.checkpoint").exists()
+        monkeypatch.undo()
+        monkeypatch.setattr(train, "REPORT_STEPS", 100)
+        train.train(recipe, tmp_path / "stopped", 5, 1, 1)
+        assert not (tmp_path / "stopped.checkpoint").exists()
+        whole, again = (safetensors_torch.load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+        assert all(torch.equal(whole[name], again[name]) for name in whole)

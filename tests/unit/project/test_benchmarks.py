@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic: dense policies against the reference, intervals, and tables that cannot drift."""
+"""The benchmarks' own arithmetic: many batches at once against the reference, intervals, and tables that cannot drift."""
 
 from __future__ import annotations
 
@@ -8,49 +8,63 @@ from typing import Any
 
 import pytest
 import torch
+from sere_ext.contract.errors import PolicyError
 from sere_ext.contract.policy import Kind
 from sere_ext.routing import reference
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import dense  # noqa: E402
 import policies  # noqa: E402
 import render  # noqa: E402
+import rerouted  # noqa: E402
+from lanes import Lanes  # noqa: E402
 
 EXPERTS, TOP_K, BATCHES, BATCH = 16, 4, 3, 5
 OPTIONS = {"maxExperts": "max_experts", "minShare": "min_share"}  # outside name -> argument
 
 
-@pytest.mark.parametrize("bucket", [b for b in policies.grid() if b["kind"] in set(Kind)], ids=policies.describe)
-def test_dense_policies_are_the_references(bucket: dict[str, Any]) -> None:
-    """Many batches at once give each batch what `reference.reroute` gives it alone."""
+class Routers(Lanes):
+    """A model of which only the router's shape is there."""
+
+    def __init__(self) -> None:
+        self.experts, self.top_k, self.layers = EXPERTS, TOP_K, 2
+        self.config = {"norm_topk_prob": True}
+
+
+@pytest.mark.parametrize("bucket", rerouted.grid((1, 2, 3), (0.3, 0.5), (4, 8), EXPERTS), ids=rerouted.describe)
+def test_many_batches_at_once_are_rerouted_as_each_one_alone(bucket: dict[str, Any]) -> None:
+    """Batches share a tensor and nothing else: each gets what `reference.reroute` gives it by itself; the counts are theirs."""
     given = {OPTIONS.get(name, name): value for name, value in bucket.items()} | {"kind": Kind(bucket["kind"])}
     source = torch.Generator().manual_seed(1)
-    logits = torch.randn(BATCHES, BATCH, EXPERTS, generator=source) * 2
-    similarity = torch.rand(EXPERTS, EXPERTS, generator=source)
-    similarity = (similarity + similarity.T) / 2
-    scores = logits.softmax(-1)
-    weights, ids = scores.topk(TOP_K, -1)
-    weights = weights / weights.sum(-1, keepdim=True)
-    mix = torch.zeros_like(scores).scatter_(2, ids, weights)
-    found = dense.reroute(bucket, mix, scores, similarity, TOP_K)
+    logits = torch.randn(BATCHES * BATCH, EXPERTS, generator=source) * 2
+    similarity = torch.rand(2, EXPERTS, EXPERTS, generator=source)
+    similarity = (similarity + similarity.mT) / 2
+    model = Routers()
+    weights, ids = model.top(logits)
+    route = rerouted.Rerouted(model, similarity, bucket, BATCH)
+    found = route(1, logits)
+    active = []
     for group in range(BATCHES):
+        mine = slice(group * BATCH, (group + 1) * BATCH)
         told = reference.reroute(
-            ids[group],
-            weights[group],
+            ids[mine],
+            weights[mine],
             num_experts=EXPERTS,
-            similarity=similarity,
+            similarity=similarity[1],
             renormalise=True,
-            logits=logits[group],
+            logits=logits[mine],
             **given,
         )
+        active.append(told.active_after)
         expected = torch.zeros(BATCH, EXPERTS).scatter_add_(1, told.ids.long(), told.weights)
-        difference = (found[group] - expected).abs()
-        token, expert = divmod(int(difference.argmax()), EXPERTS)
-        assert difference.max() < 1e-6, (
-            f"batch {group} token {token} expert {expert}: {found[group, token, expert]} is not {expected[token, expert]}"
-        )
+        torch.testing.assert_close(found[mine], expected, atol=1e-6, rtol=0)
+    assert route.counts()["active"] == pytest.approx(sum(active) / BATCHES)
+
+
+def test_a_policy_that_the_model_cannot_run_is_refused() -> None:
+    with pytest.raises(PolicyError, match="S"):
+        rerouted.Rerouted(Routers(), torch.eye(EXPERTS).expand(2, -1, -1), {"kind": "topk", "S": TOP_K + 1}, BATCH)
 
 
 @pytest.mark.parametrize(("losses", "gains", "n"), [(0, 0, 4000), (7, 2, 4000), (3, 9, 4000), (400, 100, 4000), (40, 0, 200)])

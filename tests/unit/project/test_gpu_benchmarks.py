@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
 import bound  # noqa: E402
 import carry  # noqa: E402
+import ground  # noqa: E402
 import kernel as kernel_stage  # noqa: E402
 import page  # noqa: E402
 import quality  # noqa: E402
@@ -278,7 +279,7 @@ def test_a_tuner_out_of_time_ends_with_the_table_of_what_there_is(
     monkeypatch.setattr(tuner, "TUNE", ("sh", "-c", hang))
     monkeypatch.setattr(tuner, "STOP_S", 0.3)
     monkeypatch.setattr(tuner, "LEAST_S", 0.1)
-    monkeypatch.setitem(sys.modules, "ext", SimpleNamespace(widened=lambda *_: (tmp_path / "m", tmp_path / "s")))
+    monkeypatch.setattr(ground, "widened", lambda *_: (tmp_path / "m", tmp_path / "s"))
     out = tmp_path / "tuner.json"
     monkeypatch.setattr(sys, "argv", ["tuner.py", "--time-limit", "1.5", "--folder", str(tmp_path), "--out", str(out)])
     tuner.main()

