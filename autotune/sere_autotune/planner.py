@@ -13,6 +13,7 @@ from sere_autotune.calibration import Source
 from sere_autotune.study.schema import Pace
 from sere_autotune.trial.stats import items_needed, smallest_limit
 from sere_autotune.tuning.spec import TuningSpec
+from sere_autotune.words import about, percent
 
 ASSUMED_START_S = 60.0  # of an engine, until one was seen
 ASSUMED_TRUE_DROP = 0.3  # share of the limit that a good policy truly costs
@@ -189,27 +190,13 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
     lines.append(f"Similarity {plan.source.describe(plan.search_items)}")
     basis = "at the pace of the last run" if plan.pace_known else "at most, pace not known before the first run"
     total = plan.start_s + plan.search_s + plan.certify_s
-    search = f"search {plan.trials} trials {duration(plan.search_s)}; " if plan.trials else ""
+    search = f"search {plan.trials} trials {about(plan.search_s)}; " if plan.trials else ""
     lines.append(
-        f"Time       start {duration(plan.start_s)}; {search}certification "
-        f"{plan.rungs} rung{'s' if plan.rungs > 1 else ''} {duration(plan.certify_s)}; {duration(total)} in all ({basis})"
+        f"Time       start {about(plan.start_s)}; {search}certification "
+        f"{plan.rungs} rung{'s' if plan.rungs > 1 else ''} {about(plan.certify_s)}; {about(total)} in all ({basis})"
     )
     wall = f", {spec.search.wall_minutes:g} minutes on the clock" if spec.search.wall_minutes else ""
     short = total * spec.engine.tensor_parallel_size > spec.search.device_hours * 3600
     cut = "; less than the estimate above, so trials or rungs may be cut (search.deviceHours)" if short else ""
     lines.append(f"Budget     {spec.search.device_hours:g} device-hours{wall}; it is never exceeded{cut}")
     return "\n".join(lines)
-
-
-def percent(share: float) -> str:
-    """`95%`, and `97.5%` where that is what was asked for."""
-    return f"{round(share * 100, 6):g}%"
-
-
-def duration(seconds: float) -> str:
-    """`about 1.1 h`, `about 4 min`, `about 30 s`."""
-    if seconds >= 5400:
-        return f"about {seconds / 3600:.1f} h"
-    if seconds >= 100:
-        return f"about {seconds / 60:.0f} min"
-    return f"about {seconds:.0f} s"

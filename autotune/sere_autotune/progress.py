@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sere_autotune.planner import duration
+from sere_autotune.words import about
 
 _ROWS = 14
 
@@ -53,7 +53,7 @@ class Progress:
     def step(self, text: str, left_s: float) -> None:
         self.now, self.left_s = text, left_s
         if self._live is None:
-            left = f", {duration(left_s)} left" if left_s > 0 else ""
+            left = f", {about(left_s)} left" if left_s > 0 else ""
             self.console.print(f"  {text}{left}", highlight=False, soft_wrap=True)
         self._tell()
 
@@ -97,5 +97,5 @@ class Progress:
             table.add_row(str(row["number"]), row["policy"], f"{row['tpotMs']:.2f}", f"{row['accuracy']:.2%}",
                           f"{-row['dropPoints'] + 0.0:+.2f}", active, state)  # fmt: skip
         gone = time.monotonic() - self.began
-        left = f", {duration(self.left_s)} left" if self.left_s > 0 else ""
+        left = f", {about(self.left_s)} left" if self.left_s > 0 else ""
         return Group(table, Text(f"{self.name}   {self.now}   {gone:.0f} s gone{left}"))

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+import tuning_bounds
 import yaml
 from kubernetes.client import ApiException
 from kubernetes.dynamic import DynamicClient
@@ -242,3 +243,27 @@ def test_deleting_what_owns_a_child_takes_the_child_along(client: DynamicClient,
     while any(item.metadata.name == "qwen3-policy" for item in maps.get(namespace=namespace).items):
         assert time.monotonic() < until, "the ConfigMap is still there"
         time.sleep(0.2)
+
+
+def test_the_server_refuses_what_the_tuner_would_refuse_in_a_pod(client: DynamicClient) -> None:
+    """Every bound and flag of tuning.yaml, at the last value that fits and at the next one."""
+    jobs = client.resources.get(api_version=API, kind="SereTuningJob")
+    wrong = []
+    for case in (*tuning_bounds.cases(), *tuning_bounds.flags()):
+        body = {"apiVersion": API, "kind": "SereTuningJob", "metadata": {"name": "run"}, "spec": case.spec()}
+        try:
+            jobs.create(body=body, namespace="default", dry_run="All")
+            status = 201
+        except ApiException as error:
+            status = error.status
+        if status != (201 if case.fits else 422):
+            wrong.append(f"{case}: {status}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", ["run.1", "r" * 64])
+def test_a_name_that_no_job_can_have_is_refused(client: DynamicClient, name: str) -> None:
+    jobs = client.resources.get(api_version=API, kind="SereTuningJob")
+    with pytest.raises(ApiException) as refusal:
+        jobs.create(body={**tuning_job(), "metadata": {"name": name}}, namespace="default", dry_run="All")
+    assert "metadata.name is the Job's name as well" in refusal_message(refusal.value)

@@ -39,6 +39,7 @@ from sere_autotune.trial import stats
 from sere_autotune.trial.engine import BlockReport, EngineCrashError
 from sere_autotune.trial.items import Item, set_digest
 from sere_autotune.trial.measures import METRICS, values
+from sere_autotune.words import duration
 
 _HOPELESS = 0.05  # probability to certify below which the held-out items are not opened
 
@@ -154,7 +155,7 @@ def _check_budget(run: Run, blocks: Sequence[MeasuredBlock], blocks_left: int) -
     """A candidate that cannot be measured to the end is worth nothing, so it is given up before it eats the budget."""
     left, each = run.left_s(), _block_seconds(run, blocks)
     if left < blocks_left * each * 0.9 or left < each:
-        needed = planner.duration(blocks_left * each).removeprefix("about ")
+        needed = duration(blocks_left * each)
         raise BudgetExhaustedError(
             f"{run.budget.which(time.monotonic())} cannot pay for the {blocks_left} blocks still needed to certify (about {needed}, "
             f"{max(left, 0):.0f} s left); raise it and run the same line again, which goes on from here"

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from sere_ext.contract.policy import Policy
 
 from sere_autotune.outcome import Ending, NearestMiss, Outcome, nearest_miss
-from sere_autotune.planner import percent
 from sere_autotune.result.profile import condition, headline
 from sere_autotune.search.ladder import MIN_SPEEDUP
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import Candidate, Verdict
+from sere_autotune.words import percent
 
 
 def chosen(run: Run, index: int, candidate: Candidate, verdict: Verdict) -> Outcome:

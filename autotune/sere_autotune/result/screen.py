@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sere_autotune.outcome import Ending
-from sere_autotune.planner import percent
+from sere_autotune.words import percent
 
 
 def lines(summary: dict[str, Any]) -> str:

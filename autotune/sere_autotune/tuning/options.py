@@ -1,7 +1,8 @@
 """Every leaf of tuning.yaml as an option of `sere tune`: its flag, what `--help` says of it, and its value read back.
 
 `search.deviceHours` is `--search-device-hours`. Types, bounds and defaults are read from the spec's models, so that help
-and file cannot come apart.
+and file cannot come apart. Pydantic-settings makes flags of a model too, but its help says `default: None` where words are
+needed, shows no bounds, names every flag twice and reads no file beside them, so the help is made here.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from sere_ext.contract.errors import UsageError
+from sere_ext.contract.tuning import Unset
 from typer.core import TyperCommand
 
 from sere_autotune.tuning.file import yaml_problem
-from sere_autotune.tuning.spec import TuningSpec, Unset
+from sere_autotune.tuning.spec import TuningSpec
 
 REQUIRED = "required"
+_SHOWN_UP_TO = 100_000  # bounds above this only keep out slips of the pen; help leaves them out
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def _bounds(field: FieldInfo) -> str:
     for limit in field.metadata:
         for name, mark in (("ge", "<="), ("gt", "<"), ("le", "<="), ("lt", "<")):
             value = getattr(limit, name, None)
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and value <= _SHOWN_UP_TO:
                 if name.startswith("g"):
                     low = f"{value:g}{mark}"
                 else:

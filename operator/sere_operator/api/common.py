@@ -1,30 +1,18 @@
-"""Pieces of a spec that several resources use: sources of data, limits, the engine, where pods may run."""
+"""Pieces of a spec that several resources use: sources of data, the engine, volumes, where pods may run."""
 
 from __future__ import annotations
 
+import itertools
 import re
-from typing import Annotated, Any, Self, TypeVar
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar, Final, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
+from sere_ext.contract.constraints import Constrained, Constraint, at_most_one, exactly_one, rule
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.policy import Record
+from sere_ext.contract.tuning import EngineOptions
 from sere_ext.contract.validation import explain
-
-# Flags of `vllm serve` that the spec or the operator sets. In extraArgs they would fight with it.
-MANAGED_FLAGS: dict[str, str] = {
-    "--model": "spec.model",
-    "--revision": "spec.model.revision",
-    "--served-model-name": "spec.model",
-    "--tensor-parallel-size": "spec.engine.tensorParallelSize",
-    "-tp": "spec.engine.tensorParallelSize",
-    "--max-model-len": "spec.engine.maxModelLen",
-    "--host": "the operator itself",
-    "--port": "the operator itself",
-    "--additional-config": "spec.routing",
-    "--max-num-active-seqs": "the tuner's load; leave it to spec.tuning.workload",
-    "--disable-log-stats": "the operator itself, whose canary reads the statistics",
-    "--worker-extension-cls": "the plug-in itself",
-}
 
 DnsName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -46,7 +34,9 @@ SimilarityUri = Annotated[
         description="a similarity.safetensors: configmap://name/key (of shards the first), pvc://claim/path, or file:///path inside the image",
     ),
 ]
-AbsolutePath = Annotated[str, Field(min_length=2, max_length=1024, pattern=r"^/[^:]+$")]
+_PART = r"\.?[-_A-Za-z0-9][-._A-Za-z0-9]*"  # of a path; never `.` or `..`
+RELATIVE_PATH: Final = f"^{_PART}(/{_PART})*$"
+AbsolutePath = Annotated[str, Field(min_length=2, max_length=1024, pattern=f"^(/{_PART})+$")]
 Quantity = Annotated[
     int | str,
     Field(description="a Kubernetes quantity, such as 1, 500m or 16Gi", json_schema_extra={"x-kubernetes-int-or-string": True}),
@@ -98,17 +88,13 @@ class KeyRef(Record):
     key: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$", description="in its data")]
 
 
-class Source(Record):
+class Source(Constrained):
     """A file: by URI, or as a key of a ConfigMap (up to 1 MiB)."""
+
+    constraints: ClassVar = (exactly_one("uri", "config_map"),)
 
     uri: Uri | None = None
     config_map: KeyRef | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if (self.uri is None) == (self.config_map is None):
-            raise ValueError("give exactly one of uri and configMap")
-        return self
 
 
 class Artefact(Record):
@@ -123,22 +109,39 @@ class Claim(Record):
     claim_name: Annotated[DnsName, Field(description="PersistentVolumeClaim in the same namespace")]
 
 
-class Model(Record):
+class Model(Constrained):
     """What is served: a model hub's name, or a directory by URI."""
 
-    name: Annotated[Text | None, Field(description="name on the model hub, such as Qwen/Qwen3-30B-A3B")] = None
-    revision: Annotated[Text | None, Field(description="commit, tag or branch; with uri: a label of your own")] = None
+    constraints: ClassVar = (
+        exactly_one("name", "uri"),
+        rule(
+            "!has(self.uri) || !(has(self.tokenSecret) || has(self.cache))",
+            "tokenSecret and cache are for a name on the model hub; leave them out with uri",
+            lambda model: model.uri is None or not (model.token_secret or model.cache),
+        ),
+    )
+
+    name: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=253,
+            pattern=r"^[A-Za-z0-9][-._A-Za-z0-9]*(/[A-Za-z0-9][-._A-Za-z0-9]*)?$",
+            description="name on the model hub, such as Qwen/Qwen3-30B-A3B",
+        ),
+    ] = None
+    revision: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=253,
+            pattern=r"^[A-Za-z0-9][-._/A-Za-z0-9]*$",
+            description="commit, tag or branch; with uri: a label of your own",
+        ),
+    ] = None
     token_secret: Annotated[KeyRef | None, Field(description="Secret that holds the hub's token")] = None
     cache: Annotated[Claim | None, Field(description="claim for downloaded weights; default: an emptyDir per pod")] = None
     uri: Annotated[Uri | None, Field(description="model directory instead of a name: pvc://claim/path")] = None
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if (self.name is None) == (self.uri is None):
-            raise ValueError("give exactly one of name and uri")
-        if self.uri is not None and (self.token_secret or self.cache):
-            raise ValueError("tokenSecret and cache are for a name on the model hub; leave them out with uri")
-        return self
 
 
 class SecretEnv(Record):
@@ -146,13 +149,30 @@ class SecretEnv(Record):
 
 
 # An engine's variables by which its command, its libraries or the plug-in's settings would be others than the operator's.
-MANAGED_VARIABLES = ("PATH",)
-MANAGED_PREFIXES = ("LD_", "PYTHON", "SERE_")
-MANAGED_VARIABLE = "is set by the operator or the image (PATH, LD_*, PYTHON*, SERE_*); remove it here, or build an image with it"
+MANAGED_VARIABLES: Final = ("PATH",)
+MANAGED_PREFIXES: Final = ("LD_", "PYTHON", "SERE_")
+MANAGED_VARIABLE: Final = (
+    "is set by the operator or the image (PATH, LD_*, PYTHON*, SERE_*); remove it here, or build an image with it"
+)
 
 
-class EnvVar(Record):
+def _managed(variable: EnvVar) -> str | None:
+    managed = variable.name in MANAGED_VARIABLES or variable.name.startswith(MANAGED_PREFIXES)
+    return f"{variable.name} {MANAGED_VARIABLE}" if managed else None
+
+
+class EnvVar(Constrained):
     """An environment variable of the engine's container."""
+
+    constraints: ClassVar = (
+        at_most_one("value", "value_from"),
+        Constraint(
+            f"!(self.name in {list(MANAGED_VARIABLES)} || {list(MANAGED_PREFIXES)}.exists(b, self.name.startsWith(b)))",
+            f"this variable {MANAGED_VARIABLE}",
+            _managed,
+            f"self.name + ' {MANAGED_VARIABLE}'",
+        ),
+    )
 
     name: Annotated[
         str, Field(min_length=1, max_length=256, pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$", description="of the variable")
@@ -160,37 +180,12 @@ class EnvVar(Record):
     value: Annotated[str | None, Field(max_length=4096, description="plain text")] = None
     value_from: Annotated[SecretEnv | None, Field(description="from a Secret")] = None
 
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if self.value is not None and self.value_from is not None:
-            raise ValueError("give value or valueFrom, not both")
-        if self.name in MANAGED_VARIABLES or self.name.startswith(MANAGED_PREFIXES):
-            raise ValueError(f"{self.name} {MANAGED_VARIABLE}")
-        return self
 
-
-class Engine(Record):
+class Engine(EngineOptions):
     """How vLLM is run."""
 
     image: Annotated[Text | None, Field(description="Default: the image that the operator was installed with.")] = None
-    tensor_parallel_size: Annotated[int, Field(ge=1, le=64, description="GPUs per pod that share the model. Default: 1.")] = 1
-    max_model_len: Annotated[
-        int | None, Field(ge=1, le=16_777_216, description="longest context, in tokens. Default: the model's.")
-    ] = None
-    extra_args: Annotated[
-        tuple[Annotated[str, Field(min_length=1, max_length=4096)], ...],
-        Field(max_length=64, description="further arguments of `vllm serve`; flags that the spec sets are refused"),
-    ] = ()
     env: Annotated[tuple[EnvVar, ...], Field(max_length=64, description="further environment variables")] = ()
-
-    @model_validator(mode="after")
-    def _no_managed_flags(self) -> Self:
-        for argument in self.extra_args:
-            # `--a_b`, `--a-b=1` and `--a-b.c=1` are forms of `--a-b` to vLLM.
-            flag = re.split("[=.]", argument)[0].replace("_", "-")
-            if flag in MANAGED_FLAGS:
-                raise ValueError(f"extraArgs: {flag} is set by {MANAGED_FLAGS[flag]}; remove it here")
-        return self
 
 
 class Resources(Record):
@@ -202,8 +197,30 @@ class Resources(Record):
     ] = None
 
 
-class VolumeMount(Record):
+# Paths at which the operator mounts models, data, policies and writable folders.
+RESERVED_PATHS: Final = (
+    "/dev", "/etc/sere", "/etc/sere-data", "/etc/sere-tuning", "/mnt/pvc", "/proc", "/sys", "/tmp", "/var/cache/sere",
+    "/var/lib/sere", "/var/run/secrets",
+)  # fmt: skip
+
+
+def _is_free(path: str) -> bool:
+    """Whether no reserved path lies at, above or below a path."""
+    return not any(path == r or path.startswith(r + "/") or r.startswith(path + "/") for r in RESERVED_PATHS)
+
+
+class VolumeMount(Constrained):
     """A further claim, mounted read-only into engine and tuner pods."""
+
+    constraints: ClassVar = (
+        rule(
+            f"!{list(RESERVED_PATHS)}.exists(r, self.mountPath == r || self.mountPath.startsWith(r + '/') || "
+            "r.startsWith(self.mountPath + '/'))",
+            f"mountPath hides what the operator mounts; choose one that is not at, above or below {', '.join(RESERVED_PATHS)}",
+            lambda volume: _is_free(volume.mount_path),
+            field="mountPath",
+        ),
+    )
 
     name: Annotated[
         str,
@@ -211,7 +228,64 @@ class VolumeMount(Record):
     ]
     claim_name: Annotated[DnsName, Field(description="PersistentVolumeClaim in the same namespace")]
     mount_path: Annotated[AbsolutePath, Field(description="where it is mounted")]
-    sub_path: Annotated[str | None, Field(max_length=1024, description="folder of the claim. Default: its root.")] = None
+    sub_path: Annotated[
+        str | None,
+        Field(max_length=1024, pattern=RELATIVE_PATH, description="folder of the claim. Default: its root."),
+    ] = None
+
+
+Volumes = Annotated[tuple[VolumeMount, ...], Field(max_length=16, description="further claims, mounted read-only")]
+
+
+def volumes_apart(field: str) -> tuple[Constraint, ...]:
+    """Rules of a record with a list of volumes: no two of one name, and no two at one place or one below the other.
+
+    Args:
+        field: of the list, by its Python name, which is its outside name as well.
+    """
+    here = f"self.{field}"
+    return (
+        rule(
+            f"!has({here}) || {here}.all(v, {here}.exists_one(w, w.name == v.name))",
+            f"{field}: two volumes have one name; give each its own",
+            lambda record: _apart(volume.name for volume in getattr(record, field)),
+            field=field,
+        ),
+        rule(
+            f"!has({here}) || {here}.all(v, {here}.exists_one(w, w.mountPath == v.mountPath || "
+            "v.mountPath.startsWith(w.mountPath + '/')))",
+            f"{field}: a volume is mounted at or below the mountPath of another one, which hides it; give each its own",
+            lambda record: not _nested(volume.mount_path for volume in getattr(record, field)),
+            field=field,
+        ),
+    )
+
+
+def volumes_beside_tuning() -> Constraint:
+    """Rule of a record with `volumes` and `tuning.volumes`, which the tuning pod mounts both."""
+    return rule(
+        "!has(self.volumes) || !has(self.tuning) || !has(self.tuning.volumes) || self.volumes.all(v, self.tuning.volumes.all(w, "
+        "v.name != w.name && !(v.mountPath + '/').startsWith(w.mountPath + '/') && "
+        "!(w.mountPath + '/').startsWith(v.mountPath + '/')))",
+        "tuning.volumes: a volume has the name or the mountPath of one of spec.volumes, or lies above or below it; the tuning pod "
+        "mounts both, so give each its own",
+        lambda record: _fit_beside(record.volumes, record.tuning.volumes if record.tuning is not None else ()),
+    )
+
+
+def _fit_beside(some: tuple[VolumeMount, ...], others: tuple[VolumeMount, ...]) -> bool:
+    both = (*some, *others)
+    return _apart(v.name for v in both) and not _nested(v.mount_path for v in both)
+
+
+def _apart(names: Iterable[str]) -> bool:
+    listed = list(names)
+    return len(listed) == len(set(listed))
+
+
+def _nested(paths: Iterable[str]) -> bool:
+    listed = sorted(f"{path}/" for path in paths)
+    return any(after.startswith(before) for before, after in itertools.pairwise(listed))
 
 
 class Toleration(Record):
@@ -231,31 +305,3 @@ class Toleration(Record):
         ),
     ] = None
     toleration_seconds: Annotated[int | None, Field(description="how long NoExecute is tolerated. Default: for ever.")] = None
-
-
-class Percentiles(Record):
-    """Limits in milliseconds on percentiles of a latency over requests. One or more."""
-
-    p50: Annotated[float | None, Field(ge=0.001, le=86_400_000, description="limit on the median, ms")] = None
-    p95: Annotated[float | None, Field(ge=0.001, le=86_400_000, description="limit on the 95th percentile, ms")] = None
-    p99: Annotated[float | None, Field(ge=0.001, le=86_400_000, description="limit on the 99th percentile, ms")] = None
-
-    @model_validator(mode="after")
-    def _some(self) -> Self:
-        if not self.to_json_dict():
-            raise ValueError("give at least one of p50, p95 and p99")
-        return self
-
-
-class Slo(Record):
-    """Latency limits, defined as `vllm bench serve` defines the quantities."""
-
-    tpot_ms: Annotated[Percentiles | None, Field(description="time per output token after the first, ms")] = None
-    ttft_ms: Annotated[Percentiles | None, Field(description="time to the first token, ms")] = None
-    e2el_ms: Annotated[Percentiles | None, Field(description="time from request to last token, ms")] = None
-
-    @model_validator(mode="after")
-    def _some(self) -> Self:
-        if self.tpot_ms is None and self.ttft_ms is None and self.e2el_ms is None:
-            raise ValueError("give at least one of tpotMs, ttftMs and e2elMs")
-        return self

@@ -13,7 +13,7 @@ from sere_ext.contract.policy import Record
 from sere_operator.api import meta
 from sere_operator.api.deployment import SereDeploymentSpec, SereDeploymentStatus
 from sere_operator.api.profile import SereProfileSpec, SereProfileStatus
-from sere_operator.api.rules import RULES, SERVICE_NAME, Rule
+from sere_operator.api.rules import JOB_NAME, RULES, SERVICE_NAME, Rule
 from sere_operator.api.schema import structural_schema
 from sere_operator.api.tuning import SereTuningJobSpec, SereTuningJobStatus
 
@@ -144,6 +144,7 @@ DEFINITIONS = (
             AGE,
             Column("Message", '.status.conditions[?(@.type=="Complete")].message'),
         ),
+        rules=(JOB_NAME,),
     ),
     Definition(
         meta.PROFILE_KIND,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
+from sere_ext.contract.constraints import Constrained, at_most_one
 from sere_ext.contract.policy import Policy, Record
+from sere_ext.contract.tuning import LatencySlo
 
 from sere_operator.api.common import (
     Artefact,
@@ -15,15 +17,17 @@ from sere_operator.api.common import (
     Engine,
     Model,
     Resources,
-    Slo,
     Toleration,
-    VolumeMount,
+    Volumes,
     duration_seconds,
+    volumes_apart,
+    volumes_beside_tuning,
 )
 from sere_operator.api.conditions import Conditions
 from sere_operator.api.tuning import Accuracy, Tuning
 
 MAX_REJECTED = 16  # digests that are remembered as rejected
+MAX_CANARY_PODS = 64  # that the status can name
 NEEDS_SIMILARITY = "buckets of kind sere need the similarity artefact; make one with `sere calibrate` and name it here"
 
 
@@ -102,7 +106,7 @@ class Autoscaling(Record):
 class Canary(Record):
     """How a policy is tried before all pods get it."""
 
-    replicas: Annotated[int, Field(ge=1, le=1000, description="pods that try it. Default: 1.")] = 1
+    replicas: Annotated[int, Field(ge=1, le=MAX_CANARY_PODS, description="pods that try it")] = 1
     min_requests: Annotated[
         int, Field(ge=1, le=10_000_000, description="finished requests on each side before judging. Default: 500.")
     ] = 500
@@ -152,8 +156,14 @@ class Rollout(Record):
         return self
 
 
-class SereDeploymentSpec(Record):
+class SereDeploymentSpec(Constrained):
     """What is wanted."""
+
+    constraints: ClassVar = (
+        at_most_one("replicas", "autoscaling", ": they would fight over the number of pods"),
+        *volumes_apart("volumes"),
+        volumes_beside_tuning(),
+    )
 
     model: Annotated[Model, Field(description="what is served")]
     engine: Annotated[Engine, Field(description="how vLLM is run")] = Engine()
@@ -166,13 +176,13 @@ class SereDeploymentSpec(Record):
             "autoscaler for the Deployment of this name"
         ),
     ] = None
-    slo: Annotated[Slo | None, Field(description="latency limits; needed by mode Tuned")] = None
+    slo: Annotated[LatencySlo | None, Field(description="latency limits; needed by mode Tuned")] = None
     accuracy: Annotated[Accuracy | None, Field(description="how much may be given up; needed by mode Tuned")] = None
     routing: Annotated[Routing, Field(description="which policy is wanted")] = Routing()
     tuning: Annotated[Tuning | None, Field(description="needed by mode Tuned")] = None
     rollout: Annotated[Rollout, Field(description="how changes reach the pods")] = Rollout()
     suspend: Annotated[bool, Field(description="true: the operator changes nothing, what runs goes on. Default: false.")] = False
-    volumes: Annotated[tuple[VolumeMount, ...], Field(max_length=16, description="further claims, mounted read-only")] = ()
+    volumes: Volumes = ()
     node_selector: Annotated[dict[str, str] | None, Field(max_length=16, description="labels that a node must have")] = None
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16, description="taints that the pods tolerate")] = ()
     runtime_class_name: Annotated[DnsName | None, Field(description="such as nvidia")] = None
@@ -196,8 +206,6 @@ class SereDeploymentSpec(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.replicas is not None and self.autoscaling is not None:
-            raise ValueError("give replicas or autoscaling, not both: they would fight over the number of pods")
         policy = self.routing.policy
         if policy is not None and policy.needs_similarity() and self.static_similarity is None:
             raise ValueError(f"routing.similarity: {NEEDS_SIMILARITY}")
@@ -227,7 +235,7 @@ class RolloutStatus(Record):
     stage: Annotated[str | None, Field(description="Baseline, Canary, Analysing, AwaitingApproval, Promoting or RollingBack")] = (
         None
     )
-    canary_pods: Annotated[tuple[str, ...], Field(max_length=64, description="that run it")] = ()
+    canary_pods: Annotated[tuple[str, ...], Field(max_length=MAX_CANARY_PODS, description="that run it")] = ()
     started_at: Annotated[str | None, Field(json_schema_extra={"format": "date-time"}, description="of this attempt")] = None
     attempt: Annotated[int | None, Field(description="number, from 1")] = None
     next_attempt_at: Annotated[

@@ -1,19 +1,23 @@
 """Rules across fields, as the API server checks them (CEL), so that bad input is refused with the operator down.
 
-Each has its twin in a pydantic validator, for resources that an older CRD let through. Messages say what to do.
+Those that a model lists in `constraints` are taken from there (`rules_of`). The others stand here, each with its twin in a
+pydantic validator, for resources that an older CRD let through. Messages say what to do.
 Written for Kubernetes 1.30 and newer: no two-variable comprehensions, numbers go through `'%d'.format([...])`
 (`string(int)` is refused in a messageExpression), and every list they walk has maxItems (the server bounds their cost).
 """
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+from pydantic import BaseModel
+from sere_ext.contract.constraints import Constrained
 from sere_ext.contract.policy import MAX_BUCKETS, MAX_TOKENS
 
-from sere_operator.api.common import MANAGED_FLAGS, MANAGED_PREFIXES, MANAGED_VARIABLE, MANAGED_VARIABLES
-from sere_operator.api.deployment import NEEDS_SIMILARITY
+from sere_operator.api.deployment import NEEDS_SIMILARITY, SereDeploymentSpec
 from sere_operator.api.tuning import SereTuningJobSpec
 
 
@@ -31,18 +35,24 @@ class Rule:
         return {key: value for key, value in pairs.items() if value}
 
 
-def exactly_one(first: str, second: str) -> Rule:
-    return Rule(f"has(self.{first}) != has(self.{second})", f"give exactly one of {first} and {second}")
+def rules_of(model: type[BaseModel]) -> dict[str, tuple[Rule, ...]]:
+    """The constraints of a model and of every model inside it, by model name."""
+    return {
+        inner.__name__: tuple(
+            Rule(c.cel, c.message, c.expression, f".{c.field}" if c.field else "") for c in inner.all_constraints()
+        )
+        for inner in _constrained(model)
+    }
 
 
-def at_most_one(first: str, second: str, why: str = "") -> Rule:
-    return Rule(f"!(has(self.{first}) && has(self.{second}))", f"give {first} or {second}, not both{why}")
-
-
-def at_least_one(*fields: str) -> Rule:
-    return Rule(
-        " || ".join(f"has(self.{field})" for field in fields), f"give at least one of {', '.join(fields[:-1])} and {fields[-1]}"
-    )
+def _constrained(annotation: Any) -> Iterator[type[Constrained]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if issubclass(annotation, Constrained):
+            yield annotation
+        for field in annotation.model_fields.values():
+            yield from _constrained(field.annotation)
+    for inner in typing.get_args(annotation):
+        yield from _constrained(inner)
 
 
 def immutable(field: str, why: str) -> Rule:
@@ -78,25 +88,6 @@ def _bucket_table() -> tuple[Rule, ...]:
     )
 
 
-def _extra_args() -> Rule:
-    """Flags that the spec sets. `--a_b`, `--a-b=1` and `--a-b.c=1` are forms of `--a-b` to vLLM."""
-    managed = "[" + ", ".join(f"'{flag}'" for flag in MANAGED_FLAGS) + "]"
-    flag = "a.split('=')[0].split('.')[0].replace('_', '-')"
-    return Rule(
-        f"self.all(a, !({flag} in {managed}))",
-        f"a flag that the spec or the operator sets; remove it ({', '.join(MANAGED_FLAGS)})",
-        f"self.filter(a, {flag} in {managed})"
-        f".map(a, '%s is set by the spec or the operator; remove it here'.format([{flag}]))[0]",
-    )
-
-
-def _variable() -> Rule:
-    """Environment variables that the operator or the image sets."""
-    names = " && ".join(f"self.name != '{name}'" for name in MANAGED_VARIABLES)
-    prefixes = " && ".join(f"!self.name.startsWith('{prefix}')" for prefix in MANAGED_PREFIXES)
-    return Rule(f"{names} && {prefixes}", f"this variable {MANAGED_VARIABLE}", f"self.name + ' {MANAGED_VARIABLE}'")
-
-
 _MODE = "(has(self.mode) ? self.mode : 'Exact')"
 _TUNED = "!(has(self.routing) && has(self.routing.mode) && self.routing.mode == 'Tuned')"
 _STATIC_SERE = (
@@ -112,10 +103,15 @@ SERVICE_NAME: Final = Rule(
     "metadata.name is the Service's name as well: at most 63 of a-z, 0-9 and '-', beginning with a letter, without dots",
 )
 
+# A SereTuningJob's Job has its name, and the Job's pods have it as a label.
+JOB_NAME: Final = Rule(
+    "self.metadata.name.size() <= 63 && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+    "metadata.name is the Job's name as well: at most 63 of a-z, 0-9 and '-', without dots",
+)
+
 # By model name, or by `Model.outsideName` where the rule belongs to a field.
-RULES: Final[dict[str, tuple[Rule, ...]]] = {
+_RULES: Final[dict[str, tuple[Rule, ...]]] = {
     "SereDeploymentSpec": (
-        at_most_one("replicas", "autoscaling", ": they would fight over the number of pods"),
         Rule(f"{_TUNED} || has(self.tuning)", "routing.mode Tuned needs tuning: how to tune", field=".tuning"),
         Rule(f"{_TUNED} || has(self.accuracy)", "routing.mode Tuned needs accuracy: how much may be given up", field=".accuracy"),
         Rule(f"{_TUNED} || has(self.slo)", "routing.mode Tuned needs slo: at least one latency limit to keep", field=".slo"),
@@ -131,26 +127,6 @@ RULES: Final[dict[str, tuple[Rule, ...]]] = {
         if name != "suspend"
     ),
     "ProfileSpec": (Rule("self == oldSelf", "a profile is immutable, its name stands for its content; create another one"),),
-    "Model": (
-        exactly_one("name", "uri"),
-        Rule(
-            "!has(self.uri) || !(has(self.tokenSecret) || has(self.cache))",
-            "tokenSecret and cache are for a name on the model hub; leave them out with uri",
-        ),
-    ),
-    "Source": (exactly_one("uri", "configMap"),),
-    "Task": (
-        exactly_one("uri", "configMap"),
-        Rule(
-            "(has(self.metric) && self.metric == 'regex') == has(self.pattern)",
-            "metric regex needs pattern, and pattern is for metric regex only",
-        ),
-    ),
-    "Similarity": (exactly_one("calibrate", "uri"),),
-    "EnvVar": (at_most_one("value", "valueFrom"), _variable()),
-    "Slo": (at_least_one("tpotMs", "ttftMs", "e2elMs"),),
-    "Percentiles": (at_least_one("p50", "p95", "p99"),),
-    "Engine.extraArgs": (_extra_args(),),
     "Routing": (
         Rule(f"{_MODE} != 'Static' || has(self.policy)", "mode Static needs policy", field=".policy"),
         Rule(
@@ -207,19 +183,6 @@ RULES: Final[dict[str, tuple[Rule, ...]]] = {
             "layerGroups must be ascending and must not overlap",
         ),
     ),
-    "Load": (
-        exactly_one("requestsPerSecond", "concurrency"),
-        Rule(
-            "!(has(self.arrivals) && has(self.concurrency))", "arrivals is for requestsPerSecond; leave it out with concurrency"
-        ),
-    ),
-    "Load.concurrency": (
-        Rule(
-            "[0, 1, 2, 3, 4, 5, 6].all(i, i + 1 >= self.size() || self[i] < self[i + 1])",
-            "concurrency must be ascending without repeats",
-        ),
-    ),
-    "Workload": (at_most_one("dataset", "synthetic"),),
     "Autoscaling": (
         Rule(
             "!has(self.min) || self.max >= self.min",
@@ -235,3 +198,7 @@ RULES: Final[dict[str, tuple[Rule, ...]]] = {
         ),
     ),
 }
+
+
+_CONSTRAINTS = {**rules_of(SereDeploymentSpec), **rules_of(SereTuningJobSpec)}
+RULES: Final = {name: (*_CONSTRAINTS.get(name, ()), *_RULES.get(name, ())) for name in {**_RULES, **_CONSTRAINTS}}

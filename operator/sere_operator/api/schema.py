@@ -1,7 +1,7 @@
 """Pydantic model -> structural OpenAPI v3 schema, as a CustomResourceDefinition takes it.
 
 Pydantic writes JSON Schema; an API server wants less: no `$ref`, no `anyOf` with null, no `additionalProperties: false`
-beside `properties`, no `const`, no `uniqueItems`, and `exclusiveMinimum` only as a boolean. What cannot be carried over
+beside `properties`, no `const`, no `uniqueItems`, and `exclusiveMinimum` as a boolean beside `minimum`. What cannot be carried over
 faithfully raises here rather than being dropped. Defaults are told in descriptions and applied by the operator,
 not by the server: a stored default would outlive the release that chose it, and GitOps tools would see a difference.
 """
@@ -20,7 +20,7 @@ _KEPT = (
     "maxProperties", "x-kubernetes-int-or-string", "x-kubernetes-preserve-unknown-fields",
     "x-kubernetes-list-type", "x-kubernetes-list-map-keys",
 )  # fmt: skip
-_REFUSED = ("exclusiveMinimum", "exclusiveMaximum", "uniqueItems", "multipleOf", "oneOf", "not", "patternProperties")
+_REFUSED = ("uniqueItems", "multipleOf", "oneOf", "not", "patternProperties")
 
 
 class SchemaError(TypeError):
@@ -70,6 +70,9 @@ class _Converter:
             if word in schema:
                 raise SchemaError(f"{path}: {word} has no structural form; use ge/le, or a CEL rule")
         result = {key: schema[key] for key in _KEPT if key in schema}
+        for name in ("minimum", "maximum"):
+            if (bound := schema.get("exclusive" + name.capitalize())) is not None:
+                result |= {name: bound, "exclusive" + name.capitalize(): True}
         if description := _description(schema):
             result["description"] = description
         if "const" in schema:
@@ -118,11 +121,13 @@ class _Converter:
 
 
 def _number(result: dict[str, Any]) -> None:
-    """A fractional minimum is cut to a whole number by the server where the value is written as one (seen on 1.34: 0 passes
-    a minimum of 0.001), so it is said again as a rule."""
-    minimum = result.get("minimum")
-    if isinstance(minimum, float) and not minimum.is_integer():
-        _add_rules(result, (Rule(f"self >= {minimum}", f"must be at least {minimum}"),))
+    """Add rules for fractional bounds: the server cuts a bound to a whole number where the value is written as one (on 1.34
+    a value of 0 passes a minimum of 0.001)."""
+    for name, sign, words in (("minimum", ">", "above"), ("maximum", "<", "below")):
+        bound, open_end = result.get(name), result.get("exclusive" + name.capitalize(), False)
+        if isinstance(bound, float) and not bound.is_integer():
+            told = f"must be {words} {bound}" if open_end else f"must be {'at least' if sign == '>' else 'at most'} {bound}"
+            _add_rules(result, (Rule(f"self {sign}{'' if open_end else '='} {bound}", told),))
 
 
 def _add_rules(schema: dict[str, Any], rules: tuple[Rule, ...]) -> None:
@@ -133,7 +138,9 @@ def _add_rules(schema: dict[str, Any], rules: tuple[Rule, ...]) -> None:
 def _description(schema: dict[str, Any]) -> str:
     """Description with the default named, where it is a plain value and the text does not name it already."""
     text = " ".join(str(schema.get("description", "")).split())
-    default = schema.get("default")
+    default = schema.get("x-unset") or schema.get("default")
+    if isinstance(default, list) and all(isinstance(one, str | int | float) for one in default):
+        default = ", ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in default)
     if "Default:" in text or not isinstance(default, str | int | float | bool) or default == "":
         return text
     shown = str(default).lower() if isinstance(default, bool) else str(default)

@@ -1,12 +1,28 @@
-"""What a tuning run is told, and the SereTuningJob resource: one immutable run."""
+"""What a tuning run is told, and the SereTuningJob resource: one immutable run.
+
+Fields, bounds and defaults are those of tuning.yaml (`sere_ext.contract.tuning`); a resource has sources that the operator
+mounts where the file has paths.
+"""
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
+from sere_ext.contract.constraints import Constrained, exactly_one, rule
 from sere_ext.contract.policy import Record
+from sere_ext.contract.tuning import (
+    MAX_TASKS,
+    ONE_SOURCE,
+    AccuracyLimits,
+    CertifySpec,
+    LatencySlo,
+    Scoring,
+    SearchBudget,
+    SearchDetails,
+    WorkloadShape,
+    buckets_fit,
+)
 
 from sere_operator.api.common import (
     Claim,
@@ -15,153 +31,68 @@ from sere_operator.api.common import (
     Model,
     Resources,
     SimilarityUri,
-    Slo,
     Source,
     Text,
     Toleration,
-    VolumeMount,
+    Volumes,
+    volumes_apart,
+    volumes_beside_tuning,
 )
 from sere_operator.api.conditions import Conditions
 
 MAX_CANDIDATES = 5
 
 
-class Metric(StrEnum):
-    """How an answer is scored against the labelled one."""
-
-    EXACT = "exact"
-    NUMERIC = "numeric"
-    REGEX = "regex"
-    CONTAINS = "contains"
+class Task(Scoring, Source):
+    """A file of labelled items, and how their answers are judged."""
 
 
-class SearchKind(StrEnum):
-    """Kinds of re-routing to search. Exact routing is always trial 0."""
+class Accuracy(AccuracyLimits):
+    """How much accuracy may be lost, and on what it is measured."""
 
-    SERE = "sere"
-    TOPK = "topk"
-    OEA = "oea"
-    HYBRID = "hybrid"
-
-
-class Task(Source):
-    """Labelled items, JSON lines of {"prompt", "answer"}, and how answers are scored."""
-
-    metric: Annotated[Metric, Field(description="how an answer is scored. Default: exact.")] = Metric.EXACT
-    pattern: Annotated[str | None, Field(max_length=1024, description="regex: its first group is compared with the answer")] = (
-        None
-    )
-    max_tokens: Annotated[int | None, Field(ge=1, le=65_536, description="answer length limit. Default: 64.")] = None
-    stop: Annotated[
-        tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
-        Field(max_length=8, description="strings that end an answer"),
-    ] = ()
-
-    @model_validator(mode="after")
-    def _pattern_for_regex(self) -> Self:
-        if (self.metric is Metric.REGEX) != (self.pattern is not None):
-            raise ValueError("metric regex needs pattern, and pattern is for metric regex only")
-        return self
+    tasks: Annotated[
+        tuple[Task, ...], Field(min_length=1, max_length=MAX_TASKS, description="labelled items and how answers are judged")
+    ]
 
 
-class Accuracy(Record):
-    """How much accuracy may be given up, and on what it is measured."""
-
-    max_drop_points: Annotated[float, Field(ge=0, le=100, description="largest drop, in points (percent of items)")]
-    confidence: Annotated[float, Field(ge=0.5, le=0.9999, description="of the certificate. Default: 0.95.")] = 0.95
-    tasks: Annotated[tuple[Task, ...], Field(min_length=1, max_length=8, description="labelled items and their scoring")]
-    search_items: Annotated[
-        int | None, Field(ge=20, le=1_000_000, description="items kept for the search; the rest certify. Default: a sixth.")
-    ] = None
-
-
-class Similarity(Record):
+class Similarity(Constrained):
     """The similarity artefact: made by the run from calibration text, or one made before."""
+
+    constraints: ClassVar = (exactly_one("calibrate", "uri"),)
 
     calibrate: Annotated[Source | None, Field(description='calibration text, JSON lines of {"prompt"}')] = None
     uri: Annotated[SimilarityUri | None, Field(description="a similarity.safetensors made by `sere calibrate`")] = None
 
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if (self.calibrate is None) == (self.uri is None):
-            raise ValueError("give exactly one of calibrate and uri")
-        return self
 
-
-class Synthetic(Record):
-    """Requests of random tokens."""
-
-    input_tokens: Annotated[int, Field(ge=1, le=1_048_576, description="tokens per prompt")]
-    output_tokens: Annotated[int, Field(ge=2, le=1_048_576, description="tokens per answer")]
-
-
-class Arrivals(StrEnum):
-    POISSON = "poisson"
-
-
-class Load(Record):
-    """How requests arrive: at a rate (open loop), or so many at a time (closed loop)."""
-
-    requests_per_second: Annotated[float | None, Field(ge=0.001, le=100_000, description="mean rate of the open loop")] = None
-    arrivals: Annotated[Arrivals | None, Field(description="of the open loop. Default: poisson.")] = None
-    concurrency: Annotated[
-        tuple[Annotated[int, Field(ge=1, le=65_536)], ...] | None,
-        Field(min_length=1, max_length=8, description="requests in flight of the closed loop, ascending; each is measured"),
-    ] = None
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if (self.requests_per_second is None) == (self.concurrency is None):
-            raise ValueError("give exactly one of requestsPerSecond and concurrency")
-        if self.arrivals is not None and self.concurrency is not None:
-            raise ValueError("arrivals is for requestsPerSecond; leave it out with concurrency")
-        if self.concurrency is not None and list(self.concurrency) != sorted(set(self.concurrency)):
-            raise ValueError("concurrency must be ascending without repeats")
-        return self
-
-
-class Workload(Record):
+class Workload(WorkloadShape):
     """The traffic to tune for. Without dataset and synthetic, the accuracy items themselves are the requests."""
 
-    dataset: Annotated[Source | None, Field(description="prompts, JSON lines")] = None
-    synthetic: Annotated[Synthetic | None, Field(description="prompts of a given length")] = None
-    load: Annotated[Load, Field(description="how requests arrive")]
+    constraints: ClassVar = (ONE_SOURCE,)
 
-    @model_validator(mode="after")
-    def _at_most_one(self) -> Self:
-        if self.dataset is not None and self.synthetic is not None:
-            raise ValueError("give dataset or synthetic, not both")
-        return self
+    dataset: Annotated[Source | None, Field(description="prompts, ShareGPT or messages, mixed into the labelled traffic")] = None
 
 
-class Tuning(Record):
+_LEVELS = "(has(self.workload.load) && has(self.workload.load.concurrency) ? self.workload.load.concurrency.size() : 1)"
+
+
+class Tuning(SearchBudget, Constrained):
     """Budgets and traffic of a tuning run."""
 
-    device_hours: Annotated[float, Field(ge=0.001, le=100_000, description="device time the run may use. Default: 4.")] = 4.0
-    trials: Annotated[int, Field(ge=1, le=10_000, description="search trials the run may use. Default: 60.")] = 60
-    rungs: Annotated[int | None, Field(ge=1, le=3, description="candidates to certify at most. Default: 3.")] = None
-    policies: Annotated[
-        tuple[SearchKind, ...] | None,
-        Field(min_length=1, max_length=len(SearchKind), description="kinds to search. Default: sere, topk and oea."),
-    ] = None
+    constraints: ClassVar = (
+        *volumes_apart("volumes"),
+        rule(
+            f"!has(self.search) || !has(self.search.buckets) || self.search.buckets.size() == {_LEVELS}",
+            "search.buckets: give one for each load level of workload.load.concurrency",
+            lambda tuning: buckets_fit(tuning.workload.load, tuning.search) is None,
+        ),
+    )
+
     similarity: Similarity
     workload: Workload
-    search: Annotated[
-        dict[str, Any] | None,
-        Field(
-            description="further keys of tuning.yaml's `search` section, handed to the tuner, which checks them",
-            json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
-        ),
-    ] = None
-    certify: Annotated[
-        dict[str, Any] | None,
-        Field(
-            description="tuning.yaml's `certify` section, handed to the tuner, which checks it",
-            json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
-        ),
-    ] = None
+    search: Annotated[SearchDetails | None, Field(description="how the search goes about it")] = None
+    certify: Annotated[CertifySpec | None, Field(description="how the finalists are measured")] = None
     resources: Annotated[Resources | None, Field(description="of the tuning pod. Default: spec.resources.")] = None
-    volumes: Annotated[tuple[VolumeMount, ...], Field(max_length=16, description="further claims, beside spec.volumes")] = ()
+    volumes: Annotated[Volumes, Field(description="further claims, beside spec.volumes")] = ()
     storage: Annotated[
         Claim | None,
         Field(
@@ -172,17 +103,19 @@ class Tuning(Record):
     ] = None
 
 
-class SereTuningJobSpec(Record):
+class SereTuningJobSpec(Constrained):
     """An immutable copy of what is tuned. Only `suspend` may change."""
+
+    constraints: ClassVar = (*volumes_apart("volumes"), volumes_beside_tuning())
 
     deployment: Annotated[DnsName | None, Field(description="the SereDeployment that asked for this run")] = None
     model: Model
     engine: Engine = Engine()
     resources: Resources | None = None
-    slo: Slo
+    slo: LatencySlo
     accuracy: Accuracy
     tuning: Tuning
-    volumes: Annotated[tuple[VolumeMount, ...], Field(max_length=16, description="further claims, mounted read-only")] = ()
+    volumes: Volumes = ()
     node_selector: Annotated[dict[str, str] | None, Field(max_length=16, description="labels that a node must have")] = None
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16, description="taints that the pod tolerates")] = ()
     runtime_class_name: Annotated[DnsName | None, Field(description="such as nvidia")] = None

@@ -42,6 +42,7 @@ def _sentence(problem: Any, model: type[BaseModel]) -> str:
     if kind == "json_invalid":
         return f"cannot be read as JSON ({problem['ctx']['error']}); correct that place"
     message = problem["msg"].removeprefix("Value error, ")
+    message = re.sub(r"<\w+\.\w+: ('[^']*')>", r"\1", message)  # a member of an enumeration, by its value
     message = message.replace("valid tuple", "list").replace("Tuple", "the list").replace(" after validation", "")
     shown = f" (got {given!r})" if isinstance(given, int | float | str) else ""
     words = re.findall(r"'([^']*)'", problem["ctx"]["expected"]) if kind in ("enum", "literal_error") else []

@@ -78,6 +78,7 @@ class Outer(BaseModel):
     count: Annotated[int, Field(ge=1, le=3)] = 2
     names: Annotated[tuple[str, ...], Field(max_length=4)] = ()
     by_name: dict[str, float] | None = None
+    share: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
 
 
 def test_references_are_inlined_nulls_flattened_and_constants_become_enums() -> None:
@@ -93,12 +94,17 @@ def test_references_are_inlined_nulls_flattened_and_constants_become_enums() -> 
             "count": {"type": "integer", "format": "int64", "minimum": 1, "maximum": 3, "description": "Default: 2."},
             "names": {"type": "array", "maxItems": 4, "items": {"type": "string"}},
             "by_name": {"type": "object", "additionalProperties": {"type": "number"}},
+            "share": {
+                "type": "number",
+                "minimum": 0.5,
+                "exclusiveMinimum": True,
+                "maximum": 1,
+                "exclusiveMaximum": True,
+                "description": "Default: 0.95.",
+                "x-kubernetes-validations": [{"rule": "self > 0.5", "message": "must be above 0.5"}],
+            },
         },
     }
-
-
-class Exclusive(BaseModel):
-    field: Annotated[int, Field(gt=0)]
 
 
 class Union(BaseModel):
@@ -120,7 +126,6 @@ class Unknown(BaseModel):
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        (Exclusive, "exclusiveMinimum"),
         (Union, "union of 2"),
         (Unbounded, "max_length"),
         (Unique, "uniqueItems"),

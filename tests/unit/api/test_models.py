@@ -77,8 +77,7 @@ def test_a_bad_spec_is_told_by_path_one_sentence_per_problem() -> None:
     with pytest.raises(SpecError) as told:
         parse_spec(SereDeploymentSpec, bad)
     assert str(told.value) == (
-        "spec.slo.tpotMs.p95: Input should be greater than or equal to 0.001 (got -1); "
-        "spec.replicsa: unknown field; did you mean replicas?"
+        "spec.slo.tpotMs.p95: Input should be greater than 0 (got -1); spec.replicsa: unknown field; did you mean replicas?"
     )
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sere_ext.contract.tuning import LatencySlo
 from sere_ext.control.metrics import bounds
-from sere_operator.api.common import Slo
 from sere_operator.plan.histogram import Histogram, from_bounds, merged, packed, unpacked, window
 from sere_operator.plan.rollout.analysis import (
     FLAGRANT_CONFIDENCE,
@@ -31,7 +31,7 @@ from sere_operator.plan.rollout.intervals import (
     student_quantile,
 )
 
-SLO = Slo.model_validate({"tpotMs": {"p95": 20}})
+SLO = LatencySlo.model_validate({"tpotMs": {"p95": 20}})
 
 
 def histogram(n: int, mean_ms: float, over: int = 0, spread: float = 0.3) -> Histogram:

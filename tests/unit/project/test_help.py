@@ -72,7 +72,7 @@ def test_every_option_of_the_tuning_file_stands_there_whole(command: str) -> Non
         ("--search-layer-groups", "<bool>", "[default: true]"),
         ("--workload-load-concurrency", "<list>", "[default: [16]]"),  # of the section's default
         ("--engine-max-model-len", "<int>", "[x>=8] [default: the model's]"),  # nothing in the file, words here
-        ("--search-device-hours", "<float>", "[x>0] [default: 4]"),
+        ("--search-device-hours", "<float>", "[0<x<=100000] [default: 4]"),
     ],
 )
 def test_types_bounds_and_defaults_are_the_models_own(flag: str, type_: str, notes: str) -> None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from sere_ext.contract.tuning import LatencyLimits
+
 from sere_operator.api import meta
-from sere_operator.api.common import Percentiles
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan.objects import drift, pods
 from sere_operator.plan.objects.revision import as_annotations, revision
@@ -120,11 +121,9 @@ def made_of(pod: Object, template: Object) -> bool:
     return drift.difference({"containers": containers, "volumes": wanted["volumes"]}, found) is None
 
 
-def _limits(percentiles: Percentiles | None) -> str:
-    """A limit's values for the plug-in's histogram bounds, in ms: `20,35.5`."""
-    if percentiles is None:
-        return ""
-    return ",".join(f"{value:g}" for value in (percentiles.p50, percentiles.p95, percentiles.p99) if value is not None)
+def _limits(limits: LatencyLimits) -> str:
+    """A latency's limits as bounds of the plug-in's histogram, in ms: `20,35.5`."""
+    return ",".join(f"{value:g}" for value in limits.limits().values())
 
 
 def policy_volume(name: str) -> Object:

@@ -6,10 +6,12 @@ escalation, a read-only root with emptyDirs where something must be written.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from sere_operator.api import meta
 from sere_operator.api.common import EnvVar, KeyRef, Model, Resources, Source, Toleration, VolumeMount, parse_pvc
 
 Object = dict[str, Any]
@@ -38,6 +40,16 @@ POD_SECURITY: Object = {
 }
 
 
+def volume_name(prefix: str, name: str) -> str:
+    """The name in a pod of the volume of a claim or ConfigMap. Volumes' names have no dots and at most 63 characters, so a
+    hash tells apart those of `a.b` and `a-b`."""
+    plain = f"{prefix}-{name}"
+    if "." not in plain and len(plain) <= meta.MAX_NAME:
+        return plain
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{plain.replace('.', '-')[: meta.MAX_NAME - 9].rstrip('-')}-{digest}"
+
+
 @dataclass
 class Storage:
     """Volumes and mounts of a pod, each claim and ConfigMap once, in the order in which they were asked for."""
@@ -57,20 +69,24 @@ class Storage:
             source["sizeLimit"] = limit
         self._add({"name": name, "emptyDir": source}, {"name": name, "mountPath": path})
 
-    def claim(self, claim: str, path: str | None = None, *, name: str | None = None, read_only: bool = True) -> str:
-        """Mount a claim, by default read-only at /mnt/pvc/<claim>; returns where."""
+    def claim(
+        self, claim: str, path: str | None = None, *, name: str | None = None, read_only: bool = True, sub_path: str | None = None
+    ) -> str:
+        """Mount a claim or a folder of it, by default read-only at /mnt/pvc/<claim>; returns the path of the mount."""
         path = path or f"{PVC_ROOT}/{claim}"
-        name = name or "pvc-" + claim.replace(".", "-")[:59]
+        name = name or volume_name("pvc", claim)
         source: Object = {"claimName": claim}
         mount: Object = {"name": name, "mountPath": path}
         if read_only:
             source["readOnly"] = mount["readOnly"] = True
+        if sub_path:
+            mount["subPath"] = sub_path
         self._add({"name": name, "persistentVolumeClaim": source}, mount)
         return path
 
     def config_map(self, ref: KeyRef) -> str:
         """Mount a ConfigMap at /etc/sere-data/<name>; returns the path of the key."""
-        name = "data-" + ref.name.replace(".", "-")[:58]
+        name = volume_name("data", ref.name)
         path = f"{DATA_ROOT}/{ref.name}"
         self._add({"name": name, "configMap": {"name": ref.name}}, {"name": name, "mountPath": path, "readOnly": True})
         return f"{path}/{ref.key}"
@@ -91,9 +107,7 @@ class Storage:
 
     def extra(self, volumes: Iterable[VolumeMount]) -> None:
         for volume in volumes:
-            self.claim(volume.claim_name, volume.mount_path, name="vol-" + volume.name)
-            if volume.sub_path:
-                self.mounts[-1]["subPath"] = volume.sub_path
+            self.claim(volume.claim_name, volume.mount_path, name="vol-" + volume.name, sub_path=volume.sub_path)
 
     def scratch(self) -> None:
         """What every engine needs to write: /tmp, caches, and shared memory."""

@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from sere_operator.api.common import Percentiles, Slo
+from sere_ext.contract.tuning import LatencyLimits, LatencySlo
+
 from sere_operator.plan.histogram import Histogram, total
 from sere_operator.plan.rollout.intervals import (
     CONFIDENCE,
@@ -30,7 +31,7 @@ FLAGRANT_CONFIDENCE = 0.99
 LEAST_INDEPENDENT = 20.0
 GOLDEN_ALPHA = 0.01  # of the one-sided sign test on answers that only one side got right
 LEAST_GOLDEN_RIGHT = 0.5  # of stable's golden answers; they were chosen among those that exact routing answers right
-_ALLOWED = {"p50": 0.50, "p95": 0.05, "p99": 0.01}
+_ALLOWED = {"p50": 0.50, "p90": 0.10, "p95": 0.05, "p99": 0.01}  # share of requests that may be above a limit
 
 
 class Outcome(StrEnum):
@@ -63,7 +64,7 @@ class Side:
 def judge(
     stable: Side,
     canary: Side,
-    slo: Slo | None,
+    slo: LatencySlo | None,
     *,
     min_requests: int,
     golden_prompts: int,
@@ -134,7 +135,7 @@ def judge(
     return Verdict(Outcome.PASSED, _summary(stable, canary, golden_prompts))
 
 
-def _breaks_limit(name: str, limits: Percentiles | None, canary: Histogram, stable: Histogram) -> str | None:
+def _breaks_limit(name: str, limits: LatencyLimits | None, canary: Histogram, stable: Histogram) -> str | None:
     if limits is None or canary.count == 0:
         return None
     for percentile, allowed in _ALLOWED.items():
@@ -151,7 +152,7 @@ def _breaks_limit(name: str, limits: Percentiles | None, canary: Histogram, stab
     return None
 
 
-def _unseen_limit(slo: Slo, canary: Side) -> str | None:
+def _unseen_limit(slo: LatencySlo, canary: Side) -> str | None:
     for name, limits, histograms in (("TPOT", slo.tpot_ms, canary.tpot), ("TTFT", slo.ttft_ms, canary.ttft)):
         bounds = total(histograms.values()).over
         for percentile in _ALLOWED:

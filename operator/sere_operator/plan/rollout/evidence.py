@@ -82,7 +82,7 @@ def metrics_needed(status: Object) -> bool:
 def slo_limits(spec: SereDeploymentSpec) -> frozenset[str]:
     """The limits of the SLO as keys of `Histogram.over` (ms); other bounds are not needed and would swell the status."""
     parts = (spec.slo.tpot_ms, spec.slo.ttft_ms) if spec.slo else ()
-    return frozenset(f"{limit:g}" for part in parts if part for limit in (part.p50, part.p95, part.p99) if limit is not None)
+    return frozenset(f"{limit:g}" for part in parts if part for limit in part.limits().values())
 
 
 def golden_concurrency(policy: Policy) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 
 from sere_ext.contract.shards import POLICY_SHARDS, config_map_name
+from sere_ext.contract.tuning import SearchBudget
 
 from sere_operator.api import meta
 from sere_operator.api.tuning import SereTuningJobSpec
@@ -71,14 +72,10 @@ def tuning_file(spec: SereTuningJobSpec, storage: pods.Storage, folder: str = "r
         fields = {key: value for key, value in task.to_json_dict().items() if key not in ("uri", "configMap")}
         tasks.append({"file": storage.source(task), **fields})
     whole["accuracy"] = {**accuracy.to_json_dict(), "tasks": tasks}
-    search: Object = {**(tuning.search or {}), "trials": tuning.trials, "deviceHours": tuning.device_hours}
-    if tuning.rungs is not None:
-        search["rungs"] = tuning.rungs
-    if tuning.policies:
-        search["policies"] = [kind.value for kind in tuning.policies]
-    whole["search"] = search
+    budget = tuning.model_dump(mode="json", by_alias=True, include=set(SearchBudget.model_fields))
+    whole["search"] = {**(tuning.search.to_json_dict() if tuning.search else {}), **budget}
     if tuning.certify:
-        whole["certify"] = tuning.certify
+        whole["certify"] = tuning.certify.to_json_dict()
     whole["out"] = f"{RUN_DIR}/{folder}"
     return whole
 

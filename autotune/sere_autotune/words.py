@@ -1,0 +1,22 @@
+"""Shares and times as people read them."""
+
+from __future__ import annotations
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] in percent: `95%`, and `97.5%` where that is what was asked for."""
+    return f"{round(share * 100, 6):g}%"
+
+
+def duration(seconds: float) -> str:
+    """A time, rounded to its first digits: `1.1 h`, `4 min`, `30 s`."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    if seconds >= 100:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds:.0f} s"
+
+
+def about(seconds: float) -> str:
+    """An estimated time: `about 4 min`."""
+    return f"about {duration(seconds)}"
