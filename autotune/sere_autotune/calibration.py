@@ -83,16 +83,25 @@ def provide(source: Source, spec: TuningSpec, items: Sequence[Item]) -> Path | N
     data = source.data
     if data is None:
         texts = Path(spec.out) / "calibration.jsonl"
-        texts.write_text("".join(json.dumps({"prompt": i.prompt, "answer": i.answer}) + "\n" for i in items))
+        texts.write_text("".join(json.dumps(_calibration_row(item)) + "\n" for item in items))
         data = str(texts)
     command = [sys.executable, "-m", "sere_ext.cli.main", "calibrate", spec.model, "--data", data, "--out", str(source.path)]
     if spec.revision:
         command += ["--revision", spec.revision]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if spec.trust_remote_code:
+        command.append("--trust-remote-code")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise UsageError(f"calibration failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
     return source.path
+
+
+def _calibration_row(item: Item) -> dict[str, object]:
+    """An item with its answer, as a conversation where it is sent as one."""
+    if item.messages:
+        return {"messages": [*item.messages, {"role": "assistant", "content": item.answer}]}
+    return {"prompt": item.prompt, "answer": item.answer}
 
 
 def make_publishable(path: Path, origin: Origin, limit_bytes: int, settled: str | None = None) -> None:

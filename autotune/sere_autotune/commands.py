@@ -44,6 +44,9 @@ _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and the
 _Advisory = Annotated[bool, typer.Option("--advisory", help="Go on although the items cannot certify; the profile is marked so.")]
 _Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew in `out` instead of going on there.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
+_Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model, in calibration and engine.")
+]
 _Publish = Annotated[
     str | None,
     typer.Option("--publish", help="configmap/<namespace>/<name>: also write the result there.", show_default="nowhere"),
@@ -57,9 +60,10 @@ def tune_command(
     fresh: _Fresh = False,
     as_json: _Json = False,
     publish: _Publish = None,
+    trust_remote_code: _Trust = False,
     **options: str | None,
 ) -> None:
-    _main(load_spec(file, overrides(options)), None, dry_run, advisory, fresh, as_json, publish)
+    _main(_read_spec(file, options, trust_remote_code), None, dry_run, advisory, fresh, as_json, publish)
 
 
 def certify_command(
@@ -70,15 +74,25 @@ def certify_command(
     fresh: _Fresh = False,
     as_json: _Json = False,
     publish: _Publish = None,
+    trust_remote_code: _Trust = False,
     **options: str | None,
 ) -> None:
     only = read_policy_file(policy)
-    spec = load_spec(file, overrides(options))
+    spec = _read_spec(file, options, trust_remote_code)
     if not only.uses_rerouting():
         raise UsageError(f"{policy} is exact routing, which needs no certificate; name a policy that re-routes")
     if options.get("out") is None:
         spec = spec.model_copy(update={"out": str(Path(spec.out) / f"certify-{only.digest}")})
     _main(spec, only, dry_run, advisory, fresh, as_json, publish)
+
+
+def _read_spec(file: Path | None, options: dict[str, str | None], trust_remote_code: bool) -> TuningSpec:
+    """The tuning file with the options laid over it; trust stands among the engine's arguments, which calibration looks at too."""
+    spec = load_spec(file, overrides(options))
+    if not trust_remote_code or spec.trust_remote_code:
+        return spec
+    arguments = (*spec.engine.extra_args, "--trust-remote-code")
+    return spec.model_copy(update={"engine": spec.engine.model_copy(update={"extra_args": arguments})})
 
 
 def _main(

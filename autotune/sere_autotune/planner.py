@@ -59,6 +59,7 @@ class Plan:
     trials: int = 0
     rungs: int = 0
     pace_known: bool = False
+    notes: list[str] = field(default_factory=list)  # on settings that work and are hardly meant
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -67,7 +68,7 @@ class Plan:
             "similarity": self.source.to_dict(),
             "needs": [{"discordance": n.discordance, "trueDropZero": n.true_zero, "trueDropSome": n.true_some} for n in self.needs],
             "smallestLimitPoints": None if self.smallest is None else round(self.smallest * 100, 2),
-            "openings": self.openings, "trials": self.trials, "rungs": self.rungs,
+            "notes": self.notes, "openings": self.openings, "trials": self.trials, "rungs": self.rungs,
             "seconds": {"start": self.start_s, "search": self.search_s, "certification": self.certify_s},
         }  # fmt: skip
 
@@ -199,4 +200,7 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
     short = total * spec.engine.tensor_parallel_size > spec.search.device_hours * 3600
     cut = "; less than the estimate above, so trials or rungs may be cut (search.deviceHours)" if short else ""
     lines.append(f"Budget     {spec.search.device_hours:g} device-hours{wall}; it is never exceeded{cut}")
+    if spec.search.device_hours * 3600 < plan.start_s * spec.engine.tensor_parallel_size:
+        lines.append(f"           it ends before an engine has started ({about(plan.start_s)}); raise search.deviceHours")
+    lines += [f"Note       {note}" for note in plan.notes]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from sere_ext.contract.errors import SimilarityError, UsageError
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.similarity import language_config, model_config_digest, names_folder, read_meta
 
-from sere_autotune import calibration, planner
+from sere_autotune import calibration, planner, preflight
 from sere_autotune.study.ledger import Ledger
 from sere_autotune.study.study import fingerprint
 from sere_autotune.trial.items import Item, load_items, set_digest, split
@@ -41,7 +42,8 @@ def prepare(spec: TuningSpec, only: Policy | None = None) -> Prepared:
         only: the policy to certify, where nothing is to be searched.
 
     Raises:
-        UsageError: a missing or bad file, a similarity artefact of another model, too few items, a dense model.
+        UsageError: a missing or bad file, a prompt that does not fit, a similarity artefact of another model, too few items, a
+            dense model or an incomplete one.
         PolicyError: `only` keeps more experts than the model's tokens have, or names layers that it does not have.
     """
     spec.check_files()
@@ -53,6 +55,7 @@ def prepare(spec: TuningSpec, only: Policy | None = None) -> Prepared:
     mine, held_out = split(items, spec.accuracy.search_items)
     config = read_config(spec)
     digest = model_config_digest(config)
+    preflight.check(spec, config, items)
     if only is not None:  # before an engine is started for it
         if top_k := experts_per_token(config):
             only.check_model(top_k)
@@ -69,6 +72,7 @@ def prepare(spec: TuningSpec, only: Policy | None = None) -> Prepared:
     openings = ledger.openings(digest, set_digest(held_out), _study_name(spec, held_out, digest))
     source = calibration.find(spec, digest, only)
     plan = planner.make_plan(spec, len(items), len(held_out), noise, openings, pace, source=source, searches=only is None)
+    plan = dataclasses.replace(plan, notes=preflight.notes(spec, len(mine)) if only is None else [])
     return Prepared(spec, items, mine, held_out, digest, source, plan)
 
 

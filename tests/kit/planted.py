@@ -32,6 +32,8 @@ def write_items(path: Path, count: int) -> Path:
 
 def write_model(path: Path) -> Path:
     path.mkdir(exist_ok=True)
+    for name in ("tokenizer.json", "model.safetensors"):  # that they are there is looked at; only an engine would read them
+        (path / name).write_text("{}")
     (path / "config.json").write_text(
         json.dumps({"model_type": "qwen3_moe", "num_experts": 16, "num_experts_per_tok": 4, "num_hidden_layers": 8})
     )

@@ -9,6 +9,7 @@ from typing import Any
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.profile import (
     AccuracyEvidence,
+    ChatMessage,
     Evidence,
     GoldenPrompt,
     Paired,
@@ -143,6 +144,11 @@ def golden(run: Run) -> tuple[GoldenPrompt, ...]:
     answers: dict[str, Answer] = run.study.exact_answers(0)
     right = [item for item in run.search if item.digest in answers and answers[item.digest].correct]
     return tuple(
-        GoldenPrompt(prompt=item.prompt, answer=item.answer, max_tokens=min(item.task.max_tokens, 512))
+        GoldenPrompt(
+            prompt=item.prompt,
+            messages=tuple(ChatMessage(**m) for m in item.messages) or None,
+            answer=item.answer,
+            max_tokens=min(item.task.max_tokens, 512),
+        )
         for item in right[:GOLDEN_PROMPTS]
     )

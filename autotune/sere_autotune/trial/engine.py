@@ -19,6 +19,7 @@ from sere_ext.contract.errors import SereError, UnsupportedError
 from sere_ext.contract.policy import EXACT_POLICY, Policy
 from sere_ext.control.switch import States, agree, read_states, switch, total_counters
 
+from sere_autotune.trial.chat import ChatTemplate
 from sere_autotune.trial.load import Block, Load, Request, Sent, run_block
 from sere_autotune.trial.measures import Answer
 from sere_autotune.trial.stats import DropRejector
@@ -77,6 +78,8 @@ class EngineHost:
         self.requests = 0
         self.similarity: str | None = None
         self.digest = "exact"
+        self.template = ChatTemplate()
+        self.defaults: dict[str, Any] = {}
 
     def pid(self) -> int:
         return os.getpid()
@@ -92,7 +95,7 @@ class EngineHost:
 
         if current_platform.is_cpu():
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+        parser = _serve_arguments()(FlexibleArgumentParser())
         try:
             parsed = parser.parse_args(arguments)
         except SystemExit:
@@ -106,7 +109,9 @@ class EngineHost:
             ours["similarity"] = similarity
         args.additional_config = {**(args.additional_config or {}), "sere": ours}
         self.similarity = similarity
+        self.template = ChatTemplate.of(arguments)
         self.engine = AsyncLLM.from_engine_args(args)
+        self.defaults = server_defaults(self.engine.model_config)
         return {"ranks": await self.states()}
 
     async def apply(self, policy_json: str) -> None:
@@ -183,18 +188,25 @@ class EngineHost:
         )
 
     async def send(self, request: Request) -> AsyncIterator[tuple[str, int]]:
-        """Stream (text, tokens) chunks of one greedy answer. EOS ends it unless the request fixes the length."""
+        """Stream (text, tokens) chunks of one greedy answer, sampled as `vllm serve` samples a request of temperature 0.
+
+        The end-of-sequence token ends it unless the request fixes the length.
+        """
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         self.requests += 1
+        defaults = dict(self.defaults)
         params = SamplingParams(
             temperature=0.0,
-            max_tokens=request.max_tokens,
+            max_tokens=min(request.max_tokens, defaults.pop("max_tokens", request.max_tokens)),
+            **defaults,
             stop=list(request.stop) or None,
             ignore_eos=request.ignore_eos,
             output_kind=RequestOutputKind.DELTA,
         )
         prompt: Any = request.prompt
+        if request.messages:
+            prompt = {"prompt_token_ids": self.template.tokens(self.engine.get_tokenizer(), request.messages, request.place)}
         if request.cut_tokens is not None:
             tokenizer = self.engine.get_tokenizer()
             prompt = {"prompt_token_ids": tokenizer.encode(request.prompt)[: request.cut_tokens]}
@@ -206,6 +218,36 @@ class EngineHost:
         if self.engine is not None:
             self.engine.shutdown()
             self.engine = None
+
+
+_SAMPLING = ("repetition_penalty", "presence_penalty", "frequency_penalty", "top_k", "top_p", "min_p")
+
+
+def server_defaults(model_config: Any) -> dict[str, Any]:
+    """What `vllm serve` puts into a request that does not say it: of generation_config.json and --override-generation-config.
+
+    Args:
+        model_config: vLLM's ModelConfig.
+
+    Returns:
+        Arguments of SamplingParams; `max_tokens` is there where the server never answers longer.
+    """
+    given = model_config.get_diff_sampling_param()
+    found = {name: given[name] for name in _SAMPLING if name in given}
+    if model_config.generation_config in ("auto", "vllm"):
+        longest = (model_config.override_generation_config or {}).get("max_new_tokens")
+    else:
+        longest = given.get("max_tokens")
+    return found if longest is None else {**found, "max_tokens": longest}
+
+
+def _serve_arguments() -> Any:
+    """The function that adds the flags of `vllm serve` to a parser; vLLM moved it between the releases that are supported."""
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
+    return make_arg_parser
 
 
 def _alike(states: States) -> States:

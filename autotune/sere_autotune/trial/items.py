@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from sere_ext.contract.errors import UsageError
+from sere_ext.contract.records import Message, answer_of, prompt_of, read_rows
+from sere_ext.contract.tuning import ItemFields
 
 from sere_autotune.tuning.spec import AccuracySpec, TaskSpec
 
@@ -19,12 +19,22 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class Item:
-    """One distinct labelled prompt. `digest` is of the prompt alone: the unit of the split and of every count."""
+    """One distinct labelled prompt.
+
+    Attributes:
+        digest: of the prompt alone; the unit of the split and of every count.
+        prompt: the text, or the last user's message of a conversation.
+        answer: the right one.
+        messages: the conversation that is sent by the chat template; () sends the prompt as plain text.
+        place: file and line, for messages.
+    """
 
     digest: str
     prompt: str
     answer: str
     task: TaskSpec
+    messages: tuple[Message, ...] = field(default=(), hash=False)
+    place: str = field(default="", compare=False)
 
     def correct(self, text: str) -> bool:
         """Whether an answer is right under the task's metric."""
@@ -44,40 +54,28 @@ def _last_number(text: str) -> float | None:
     return float(found[-1].replace(",", "")) if found else None
 
 
-def read_jsonl(path: str | Path, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line. Raises UsageError naming the field and the line."""
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise UsageError(
-                        f"{field}: {path} line {number} cannot be read as JSON ({error}); write one object per line"
-                    ) from error
-                if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-                    raise UsageError(f'{field}: {path} line {number} needs a "prompt" string')
-                yield number, record
-    except OSError as error:
-        raise UsageError(f"{field}: cannot read {path}: {error.strerror}; check the path") from error
-
-
 def load_items(accuracy: AccuracySpec) -> list[Item]:
     """All tasks' items in the order of their digests, which is the order of a fixed shuffle; repeated prompts once.
 
     Raises:
-        UsageError: a file is missing, a line cannot be read or lacks prompt or answer, or no item is there.
+        UsageError: a file or line that cannot be read, that lacks prompt or answer, or that repeats a prompt with another answer.
     """
     found: dict[str, Item] = {}
     for index, task in enumerate(accuracy.tasks):
         field = f"accuracy.tasks.{index}.file"
-        for number, record in read_jsonl(task.file, field):
-            if record.get("answer") is None:
-                raise UsageError(f'{field}: {task.file} line {number} needs an "answer"')
-            digest = hashlib.sha256(record["prompt"].encode()).hexdigest()[:16]
-            found.setdefault(digest, Item(digest, record["prompt"], str(record["answer"]), task))
+        columns = task.fields or ItemFields()
+        for row in read_rows(task.file, field):
+            prompt = prompt_of(row, field, columns.prompt)
+            messages = prompt.messages or (({"role": "user", "content": prompt.text},) if accuracy.chat else ())
+            asked = json.dumps(messages, sort_keys=True) if len(prompt.messages) > 1 else prompt.text
+            digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
+            item = Item(digest, prompt.text, answer_of(row, field, columns.answer), task, messages, row.place)
+            known = found.setdefault(digest, item)
+            if known.answer != item.answer:
+                raise UsageError(
+                    f"{field}: {item.place} has the prompt of {known.place} with another answer ({item.answer[:40]!r}, there "
+                    f"{known.answer[:40]!r}); remove one of the two lines"
+                )
     if not found:
         raise UsageError(f"accuracy.tasks: no items in {', '.join(task.file for task in accuracy.tasks)}")
     return [found[digest] for digest in sorted(found)]

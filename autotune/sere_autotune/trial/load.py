@@ -17,6 +17,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from sere_ext.contract.records import Message
+
 from sere_autotune.trial.items import Item
 
 
@@ -30,10 +32,12 @@ class Request:
     ignore_eos: bool = False
     item: Item | None = None
     cut_tokens: int | None = None  # use only this many of the prompt's tokens
+    messages: tuple[Message, ...] = field(default=(), hash=False)  # sent by the chat template in place of the prompt
+    place: str = ""  # file and line that it comes from, for messages
 
     @classmethod
     def of(cls, item: Item) -> Request:
-        return cls(item.prompt, item.task.max_tokens, item.task.stop, item=item)
+        return cls(item.prompt, item.task.max_tokens, item.task.stop, item=item, messages=item.messages, place=item.place)
 
 
 # Streams (text, tokens) chunks of the answer to a request; the last one ends the iteration.

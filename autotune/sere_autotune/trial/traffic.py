@@ -5,9 +5,31 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from sere_autotune.trial.items import Item, read_jsonl
+from sere_ext.contract.errors import UsageError
+from sere_ext.contract.records import prompt_of, read_rows
+
+from sere_autotune.trial.items import Item
 from sere_autotune.trial.load import Request
 from sere_autotune.tuning.spec import WorkloadSpec
+
+_DATASET = "workload.dataset"
+
+
+def dataset_requests(workload: WorkloadSpec) -> list[Request]:
+    """A request for every row of `workload.dataset`; of a conversation the first question, as `vllm bench serve` takes it.
+
+    Raises:
+        UsageError: with file and line, for what cannot be read or asks nothing; a file without a row.
+    """
+    if workload.dataset is None:
+        return []
+    found = []
+    for row in read_rows(workload.dataset, _DATASET):
+        prompt = prompt_of(row, _DATASET, first_turn=True)
+        found.append(Request(prompt.text, workload.dataset_max_tokens, messages=prompt.messages, place=row.place))
+    if not found:
+        raise UsageError(f"{_DATASET}: no prompts in {workload.dataset}")
+    return found
 
 
 class Traffic:
@@ -17,9 +39,7 @@ class Traffic:
         self.others: list[Request] = []
         if workload.dataset:
             own = {item.prompt for item in items}
-            records = read_jsonl(workload.dataset, "workload.dataset")
-            prompts = [r["prompt"] for _, r in records if r["prompt"] not in own]
-            self.others = [Request(prompt, workload.dataset_max_tokens) for prompt in prompts]
+            self.others = [request for request in dataset_requests(workload) if request.prompt not in own]
         elif workload.synthetic:
             self.others = _synthetic(workload, items)
         random.Random(workload.seed).shuffle(self.others)

@@ -6,6 +6,7 @@ folder for results, and a few options of the command line. `file.py` reads it, `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -30,7 +31,7 @@ from sere_ext.contract.tuning import (
     buckets_fit,
 )
 
-__all__ = ["BucketEdges", "LoadSpec", "SearchSpec", "TaskSpec", "TuningSpec", "WorkloadSpec", "engine_options"]
+__all__ = ["BucketEdges", "LoadSpec", "SearchSpec", "TaskSpec", "TuningSpec", "WorkloadSpec", "engine_options", "flag_value"]
 
 
 class CalibrateSpec(Record):
@@ -132,6 +133,16 @@ class TuningSpec(Constrained):
         for field, path in self.input_files():
             if not Path(path).is_file():
                 raise UsageError(f"{field}: no file at {path}; check the path (it is taken from the folder you are in)")
+
+
+def flag_value(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of a flag among arguments of `vllm serve`, written `--flag value` or `--flag=value`; None: not there."""
+    found = None
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            found = value if equals else arguments[index + 1] if index + 1 < len(arguments) else ""
+    return found
 
 
 def engine_options(spec: TuningSpec) -> list[str]:

@@ -105,18 +105,32 @@ class Prober:
         gate = asyncio.Semaphore(max(1, concurrency))
 
         async def one(prompt: GoldenPrompt) -> bool | None:
-            body = {"model": model, "prompt": prompt.prompt, "max_tokens": prompt.max_tokens, "temperature": 0}
+            path, body = golden_request(model, prompt)
             async with gate:
                 try:
-                    answer = await self.client().post(f"{base}/v1/completions", json=body, timeout=self.token_timeout_s)
+                    answer = await self.client().post(f"{base}{path}", json=body, timeout=self.token_timeout_s)
                     if answer.status_code != 200:
                         return None
-                    return right(str(answer.json()["choices"][0]["text"]), prompt.answer)
+                    return right(golden_answer(answer.json()), prompt.answer)
                 except (httpx2.HTTPError, ValueError, KeyError, IndexError):
                     return None
 
         answers = await asyncio.gather(*(one(prompt) for prompt in prompts))
         return GoldenResult(pod_uid, digest, tuple(answers))
+
+
+def golden_request(model: str, prompt: GoldenPrompt) -> tuple[str, dict[str, Any]]:
+    """(path, body) that asks a golden prompt as the tuner asked it: a conversation by the chat template, else plain text."""
+    shared = {"model": model, "max_tokens": prompt.max_tokens, "temperature": 0}
+    if prompt.messages:
+        return "/v1/chat/completions", {**shared, "messages": [message.to_json_dict() for message in prompt.messages]}
+    return "/v1/completions", {**shared, "prompt": prompt.prompt}
+
+
+def golden_answer(body: dict[str, Any]) -> str:
+    """The text of a completion or of a chat completion. Raises KeyError or IndexError where it is neither."""
+    choice = body["choices"][0]
+    return str(choice["message"]["content"] or "") if "message" in choice else str(choice["text"])
 
 
 def right(text: str, answer: str) -> bool:

@@ -8,7 +8,6 @@ that reach the layer under exact routing), unweighted. The outputs of all expert
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +21,18 @@ from sere_ext.calibration.checkpoint import Checkpoint, Origin
 from sere_ext.calibration.experts import ExpertLayer, claims_experts, find_experts
 from sere_ext.calibration.moments import HALVES, make_moments, moments_bytes
 from sere_ext.contract.errors import UnsupportedError, UsageError
+from sere_ext.contract.records import Message, Row, conversation_of, lines_of, prompt_of, read_rows, read_text
 from sere_ext.contract.similarity import Changes, Metric, SimilarityMeta, model_config_digest
 from sere_ext.similarity.file import Similarity, model_config_dict, read_similarity, write_similarity
 from sere_ext.similarity.packing import Matrix
 from sere_ext.similarity.stability import changes
 
 _GIB = 1024**3
+_MESSAGE = 400  # characters of another library's message that are shown
 
 Progress = Callable[[int, int], None]  # texts done, texts in all
 Note = Callable[[str], None]  # a sentence for the user
+Text = str | tuple[Message, ...]  # a text as it is, or a conversation that the chat template renders
 
 
 @dataclass(frozen=True)
@@ -46,33 +48,30 @@ class Options:
     memory_gib: float = 8.0  # that running sums may take
 
 
-def read_texts(path: Path) -> list[str]:
-    """Calibration texts: JSONL with `text`, or `prompt` and `answer`; any other file is one text a line.
+def read_texts(path: Path) -> list[Text]:
+    """Calibration texts: rows with `text`, with prompt and answer, or with a conversation; any other file is one text a line.
 
     Raises:
-        UsageError: missing, empty, or a line that is no such object.
+        UsageError: missing, empty, or a row that is no such object, with its line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(f"cannot read the calibration data {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no UTF-8 text; give JSONL with a field text, or plain lines") from error
-    texts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix not in (".jsonl", ".json"):
-            texts.append(line)
-            continue
-        try:
-            item = json.loads(line)
-            texts.append(str(item["text"]) if "text" in item else f"{item['prompt']}{item.get('answer', '')}")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path}:{number}: each line should be an object with text, or prompt and answer") from error
+    where = "the calibration data"
+    if Path(path.name.removesuffix(".gz")).suffix in (".jsonl", ".json"):
+        texts: list[Text] = [_text(row, where) for row in read_rows(path, where)]
+    else:
+        texts = [line for line in lines_of(read_text(path, where)) if line.strip()]
     if not texts:
         raise UsageError(f"{path} holds no calibration text")
     return texts
+
+
+def _text(row: Row, where: str) -> Text:
+    if isinstance(row.values.get("text"), str):
+        return str(row.values["text"])
+    if conversation := conversation_of(row, where):
+        return conversation
+    prompt = prompt_of(row, where)
+    answer = row.values.get("answer", "")
+    return prompt.messages or f"{prompt.text}{answer if isinstance(answer, str | int | float) else ''}"
 
 
 def calibrate(
@@ -82,6 +81,7 @@ def calibrate(
     options: Options = Options(),
     *,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = lambda done, total: None,
     note: Note = lambda sentence: None,
 ) -> SimilarityMeta:
@@ -90,6 +90,7 @@ def calibrate(
     Args:
         model: model directory or hub name; any transformers MoE that `find_experts` can take apart.
         data: texts, see `read_texts`; the first `sequences` of them, each cut to `max_length` tokens.
+        trust_remote_code: run Python code that comes with the model.
         out: file to write (atomically). With `options.layers`, layers of the same origin that it holds stay in it.
 
     Raises:
@@ -103,7 +104,7 @@ def calibrate(
     config = _config(model, revision)
     meta = described(model, revision, config, data, options)
     before = _partial(out, meta) if options.layers else None
-    tokenizer, network = _load(model, revision, options.device)
+    tokenizer, network = _load(model, revision, options.device, trust_remote_code)
     layers = _chosen(find_experts(network), config, options.layers, model)
     _check_memory(layers, network, options)
     sums = {n: make_moments(options.metric, layer.num_experts, network.device) for n, layer in layers.items()}
@@ -138,7 +139,7 @@ def _config(model: str, revision: str | None) -> dict[str, object]:
         raise UsageError(f"cannot load the model {model}: {error}") from error
 
 
-def _load(model: str, revision: str | None, device: str) -> tuple[Any, Any]:
+def _load(model: str, revision: str | None, device: str, trust: bool) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -148,15 +149,32 @@ def _load(model: str, revision: str | None, device: str) -> tuple[Any, Any]:
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}; use cpu") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-        network = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype="auto").eval()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot load the model {model}: {error}") from error
+        # Said explicitly, since transformers asks on standard input where it is left open.
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust)
+        network = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype="auto", trust_remote_code=trust).eval()
+    except Exception as error:  # damaged files raise whatever their reader does
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        first = (lines or [type(error).__name__])[0]
+        advice = "; add --trust-remote-code if you trust its code" if "trust_remote_code" in str(error) and not trust else ""
+        raise UsageError(f"cannot load the model {model}: {first[:_MESSAGE]}{advice}") from error
     return tokenizer, network.to(place)
 
 
-def _tokens(tokenizer: Any, texts: list[str], options: Options) -> list[list[int]]:
-    return [list(ids) for ids in tokenizer(texts, truncation=True, max_length=options.max_length)["input_ids"]]
+def _tokens(tokenizer: Any, texts: list[Text], options: Options) -> list[list[int]]:
+    rendered = [text if isinstance(text, str) else _rendered(tokenizer, text) for text in texts]
+    given = [tokenizer(text, add_special_tokens=isinstance(source, str), truncation=True, max_length=options.max_length)
+             for text, source in zip(rendered, texts, strict=True)]  # fmt: skip
+    return [list(one["input_ids"]) for one in given]
+
+
+def _rendered(tokenizer: Any, conversation: tuple[Message, ...]) -> str:
+    """A conversation as the model's chat template writes it, which is what the experts see of it when it is served."""
+    try:
+        return str(tokenizer.apply_chat_template([dict(message) for message in conversation], tokenize=False))
+    except Exception as error:  # a template raises whatever its author liked
+        raise UsageError(
+            f"the model's chat template refuses a conversation of the calibration data ({error}); give rows with text"
+        ) from error
 
 
 def _chosen(

@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 def calibrate_command(
     model: Annotated[str, typer.Argument(help="Model directory or hub name.")],
-    data: Annotated[Path, typer.Option(help="JSONL with text, or prompt and answer; or plain lines.")],
+    data: Annotated[Path, typer.Option(help="JSONL with text, prompt and answer, or messages; or plain lines.")],
     out: Annotated[Path, typer.Option(help="The similarity file to write (.safetensors).")],
     revision: Annotated[str | None, typer.Option(help="Model revision.", show_default="the newest")] = None,
     metric: Annotated[str, typer.Option(help="frobenius, cosine or cka (linear; small models only).")] = "frobenius",
@@ -41,6 +41,7 @@ def calibrate_command(
     memory_gib: Annotated[float, typer.Option(min=0.001, help="Memory that running sums may take, GiB.")] = 8.0,
     report: Annotated[Path | None, typer.Option(help="Also write heat maps of the layers (.html).", show_default="none")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metadata as JSON.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code of the model's.")] = False,
 ) -> None:
     """Measure how alike a model's experts are; `serve` needs the file for SERE, `tune` makes one if none is given.
 
@@ -65,7 +66,7 @@ def calibrate_command(
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("calibrating", total=None)
         meta = calibrate(
-            model, data, out, options, revision=revision,
+            model, data, out, options, revision=revision, trust_remote_code=trust_remote_code,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             note=lambda sentence: console.print(sentence, highlight=False, soft_wrap=True),
         )  # fmt: skip

@@ -107,10 +107,21 @@ class Evidence(Record):
     created: Annotated[str, Field(description="RFC 3339")] = ""
 
 
+class ChatMessage(Record):
+    """One message of a conversation."""
+
+    role: Annotated[str, Field(min_length=1, max_length=64, description="system, user or assistant")]
+    content: Annotated[str, Field(description="text")]
+
+
 class GoldenPrompt(Record):
     """A labelled prompt that a canary answers and that must not get worse."""
 
-    prompt: Annotated[str, Field(description="text")]
+    prompt: Annotated[str, Field(description="text; of a conversation the last question")]
+    messages: Annotated[
+        tuple[ChatMessage, ...] | None,
+        Field(max_length=64, description="conversation that is sent to /v1/chat/completions in place of the prompt"),
+    ] = None
     answer: Annotated[str, Field(description="the right answer")]
     max_tokens: Annotated[int, Field(ge=1, le=512, description="answer length limit")] = 32
 

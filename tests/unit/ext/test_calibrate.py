@@ -451,9 +451,16 @@ def test_calibration_texts(tmp_path: Path) -> None:
     plain = tmp_path / "a.txt"
     plain.write_text("one\ntwo\n")
     assert read_texts(plain) == ["one", "two"]
-    for text, says in (("", "holds no calibration text"), ('{"x": 1}', ":1: each line should be"), ("[1]", ":1:"), ("{", ":1:")):
+    jsonl.write_text('{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n')
+    assert [[m["content"] for m in text] for text in read_texts(jsonl)] == [["q", "a"]]
+    jsonl.write_text('{"text": "a\u2028b\u0085c"}\n')
+    assert read_texts(jsonl) == ["a\u2028b\u0085c"]
+    for text, says in (
+        ("", "holds no calibration text"), ('{"x": 1}', 'line 1 needs a "prompt"'), ("[1]", "line 1 is no object"),
+        ("{", "line 1 cannot be read"), ('{"text": null}', 'line 1 needs a "prompt"'),
+    ):  # fmt: skip
         jsonl.write_text(text)
         with pytest.raises(UsageError, match=says):
             read_texts(jsonl)
-    with pytest.raises(UsageError, match="cannot read the calibration data"):
+    with pytest.raises(UsageError, match="the calibration data: cannot read"):
         read_texts(tmp_path / "missing.jsonl")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from sere_operator.runtime.probe import parse_metrics, right
+from sere_ext.contract.profile import GoldenPrompt
+from sere_operator.runtime.probe import golden_answer, golden_request, parse_metrics, right
 
 
 def test_metrics_as_the_plug_in_writes_them() -> None:
@@ -24,6 +25,17 @@ def test_metrics_as_the_plug_in_writes_them() -> None:
     assert histogram.moments[0] == pytest.approx(0.070)
     assert found.tpot["exact", "other"].over == {"20": 1}
     assert found.ttft == {}
+
+
+def test_a_golden_prompt_is_asked_as_the_tuner_asked_it() -> None:
+    plain = GoldenPrompt(prompt="1+1=", answer="2", max_tokens=4)
+    assert golden_request("m", plain) == (
+        "/v1/completions", {"model": "m", "prompt": "1+1=", "max_tokens": 4, "temperature": 0},
+    )  # fmt: skip
+    messages = [{"role": "user", "content": "1+1="}]
+    path, body = golden_request("m", GoldenPrompt.model_validate({**plain.to_json_dict(), "messages": messages}))
+    assert (path, body["messages"]) == ("/v1/chat/completions", messages) and "prompt" not in body
+    assert golden_answer({"choices": [{"text": "2"}]}) == golden_answer({"choices": [{"message": {"content": "2"}}]}) == "2"
 
 
 @pytest.mark.parametrize(

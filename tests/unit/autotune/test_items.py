@@ -1,0 +1,166 @@
+"""Labelled items and timed prompts as people have them, and what is found wrong with them before an engine starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planted import spec_for, write_items
+from sere_autotune import calibration, preflight
+from sere_autotune.planner import describe
+from sere_autotune.prepare import prepare
+from sere_autotune.trial.chat import ChatTemplate
+from sere_autotune.trial.engine import server_defaults
+from sere_autotune.trial.items import Item, load_items
+from sere_autotune.trial.load import Request
+from sere_autotune.trial.traffic import Traffic, dataset_requests
+from sere_autotune.tuning.spec import AccuracySpec, TaskSpec, WorkloadSpec
+from sere_ext.contract.errors import UsageError
+
+TINY = Path(__file__).parents[2] / "assets" / "tiny_moe"
+CHAT = [{"role": "system", "content": "short"}, {"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+
+
+def rows(path: Path, *values: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return str(path)
+
+
+def items(tmp_path: Path, *values: dict[str, Any], **task: Any) -> list[Item]:
+    chat = task.pop("chat", False)
+    return load_items(AccuracySpec(tasks=(TaskSpec(file=rows(tmp_path / "i.jsonl", *values), **task),), chat=chat))
+
+
+def test_columns_are_found_or_named(tmp_path: Path) -> None:
+    (gsm8k,) = items(tmp_path, {"question": "Half of 84?", "answer": "84 / 2 is 42.\n#### 42"})
+    assert (gsm8k.prompt, gsm8k.answer, gsm8k.messages) == ("Half of 84?", "42", ())
+    (named,) = items(tmp_path, {"Frage": "a", "Antwort": 3}, fields={"prompt": "Frage", "answer": "Antwort"})
+    assert (named.prompt, named.answer) == ("a", "3")
+    assert named.place == f"{tmp_path}/i.jsonl line 1"
+
+
+def test_conversations_are_sent_as_such_and_prompts_where_chat_is_asked_for(tmp_path: Path) -> None:
+    (talked,) = items(tmp_path, {"messages": CHAT})
+    assert (talked.prompt, talked.answer, len(talked.messages)) == ("1+1=", "2", 2)
+    (asked,) = items(tmp_path, {"prompt": "1+1=", "answer": 2}, chat=True)
+    assert asked.messages == ({"role": "user", "content": "1+1="},)
+    assert Request.of(asked).messages == asked.messages
+    assert calibration._calibration_row(asked) == {"messages": [*asked.messages, {"role": "assistant", "content": "2"}]}
+
+
+def test_a_prompt_repeated_with_another_answer_is_named(tmp_path: Path) -> None:
+    same = {"prompt": "a", "answer": 1}
+    assert len(items(tmp_path, same, same)) == 1
+    with pytest.raises(
+        UsageError, match=r"i.jsonl line 3 has the prompt of .*i.jsonl line 1 with another answer \('2', there '1'\)"
+    ):
+        items(tmp_path, same, {"prompt": "b", "answer": 1}, {"prompt": "a", "answer": 2})
+
+
+def test_timed_prompts_may_be_sharegpt(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "r"}]
+    workload = WorkloadSpec(dataset=rows(tmp_path / "d.jsonl", {"conversations": turns}, {"prompt": "p"}))
+    first, second = dataset_requests(workload)
+    assert (first.prompt, first.messages) == ("q", ({"role": "user", "content": "q"},))
+    assert (second.prompt, second.messages) == ("p", ())
+    assert len(Traffic(workload, []).others) == 2
+    with pytest.raises(UsageError, match=r"workload.dataset: no prompts in"):
+        dataset_requests(WorkloadSpec(dataset=rows(tmp_path / "d.jsonl")))
+
+
+def tiny(tmp_path: Path, *values: dict[str, Any], **changes: Any) -> Any:
+    """A tuning of the small real model on 60 items and what is given."""
+    path = tmp_path / "items.jsonl"
+    write_items(path, 60)
+    with path.open("a") as file:
+        file.writelines(json.dumps(value) + "\n" for value in values)
+    spec = spec_for(tmp_path / "out", path, engine__maxModelLen=64, **changes)
+    return spec.model_copy(update={"model": str(TINY)})
+
+
+def test_a_prompt_that_does_not_fit_is_named_before_an_engine_starts(tmp_path: Path) -> None:
+    prepare(tiny(tmp_path))
+    with pytest.raises(UsageError, match=r"items.jsonl line 61 has a prompt of \d+ tokens, and a context of 64 leaves no room"):
+        prepare(tiny(tmp_path, {"prompt": "12345+" * 40, "answer": 1}))
+    with pytest.raises(UsageError, match=r"items.jsonl line 61 has an empty prompt; remove the line"):
+        prepare(tiny(tmp_path, {"prompt": "", "answer": 1}))
+    data = rows(tmp_path / "d.jsonl", {"prompt": "1"}, {"prompt": "12345+" * 40})
+    with pytest.raises(UsageError, match=r"d.jsonl line 2 has a prompt of \d+ tokens"):
+        prepare(tiny(tmp_path, workload__dataset=data))
+    (tmp_path / "d.jsonl").write_text("{")
+    with pytest.raises(UsageError, match=r"workload.dataset: .*d.jsonl line 1 cannot be read as JSON"):
+        prepare(tiny(tmp_path, workload__dataset=data))
+    with pytest.raises(UsageError, match=r"workload.synthetic: 60 and 5 tokens are more than the context of 64"):
+        prepare(tiny(tmp_path, workload__synthetic={"inputTokens": 60, "outputTokens": 5}))
+
+
+def test_a_chat_needs_a_template_and_is_counted_with_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no chat template; name one by engine.extraArgs \[--chat-template=FILE\]"):
+        prepare(tiny(tmp_path, accuracy__chat=True))
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}=")
+    prepare(tiny(tmp_path, accuracy__chat=True, engine__extraArgs=[f"--chat-template={template}"]))
+    template.write_text("{{ raise_exception('no system message') }}")
+    with pytest.raises(
+        UsageError, match=r"items.jsonl line \d+: the chat template refuses the conversation \(no system message\)"
+    ):
+        prepare(tiny(tmp_path, accuracy__chat=True, engine__extraArgs=["--chat-template", str(template)]))
+    with pytest.raises(UsageError, match="cannot read the chat template"):
+        ChatTemplate.of([f"--chat-template={tmp_path / 'none'}"])
+    assert ChatTemplate.of(["--chat-template={{ x }}", "--default-chat-template-kwargs", '{"x": 1}']) == ChatTemplate(
+        "{{ x }}", {"x": 1}
+    )
+
+
+@pytest.mark.parametrize(("lacking", "told"), [("tokenizer*.json", "has no tokenizer"), ("*.safetensors", "has no weights")])
+def test_an_incomplete_model_folder_is_named(tmp_path: Path, lacking: str, told: str) -> None:
+    model = tmp_path / "copy"
+    shutil.copytree(TINY, model)
+    for path in model.glob(lacking):
+        path.unlink()
+    with pytest.raises(UsageError, match=told):
+        prepare(tiny(tmp_path).model_copy(update={"model": str(model)}))
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
+    model = tmp_path / "copy"
+    shutil.copytree(TINY, model)
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(UsageError, match="cannot load the tokenizer of") as refused:
+        preflight.load_tokenizer(tiny(tmp_path).model_copy(update={"model": str(model)}))
+    assert "\n" not in str(refused.value)
+
+
+def test_the_dry_run_says_what_is_hardly_meant(tmp_path: Path) -> None:
+    spec = tiny(
+        tmp_path, workload__load__concurrency=[64], engine__extraArgs=["--max-num-seqs=32"], search__trials=1,
+        search__deviceHours=0.0001,
+    )  # fmt: skip
+    text = describe(prepare(spec).plan, spec)
+    for told in (
+        "concurrency 64 is above --max-num-seqs 32: requests queue",
+        "itemsPerTrial 500 is above the 20 search items: every trial uses all of them",
+        "trials 1 is exact routing alone",
+        "it ends before an engine has started",
+    ):
+        assert told in text
+    assert "Note" not in describe(prepare(tiny(tmp_path, search__itemsPerTrial=16)).plan, spec)
+
+
+class Config:
+    """What of vLLM's ModelConfig says how a server samples."""
+
+    def __init__(self, source: str, given: dict[str, Any], override: dict[str, Any]) -> None:
+        self.generation_config, self.override_generation_config = source, override
+        self.get_diff_sampling_param = lambda: given
+
+
+def test_answers_are_sampled_as_the_server_samples_them() -> None:
+    given = {"repetition_penalty": 1.3, "temperature": 0.7, "max_tokens": 16}
+    assert server_defaults(Config("auto", given, {})) == {"repetition_penalty": 1.3}
+    assert server_defaults(Config("auto", given, {"max_new_tokens": 9})) == {"repetition_penalty": 1.3, "max_tokens": 9}
+    assert server_defaults(Config("/folder", given, {})) == {"repetition_penalty": 1.3, "max_tokens": 16}
+    assert server_defaults(Config("vllm", {}, {})) == {}
