@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import optuna  # noqa: F401  (so that `sere` leaves these commands out where the extra is not installed)
 import typer
@@ -130,7 +131,7 @@ def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, f
         return _dry_run(prepared, advisory, as_json)
     if not prepared.plan.can_certify and not advisory:
         raise planner.CannotCertifyError(prepared.plan.problem)
-    console.print(planner.describe(prepared.plan, spec), soft_wrap=True)
+    console.print(_fitted(planner.describe(prepared.plan, spec), sys.stderr), markup=False, soft_wrap=True)
 
     def make_engine(given: TuningSpec, similarity: str | None, on_start: Callable[[bool], None]) -> engine.WarmEngine:
         return engine.WarmEngine(given, similarity, on_start=on_start)
@@ -164,10 +165,17 @@ def _dry_run(prepared: Any, advisory: bool, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps(plan.to_dict(), indent=2) + "\n")
     else:
-        sys.stdout.write(planner.describe(plan, prepared.spec) + "\n\n" + to_yaml(prepared.spec))
+        sys.stdout.write(_fitted(planner.describe(plan, prepared.spec), sys.stdout) + "\n\n" + to_yaml(prepared.spec))
     if plan.can_certify or advisory:
         return 0
     raise planner.CannotCertifyError(plan.problem)
+
+
+def _fitted(text: str, stream: TextIO) -> str:
+    """The plan at the width of the screen; as it is where it goes into a file or pipe, so that each line can be searched for."""
+    from sere_autotune.planner import fitted
+
+    return fitted(text, shutil.get_terminal_size().columns) if stream.isatty() else text
 
 
 def _interrupt(*_: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +13,14 @@ from sere_ext.contract.errors import SereError
 from sere_autotune.calibration import Source
 from sere_autotune.study.schema import Pace
 from sere_autotune.trial.stats import items_needed, smallest_limit
-from sere_autotune.tuning.spec import TuningSpec
+from sere_autotune.tuning.spec import TuningSpec, flag_value
 from sere_autotune.words import about, percent
 
 ASSUMED_START_S = 60.0  # of an engine, until one was seen
 ASSUMED_TRUE_DROP = 0.3  # share of the limit that a good policy truly costs
 WARMUP_RESIDENCES = 5  # discarded at the start of each block
-SWITCH_S = 0.5
+SWITCH_S = 0.5  # of a live change of the policy
+_INDENT = 11  # characters of the words before each line
 
 
 class CannotCertifyError(SereError):
@@ -89,7 +91,7 @@ def make_plan(
     Args:
         items: distinct labelled items; cert_items of them are held out.
         noise: discordant share of exact against exact, from an earlier study; None if never measured.
-        openings: earlier studies that opened this CERT set.
+        openings: earlier studies that opened these held-out items.
         pace: of an earlier study on this model, None before the first.
         source: where the similarity artefact comes from.
         searches: False where a given policy is certified and nothing is searched.
@@ -113,7 +115,7 @@ def make_plan(
         can_certify=not problem, problem=problem,
         start_s=pace.start_s if pace else ASSUMED_START_S, trials=spec.search.trials if searches else 0,
         rungs=spec.search.rungs, search_s=search_seconds(spec, pace) if searches else 0.0, certify_s=spec.search.rungs * candidate_seconds(spec, pace, levels),
-        pace_known=pace is not None,
+        pace_known=pace is not None, notes=_notes(spec, items - cert_items, pace) if searches else [],
     )  # fmt: skip
 
 
@@ -135,7 +137,28 @@ def _problem(spec: TuningSpec, limit: float, usable: int, least: float, alpha: f
     )
 
 
+def _notes(spec: TuningSpec, search_items: int, pace: Pace | None) -> list[str]:
+    """Sentences on settings that work and are hardly meant."""
+    found = []
+    most = flag_value(spec.engine.extra_args, "--max-num-seqs")
+    highest = max(spec.workload.load.levels)
+    if most and most.isdigit() and highest > int(most):
+        found.append(f"concurrency {highest} is above --max-num-seqs {most}: requests queue, and no step has more than {most}")
+    per_trial = spec.search.items_per_trial
+    if per_trial > search_items:
+        found.append(f"itemsPerTrial {per_trial:,} is above the {search_items:,} search items: every trial uses all of them")
+    if pace and (fits := int(pace.rate_per_s * spec.search.trial_seconds)) < min(per_trial, search_items):
+        found.append(
+            f"at the last run's {pace.rate_per_s:.2g} answers per second a trial of {spec.search.trial_seconds:g} s judges {fits:,} "
+            f"items, not {min(per_trial, search_items):,}; raise search.trialSeconds for surer trials"
+        )
+    if spec.search.trials == 1:
+        found.append("trials 1 is exact routing alone, so no policy is searched; give 2 or more")
+    return found
+
+
 def search_seconds(spec: TuningSpec, pace: Pace | None) -> float:
+    """Of all trials at all load levels, in seconds."""
     trial = spec.search.trial_seconds
     if pace and pace.rate_per_s:
         trial = min(trial, spec.search.items_per_trial / pace.rate_per_s + WARMUP_RESIDENCES * pace.residence_s)
@@ -160,8 +183,16 @@ def block_requests(spec: TuningSpec, rate: float, residence_s: float, labelled_s
     return max(math.ceil(seconds * rate), math.ceil(needed / blocks / labelled_share), 2)
 
 
+def fitted(text: str, width: int) -> str:
+    """The lines of `describe` broken at a screen's width in characters, with what goes on set below what it belongs to."""
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    )
+
+
 def describe(plan: Plan, spec: TuningSpec) -> str:
-    """The lines of the dry run."""
+    """What a run will cost and whether it can succeed, one line for each thing that is said."""
     lines = [
         f"Accuracy   limit {plan.limit * 100:g} point{'s' if plan.limit != 0.01 else ''} at {percent(plan.confidence)}; "
         f"{plan.items:,} items, {plan.cert_items:,} of them kept for certification"
@@ -191,7 +222,7 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
     lines.append(f"Similarity {plan.source.describe(plan.search_items)}")
     basis = "at the pace of the last run" if plan.pace_known else "at most, pace not known before the first run"
     total = plan.start_s + plan.search_s + plan.certify_s
-    search = f"search {plan.trials} trials {about(plan.search_s)}; " if plan.trials else ""
+    search = f"search {plan.trials} trial{'s' if plan.trials > 1 else ''} {about(plan.search_s)}; " if plan.trials else ""
     lines.append(
         f"Time       start {about(plan.start_s)}; {search}certification "
         f"{plan.rungs} rung{'s' if plan.rungs > 1 else ''} {about(plan.certify_s)}; {about(total)} in all ({basis})"

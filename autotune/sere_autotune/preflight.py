@@ -120,21 +120,3 @@ def load_tokenizer(spec: TuningSpec) -> Any:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         trust = "" if spec.trust_remote_code or "trust_remote_code" not in str(error) else "; add --trust-remote-code if you do"
         raise UsageError(f"model: cannot load the tokenizer of {name} ({first[:300]}){trust}") from error
-
-
-def notes(spec: TuningSpec, search_items: int) -> list[str]:
-    """What the dry run says of settings that work and are hardly meant."""
-    found = []
-    most = flag_value(spec.engine.extra_args, "--max-num-seqs")
-    levels = spec.workload.load.levels
-    if most and most.isdigit() and max(levels) > int(most):
-        found.append(
-            f"concurrency {max(levels)} is above --max-num-seqs {most}: requests queue, and no step has more than {most} of them"
-        )
-    if spec.search.items_per_trial > search_items:
-        found.append(
-            f"itemsPerTrial {spec.search.items_per_trial:,} is above the {search_items:,} search items: every trial uses all of them"
-        )
-    if spec.search.trials == 1:
-        found.append("trials 1 is exact routing alone, so no policy is searched; give 2 or more")
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +71,6 @@ def prepare(spec: TuningSpec, only: Policy | None = None) -> Prepared:
     openings = ledger.openings(digest, set_digest(held_out), _study_name(spec, held_out, digest))
     source = calibration.find(spec, digest, only)
     plan = planner.make_plan(spec, len(items), len(held_out), noise, openings, pace, source=source, searches=only is None)
-    plan = dataclasses.replace(plan, notes=preflight.notes(spec, len(mine)) if only is None else [])
     return Prepared(spec, items, mine, held_out, digest, source, plan)
 
 

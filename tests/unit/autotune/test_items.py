@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from planted import spec_for, write_items
 from sere_autotune import calibration, preflight
-from sere_autotune.planner import describe
+from sere_autotune.planner import describe, fitted, make_plan
 from sere_autotune.prepare import prepare
+from sere_autotune.study.schema import Pace
 from sere_autotune.trial.chat import ChatTemplate
 from sere_autotune.trial.engine import server_defaults
 from sere_autotune.trial.items import Item, load_items
@@ -147,7 +148,17 @@ def test_the_dry_run_says_what_is_hardly_meant(tmp_path: Path) -> None:
         "it ends before an engine has started",
     ):
         assert told in text
-    assert "Note" not in describe(prepare(tiny(tmp_path, search__itemsPerTrial=16)).plan, spec)
+    quiet = prepare(tiny(tmp_path, search__itemsPerTrial=16))
+    assert "Note" not in describe(quiet.plan, spec)
+    slow = make_plan(quiet.spec, 60, 40, None, 0, Pace(0.1, 10.0, 60.0), source=quiet.source)
+    assert "at the last run's 0.1 answers per second a trial of 60 s judges 6 items, not 16" in slow.notes[0]
+
+
+def test_the_plan_fits_the_screen(tmp_path: Path) -> None:
+    spec = tiny(tmp_path)
+    lines = fitted(describe(prepare(spec).plan, spec), 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert {line[:11].strip() for line in lines} == {"", "Accuracy", "Similarity", "Time", "Budget", "Note"}
 
 
 class Config:
