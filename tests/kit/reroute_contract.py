@@ -18,51 +18,50 @@ from sere_ext.routing import kernel
 from sere_ext.routing.ops import call_of
 from sere_ext.routing.reference import Rerouted, reroute
 from sere_ext.routing.state import LayerState
+from sere_ext.similarity.file import sorted_neighbours
 
 Call = dict[str, Any]  # the arguments of `reference.reroute`
+Tensors = dict[str, torch.Tensor]  # weights and ids, which a kernel rewrites, and logits
 
 # One strategy for all implementations; a test method that a class inherits is meant to run in several.
 inherited = settings(deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 inherited_often = settings(inherited, max_examples=300)
 
 
-def kernel_run(call: Call, launch: Callable[[LayerState, dict[str, torch.Tensor | None]], None]) -> Rerouted:
+def kernel_run(call: Call, launch: Callable[[LayerState, Tensors], None]) -> Rerouted:
     """One call through a compiled kernel: `launch(layer, tensors)` runs it and leaves the counters in the layer."""
-    ids, weights = call["ids"].contiguous(), call["weights"].contiguous()
-    real, logits = call.get("real"), call.get("logits")
-    scoring = kernel.SIGMOID if call.get("scoring") == "sigmoid" else kernel.SOFTMAX
-    layer = LayerState(0, call["num_experts"], ids.shape[1], call.get("renormalise", False), scoring)
-    rho, share = np.array((call.get("rho", 0.0), call.get("min_share", 0.0)), np.float32).view(np.int32)
-    code = kernel.CODES[call["kind"]]
-    layer.table[3] = (1, 2**30, code, call.get("S", 1), call.get("max_experts", 0), rho, share)  # rows before it are unused
+    ids, weights, logits = call["ids"].clone().contiguous(), call["weights"].clone().contiguous(), call.get("logits")
+    experts, tokens = call["num_experts"], call.get("real_tokens")
+    layer = LayerState(
+        0,
+        experts,
+        ids.shape[1],
+        call.get("renormalise", False),
+        kernel.SIGMOID if call.get("scoring") == "sigmoid" else kernel.SOFTMAX,
+        kernel.MINUS_ONE if call.get("freed_minus_one") else kernel.REPEAT,
+    )
     if call.get("similarity") is not None:
-        layer.load_similarity(call["similarity"].numpy())
-    tensors = {
-        "weights": weights,
-        "ids": ids,
-        "logits": torch.zeros(ids.shape[0], call["num_experts"]) if logits is None else logits,
-        "padding": None if real is None else ~real,
-        "new_weights": torch.full_like(weights, -7.0),
-        "new_ids": torch.full_like(ids, -7),
-    }
+        layer.load_similarity(*sorted_neighbours(call["similarity"].numpy()))
+    options = {name: call[name] for name in ("max_experts", "rho", "min_share") if name in call}
+    layer.load_row(3, (1, 2**30), call["kind"], call.get("S", 1), **options)  # the rows before it are unused
+    if tokens is not None:
+        layer.real[0] = tokens
+    tensors = {"weights": weights, "ids": ids, "logits": torch.zeros(ids.shape[0], experts) if logits is None else logits}
     launch(layer, tensors)
-    tokens = ids.shape[0] if real is None else int(real.sum())
+    tokens = ids.shape[0] if tokens is None else tokens
     row = 3 if tokens else -1  # an empty batch is outside every bucket
     counter = dict(zip(kernel.COUNTERS, layer.counters[row].tolist(), strict=True))
     assert layer.counters.sum() == layer.counters[row].sum(), "counted in a row of another bucket"
     assert counter.pop("calls") == 1
     assert counter.pop("tokens") == tokens
-    new_ids, new_weights = tensors["new_ids"], tensors["new_weights"]
-    assert new_ids is not None
-    assert new_weights is not None
     return Rerouted(
-        new_ids.cpu(), new_weights.cpu(), counter["activeBefore"], counter["activeAfter"], counter["slots"],
+        tensors["ids"].cpu(), tensors["weights"].cpu(), counter["activeBefore"], counter["activeAfter"], counter["slots"],
         counter["rerouted"], counter["merged"],
     )  # fmt: skip
 
 
-def kernel_call(tensors: dict[str, torch.Tensor | None]) -> kernel.Call:
-    return call_of(**tensors)  # type: ignore[arg-type]
+def kernel_call(tensors: Tensors) -> kernel.Call:
+    return call_of(**tensors)
 
 
 @st.composite
@@ -85,9 +84,9 @@ def routings(draw: st.DrawFn) -> Call:
     similarity = rng.integers(0, 5, (experts, experts)).astype(np.float32) / 4
     if draw(st.booleans()):
         similarity[rng.random((experts, experts)) < 0.2] = np.nan
-    real = rng.random(tokens) < 0.7 if draw(st.booleans()) else None
-    if real is not None and draw(st.booleans()):
-        ids[~real] = -1
+    real_tokens = draw(st.none() | st.integers(0, tokens))
+    if real_tokens is not None and draw(st.booleans()):
+        ids[real_tokens:] = -1
     return {
         "ids": torch.from_numpy(ids).to(draw(st.sampled_from([torch.int32, torch.int64]))),
         "weights": torch.from_numpy(weights),
@@ -98,10 +97,11 @@ def routings(draw: st.DrawFn) -> Call:
         "rho": draw(st.sampled_from([0.0, 0.25, 0.3, 1.0])),
         "max_experts": draw(st.integers(0, experts)) if kind in (Kind.BUDGET, Kind.HYBRID) else 0,
         "similarity": torch.from_numpy(similarity),
-        "real": None if real is None else torch.from_numpy(real),
+        "real_tokens": real_tokens,
         "renormalise": draw(st.booleans()),
         "logits": torch.from_numpy(logits),
         "scoring": draw(st.sampled_from(["softmax", "sigmoid"])),
+        "freed_minus_one": draw(st.booleans()),
     }
 
 
@@ -120,7 +120,7 @@ def large(kind: Kind, *, seed: int, tokens: int = 33, experts: int = 512, top_k:
 def same(got: Rerouted, want: Rerouted, call: Call) -> None:
     """Assert that two results agree; a failure names token, slot, expert and both values."""
     settings_ = {
-        name: call[name] for name in ("kind", "S", "min_share", "rho", "max_experts", "renormalise", "scoring") if name in call
+        name: call[name] for name in ("kind", "S", "min_share", "rho", "max_experts", "renormalise", "scoring", "real_tokens", "freed_minus_one") if name in call
     }
     # Scaled and refilled weights: sums and exponentials may round differently.
     rtol = 0.0 if call["kind"] in (Kind.EXACT, Kind.SERE) else 1e-5
@@ -159,20 +159,23 @@ class RerouteContract:
     @inherited_often
     @given(routings())
     def test_what_holds_for_every_kind(self, call: Call) -> None:
-        ids, weights, real, kind, experts = call["ids"], call["weights"], call["real"], call["kind"], call["num_experts"]
+        ids, weights, kind, experts = call["ids"], call["weights"], call["kind"], call["num_experts"]
+        real = ids.shape[0] if call["real_tokens"] is None else call["real_tokens"]
         out = self.run(call)
         assert out.ids.shape == ids.shape
         assert out.weights.dtype == torch.float32
-        if real is not None:  # padding rows stay as they are
-            assert torch.equal(out.ids[~real], ids[~real])
-            assert torch.equal(out.weights[~real].nan_to_num(-1), weights[~real].nan_to_num(-1))
-        for row in range(ids.shape[0]):
-            if real is not None and not real[row]:
-                continue
+        assert torch.equal(out.ids[real:], ids[real:]), "padding rows stay as they are"
+        assert torch.equal(out.weights[real:].nan_to_num(-1), weights[real:].nan_to_num(-1))
+        for row in range(real):
             valid = (ids[row] >= 0) & (ids[row] < experts) & (weights[row] != 0) & ~weights[row].isnan()
             outside = {int(i) for i in ids[row] if i < 0 or i >= experts}
-            assert {int(i) for i in out.ids[row] if i < 0 or i >= experts} == outside, "an id was freed to outside [0, E)"
             held = out.weights[row] != 0
+            if call["freed_minus_one"]:
+                used = [int(i) for i, w in zip(out.ids[row], out.weights[row], strict=True) if 0 <= i < experts and w != 0]
+                distinct = len(set(ids[row].tolist())) == ids.shape[1]
+                assert not distinct or len(used) == len(set(used)), "a token names an expert twice"
+            else:
+                assert {int(i) for i in out.ids[row] if i < 0 or i >= experts} == outside, "an id was freed to outside [0, E)"
             if kind is not Kind.EXACT and valid.any():
                 assert held[: int(held.sum())].all(), "slots with a weight must stand left"
             if kind is Kind.SERE and not weights[row].isnan().any():
@@ -196,7 +199,7 @@ class RerouteContract:
         experts, similarity = call["num_experts"], call["similarity"].nan_to_num(-1).tolist()
         rows = []
         for row, (ids, weights) in enumerate(zip(call["ids"].tolist(), call["weights"].tolist(), strict=True)):
-            is_real = call["real"] is None or bool(call["real"][row])
+            is_real = call["real_tokens"] is None or row < call["real_tokens"]
             slots = [(w, e) for w, e in zip(weights, ids, strict=True) if 0 <= e < experts and w]
             rows.append((is_real, sorted(slots, key=lambda slot: (-slot[0], slot[1]))))
         primary = sorted({e for is_real, slots in rows for _, e in slots[: call["S"]] if is_real})
@@ -223,8 +226,8 @@ class RerouteContract:
     def test_dropping_twice_drops_no_more(self, call: Call) -> None:
         for kind in (Kind.TOPK, Kind.BUDGET):
             call = call | {"kind": kind, "renormalise": False, "max_experts": 3 if kind is Kind.BUDGET else 0}
-            once = self.run(call)
-            twice = self.run(call | {"ids": once.ids, "weights": once.weights})
+            once = self.run(call | {"freed_minus_one": False})
+            twice = self.run(call | {"ids": once.ids, "weights": once.weights, "freed_minus_one": False})
             assert torch.equal(twice.weights.nan_to_num(-1), once.weights.nan_to_num(-1))
             assert (twice.rerouted, twice.merged) == (0, 0)
 
@@ -258,7 +261,7 @@ class RerouteContract:
         assert out.active_after == min(shape[0], 1)
 
     def test_a_thousand_tokens(self) -> None:
-        call = large(Kind.SERE, seed=4, tokens=1000, experts=64, top_k=4, rho=0.9, real=torch.arange(1000) % 3 != 0)
+        call = large(Kind.SERE, seed=4, tokens=1000, experts=64, top_k=4, rho=0.9, real_tokens=667)
         same(self.run(call), reroute(**call), call)
 
     # By hand: three tokens, k = 2, E = 4. Tops are 0, 0, 1; secondaries 2, 3, 3. 2 is like 1, 3 is like nothing much.
@@ -306,7 +309,7 @@ class RerouteContract:
         assert out.weights.tolist() == [[0.5, 0.0]]
 
     def test_primaries_are_the_union_over_real_rows_only(self) -> None:
-        out = self.example(Kind.SERE, rho=0.0, real=torch.tensor([True, True, False]))
+        out = self.example(Kind.SERE, rho=0.0, real_tokens=2)
         assert out.ids.tolist() == [[0, 0], [0, 0], [3, 1]], "expert 1 is a primary of a padding row alone"
 
     def test_topk_drops_the_rest_and_renormalises_where_the_model_does(self) -> None:
@@ -360,7 +363,7 @@ class RerouteContract:
 class KernelContract(RerouteContract):
     """What only a compiled kernel has: a table of buckets that changes in place, logits of other types."""
 
-    def launch(self, layer: LayerState, tensors: dict[str, torch.Tensor | None]) -> None:
+    def launch(self, layer: LayerState, tensors: Tensors) -> None:
         raise NotImplementedError
 
     def run(self, call: Call) -> Rerouted:
@@ -369,28 +372,26 @@ class KernelContract(RerouteContract):
     def test_the_bucket_is_chosen_by_real_tokens_and_the_table_may_change(self) -> None:
         call = large(Kind.EXACT, seed=5, tokens=6, experts=16, top_k=4)
         layer = LayerState(0, 16, 4, True, kernel.SOFTMAX)
-        topk = kernel.CODES[Kind.TOPK]
         for table, padded, row, width in (
-            ([(1, 3, topk, 1), (4, 8, topk, 2)], 0, 1, 2),
-            ([(1, 3, topk, 1), (4, 8, topk, 2)], 3, 0, 1),
-            ([(7, 2**20, topk, 1)], 0, -1, 4),
+            ([(1, 3, 1), (4, 8, 2)], 0, 1, 2),
+            ([(1, 3, 1), (4, 8, 2)], 3, 0, 1),
+            ([(7, 2**20, 1)], 0, -1, 4),
             ([], 0, -1, 4),  # the kill switch
         ):
-            layer.table[:] = 0
-            for index, (low, high, kind, S) in enumerate(table):
-                layer.table[index, :4] = low, high, kind, S
-            tensors = {
-                "weights": call["weights"], "ids": call["ids"], "logits": call["logits"],
-                "padding": torch.arange(6) >= 6 - padded, "new_weights": torch.zeros(6, 4), "new_ids": torch.zeros_like(call["ids"]),
-            }  # fmt: skip
+            layer.load_table(())
+            for index, (low, high, S) in enumerate(table):
+                layer.load_row(index, (low, high), Kind.TOPK, S)
+            layer.real[0] = 6 - padded
+            tensors = {"weights": call["weights"].clone(), "ids": call["ids"].clone(), "logits": call["logits"]}
             calls = layer.counters[row, kernel.CALLS].item()
             self.launch(layer, tensors)
             assert layer.counters[row, kernel.CALLS] == calls + 1, table
-            used = (tensors["new_weights"][: 6 - padded] != 0).sum(1)
+            used = (tensors["weights"][: 6 - padded] != 0).sum(1)
             assert set(used.tolist()) == {width}, table
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("kind", [Kind.OEA, Kind.HYBRID])
-    def test_logits_of_half_the_width(self, kind: Kind) -> None:
+    def test_logits_of_half_the_width(self, kind: Kind, dtype: torch.dtype) -> None:
         call = large(kind, seed=6)
-        call["logits"] = call["logits"].bfloat16()
+        call["logits"] = call["logits"].to(dtype)
         same(self.run(call), reroute(**call | {"logits": call["logits"].float()}), call)

@@ -105,8 +105,8 @@ def _wrap(router: Any, slot: int) -> None:
 
     def routing(hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None) -> tuple[Any, Any]:
         weights, ids = inner(hidden_states, router_logits, indices_type, input_ids=input_ids)
-        new_weights, new_ids = reroute(weights, ids, router_logits, slot)
-        return new_weights, new_ids
+        reroute(weights, ids, router_logits, slot)
+        return weights, ids
 
     router._compute_routing = routing
 

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sere_ext.routing import kernel
-from sere_ext.routing.state import LayerState
+from sere_ext.routing.state import ALL_REAL, LayerState
 
 
 class CudaMirror:
@@ -20,29 +19,55 @@ class CudaMirror:
     def __init__(self, layers: list[LayerState], device: torch.device | str = "cuda") -> None:
         self.layers = layers
         self._tables = torch.from_numpy(np.stack([layer.table for layer in layers])).to(device)
+        self._limits = torch.from_numpy(np.stack([layer.limits for layer in layers]).view(np.int16)).to(device)
         self._neighbours = [torch.from_numpy(layer.neighbours.view(np.int16)).to(device) for layer in layers]
-        self._similarities = [torch.from_numpy(layer.similarities).to(device) for layer in layers]
         self._counters = torch.zeros((len(layers), *layers[0].counters.shape), dtype=torch.int64, device=device)
+        self._real = torch.full((1,), ALL_REAL, dtype=torch.int32, device=device)
+        self._copied = torch.zeros_like(self._counters, device="cpu").pin_memory()  # counters on their way to the host
+        self._arrived: torch.cuda.Event | None = None  # of the copy that is under way
         self._seen: Any = np.zeros(tuple(self._counters.shape), np.int64)
         for index, layer in enumerate(layers):
-            tensors = (self._tables[index], self._neighbours[index], self._similarities[index], self._counters[index])
-            layer.struct = kernel.Layer(
-                *(tensor.data_ptr() for tensor in tensors), layer.experts, layer.renormalise, layer.scoring or 0
-            )
+            tensors = (self._tables[index], self._neighbours[index], self._limits[index], self._counters[index], self._real)
+            layer.point_at(*(tensor.data_ptr() for tensor in tensors))
 
     def push(self, *, similarity: bool) -> None:
         """See `state.Mirror`. Waits on both sides: a step in flight ends under the old policy, the next begins under the new."""
         torch.cuda.synchronize(self._tables.device)
         self._tables.copy_(torch.from_numpy(np.stack([layer.table for layer in self.layers])))
+        self._limits.copy_(torch.from_numpy(np.stack([layer.limits for layer in self.layers]).view(np.int16)))
         if similarity:
-            for layer, neighbours, similarities in zip(self.layers, self._neighbours, self._similarities, strict=True):
+            for layer, neighbours in zip(self.layers, self._neighbours, strict=True):
                 neighbours.copy_(torch.from_numpy(layer.neighbours.view(np.int16)))
-                similarities.copy_(torch.from_numpy(layer.similarities))
         torch.cuda.synchronize(self._tables.device)
 
-    def pull(self) -> None:
-        """See `state.Mirror`. The device only ever adds, so no step can be missed between reading and clearing."""
-        now = self._counters.cpu().numpy().copy()
+    def push_real(self, tokens: int) -> None:
+        """See `state.Mirror`. The number travels as an argument of the launch, so no host buffer has to outlive it."""
+        self._real.fill_(tokens)
+
+    def pull(self, *, wait: bool) -> None:
+        """See `state.Mirror`. The device only ever adds, so no step can be missed between reading and clearing.
+
+        The copy stands behind the steps that were launched before it. Without waiting, counters are those of the last copy
+        that arrived, and another one is started: asynchronous scheduling is never drained for them.
+        """
+        if self._arrived is None:
+            self._start_copy()
+        elif wait:
+            self._arrived.synchronize()  # an older copy: finish it, and take one of now
+            self._start_copy()
+        if wait:
+            self._arrived.synchronize()  # type: ignore[union-attr]
+        elif not self._arrived.query():  # type: ignore[union-attr]
+            return
+        now = self._copied.numpy().copy()
+        self._arrived = None
         for layer, gained in zip(self.layers, now - self._seen, strict=True):
             layer.counters += gained
         self._seen = now
+        if not wait:
+            self._start_copy()
+
+    def _start_copy(self) -> None:
+        self._copied.copy_(self._counters, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()

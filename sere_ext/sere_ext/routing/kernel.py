@@ -18,10 +18,11 @@ from sere_ext.routing import build
 # The numbers of csrc/reroute_core.h; a test compares them.
 CODES = {kind: code for code, kind in enumerate((Kind.EXACT, Kind.SERE, Kind.TOPK, Kind.OEA, Kind.BUDGET, Kind.HYBRID))}
 SOFTMAX, SIGMOID = 0, 1
-FLOAT32, BFLOAT16 = 0, 1
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+REPEAT, MINUS_ONE = 0, 1  # what the id of a freed slot becomes
 MAX_EXPERTS, MAX_TOP_K = 512, 32
-# Columns of a policy table's row (int32; rho and share as the bits of a float32) and of a counter row (int64).
-MIN_TOKENS, MAX_TOKENS, KIND, TOP_SLOTS, MAX_ACTIVE, RHO, MIN_SHARE, COLUMNS = range(8)
+# Columns of a policy table's row (int32; the share as the bits of a float32) and of a counter row (int64).
+MIN_TOKENS, MAX_TOKENS, KIND, TOP_SLOTS, MAX_ACTIVE, MIN_SHARE, COLUMNS = range(7)
 CALLS, TOKENS, ACTIVE_BEFORE, ACTIVE_AFTER, SLOTS, REROUTED, MERGED = range(7)
 COUNTERS = ("calls", "tokens", "activeBefore", "activeAfter", "slots", "rerouted", "merged")
 
@@ -32,24 +33,23 @@ class Layer(ctypes.Structure):
     _fields_ = (
         ("table", c_void_p),  # int32 [MAX_BUCKETS, COLUMNS]
         ("neighbours", c_void_p),  # uint16 [E, E - 1]
-        ("similarities", c_void_p),  # float32 [E, E - 1]
+        ("limits", c_void_p),  # uint16 [MAX_BUCKETS, E]
         ("counters", c_void_p),  # int64 [MAX_BUCKETS + 1, len(COUNTERS)]
+        ("real", c_void_p),  # int32 [1]
         ("experts", c_int32),
         ("renormalise", c_int32),
         ("scoring", c_int32),
+        ("freed", c_int32),
     )
 
 
 class Call(ctypes.Structure):
-    """`sere::Call`: addresses of one call's tensors, all contiguous."""
+    """`sere::Call`: addresses of one call's tensors, all contiguous. Ids and weights are rewritten in place."""
 
     _fields_ = (
         ("ids", c_void_p),  # [T, k] int32 or int64
         ("weights", c_void_p),  # [T, k] float32
-        ("padding", c_void_p),  # [T] bool, or None if every row is real
         ("logits", c_void_p),  # [T, logits_columns] of `logits_type`
-        ("out_ids", c_void_p),
-        ("out_weights", c_void_p),
         ("tokens", c_int64),
         ("top_k", c_int32),
         ("wide_ids", c_int32),

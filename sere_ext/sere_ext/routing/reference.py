@@ -5,13 +5,14 @@ similarity of a stand-in. Source of kind `sere`: arXiv 2602.07616, Algorithm 1; 
 arXiv 2602.07265 (top experts of every token, then greedily by summed weight); `hybrid` is ours.
 
 Rules that hold for every kind:
-- A slot counts if its row is real (not padding), its id is in [0, E) and its weight is neither 0 nor NaN. Other slots
+- A slot counts if its row is real (not padding, which stands behind the real rows), its id is in [0, E) and its weight is neither 0 nor NaN. Other slots
   keep id and weight.
 - A token's slots are ranked by returned weight, ties by lower id. Routers do not return them in order. Its top S are the first
   S of them, less those of under `min_share` of its largest weight: a token that is sure of its best expert needs no second.
 - Active are the experts that are some token's top S; `max_experts` adds those of most summed weight (ties: lower id) until
   so many are. Weights are summed in steps of 2^-30, so that no order of summation shows.
-- A freed slot repeats an expert that its token keeps, with weight 0. Never -1, which the CPU kernel would use as an index.
+- A freed slot has weight 0. Its id is one that its token keeps, or -1, as the reader needs: the CPU's experts would use -1 as
+  an index, while some kernels on GPUs lose or misplace a slot whose expert the token names twice (`engine/backends.py`).
 - In a row that counts, slots with a weight stand left of slots without one, both in their old order, so that a backend
   can compute the leading columns alone.
 """
@@ -52,10 +53,11 @@ def reroute(
     rho: float = 0.0,
     max_experts: int = 0,
     similarity: torch.Tensor | None = None,
-    real: torch.Tensor | None = None,
+    real_tokens: int | None = None,
     renormalise: bool = False,
     logits: torch.Tensor | None = None,
     scoring: str = "softmax",
+    freed_minus_one: bool = False,
 ) -> Rerouted:
     """Re-route one call of a router.
 
@@ -69,15 +71,16 @@ def reroute(
         rho: least similarity of a stand-in (`sere`, `hybrid`).
         max_experts: experts are made active by summed weight until so many are; 0 for none beside the top S.
         similarity: [E, E] float32, larger is more alike; needed by `sere` and `hybrid`. NaN never qualifies.
-        real: [T] bool, False for padding rows; None if all are real.
+        real_tokens: rows that are real, counted from the first; None if all are.
         renormalise: whether the model renormalises its weights: a row with freed or refilled slots keeps its sum.
         logits: [T, E] router logits; needed by `oea` and `hybrid`. NaN counts as -infinity.
         scoring: "softmax" or "sigmoid", of the model's router.
+        freed_minus_one: whether the id of a freed slot becomes -1.
     """
     long = ids.long()
     counts = (long >= 0) & (long < num_experts) & (weights != 0) & ~weights.isnan()
-    if real is not None:
-        counts &= real[:, None]
+    if real_tokens is not None:
+        counts[real_tokens:] = False
     before = _union(long, counts, num_experts)
     if kind is Kind.EXACT:
         used = int(before.sum())
@@ -118,6 +121,8 @@ def reroute(
     holds = counts & (new_weights != 0)
     after = _union(new_ids, holds, num_experts)
     moved = int((counts & ~dropped & (new_ids != long)).sum())
+    if freed_minus_one:
+        new_ids[counts & ~holds] = -1
     order = _pack(counts.any(1), new_weights != 0)
     return Rerouted(
         new_ids.gather(1, order).to(ids.dtype),

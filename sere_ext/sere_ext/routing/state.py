@@ -8,18 +8,38 @@ a GPU a `Mirror` keeps copies there.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from sere_ext.contract.errors import ConflictError, PolicyError, UnsupportedError
-from sere_ext.contract.policy import EXACT_POLICY, MAX_BUCKETS, MAX_TOKENS, Bucket, Policy
+from sere_ext.contract.policy import EXACT_POLICY, MAX_BUCKETS, MAX_TOKENS, Bucket, Kind, Policy
 from sere_ext.routing import kernel
 from sere_ext.similarity.file import Similarity, sorted_neighbours
 
 _MAX_COUNTER_KEYS = 1024  # a tuner tries hundreds of policies in one engine's life; the oldest counters go first
 OTHER = "other"  # counter label of calls outside every bucket
+
+
+ALL_REAL = 2**31 - 1  # number of real rows that no call has more of
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """A similarity artefact as the kernels read it: each expert's neighbours, sorted.
+
+    Sorting takes milliseconds a layer (seconds for 60 layers of 512 experts), so it is done before a change is applied.
+    """
+
+    digest: str
+    layers: dict[int, tuple[Any, Any]]  # by model layer number: (uint16 [E, E - 1] others, most similar first; float32 of each)
+
+    @classmethod
+    def of(cls, similarity: Similarity, numbers: Iterable[int]) -> Neighbours:
+        """Sort the matrices of these model layers."""
+        return cls(similarity.meta.digest, {number: sorted_neighbours(similarity.matrices[number]) for number in numbers})
 
 
 @dataclass
@@ -31,38 +51,62 @@ class LayerState:
     top_k: int
     renormalise: bool
     scoring: int | None  # kernel.SOFTMAX or SIGMOID; None if the router's scores cannot be recomputed from logits
+    freed: int = kernel.REPEAT  # or kernel.MINUS_ONE: what the experts' kernel takes for an unused slot
+    real: Any = field(default_factory=lambda: np.full(1, ALL_REAL, np.int32))  # real rows of the running step; shared by layers
     table: Any = field(default_factory=lambda: np.zeros((MAX_BUCKETS, kernel.COLUMNS), np.int32))
-    neighbours: Any = field(init=False)  # [E, E - 1] uint16
-    similarities: Any = field(init=False)  # [E, E - 1] float32
+    limits: Any = field(init=False)  # uint16 [MAX_BUCKETS, E], see csrc/reroute_core.h
+    neighbours: Any = field(init=False)  # uint16 [E, E - 1]
+    similarities: Any = field(init=False)  # float32 [E, E - 1], of the neighbours; stays on the host
     counters: Any = field(default_factory=lambda: np.zeros((MAX_BUCKETS + 1, len(kernel.COUNTERS)), np.int64))
-    struct: kernel.Layer = field(init=False)  # what the kernel is told; a Mirror puts its own addresses in
+    struct: kernel.Layer = field(init=False)  # what the kernel is given; a Mirror puts its own addresses in
 
     def __post_init__(self) -> None:
         others = max(self.experts - 1, 0)
+        self.limits = np.zeros((MAX_BUCKETS, self.experts), np.uint16)
         self.neighbours = np.zeros((self.experts, others), np.uint16)
         self.similarities = np.full((self.experts, others), -np.inf, np.float32)
-        arrays = (self.table, self.neighbours, self.similarities, self.counters)
-        self.struct = kernel.Layer(*(a.ctypes.data for a in arrays), self.experts, self.renormalise, self.scoring or 0)
+        self.point_at(*(a.ctypes.data for a in (self.table, self.neighbours, self.limits, self.counters, self.real)))
+
+    def point_at(self, table: int, neighbours: int, limits: int, counters: int, real: int) -> None:
+        """Make the kernel read these addresses from now on."""
+        self.struct = kernel.Layer(
+            table, neighbours, limits, counters, real, self.experts, self.renormalise, self.scoring or 0, self.freed
+        )
 
     def load_table(self, table: tuple[Bucket, ...]) -> None:
         """Put the policy's buckets into `table`; a row that is all zeros holds for no number of tokens."""
-        rows = np.zeros_like(self.table)
-        for row, bucket in zip(rows, table, strict=False):
-            rho, share = np.array((bucket.rho, bucket.min_share or 0.0), np.float32).view(np.int32)
-            row[:] = (
-                bucket.min_tokens,
-                bucket.max_tokens,
-                kernel.CODES[bucket.kind],
+        self.table[len(table) :] = 0
+        self.limits[len(table) :] = 0
+        for row, bucket in enumerate(table):
+            self.load_row(
+                row,
+                (bucket.min_tokens, bucket.max_tokens),
+                bucket.kind,
                 bucket.S or 1,
-                bucket.max_experts or 0,
-                rho,
-                share,
+                max_experts=bucket.max_experts or 0,
+                rho=bucket.rho,
+                min_share=bucket.min_share or 0.0,
             )
-        self.table[:] = rows
 
-    def load_similarity(self, matrix: Any) -> None:
-        """Put a layer's [E, E] float32 matrix into the neighbour lists."""
-        self.neighbours[:], self.similarities[:] = sorted_neighbours(matrix)
+    def load_row(
+        self,
+        row: int,
+        tokens: tuple[int, int],
+        kind: Kind,
+        S: int,
+        *,
+        max_experts: int = 0,
+        rho: float = 0.0,
+        min_share: float = 0.0,
+    ) -> None:
+        """Put one bucket into `table`, and how many neighbours of each expert are at least `rho` alike into `limits`."""
+        share = np.float32(min_share).view(np.int32)
+        self.table[row] = (*tokens, kernel.CODES[kind], S, max_experts, share)
+        self.limits[row] = (self.similarities >= np.float32(rho)).sum(1) if kind.needs_similarity else 0
+
+    def load_similarity(self, neighbours: Any, similarities: Any) -> None:
+        """Take a layer's sorted neighbours (`Neighbours.layers`). The rows of the table must be loaded again after it."""
+        self.neighbours[:], self.similarities[:] = neighbours, similarities
 
 
 class Mirror(Protocol):
@@ -71,8 +115,11 @@ class Mirror(Protocol):
     def push(self, *, similarity: bool) -> None:
         """Bring the tables (and the neighbour lists) of all layers to the device, in order with the steps around."""
 
-    def pull(self) -> None:
-        """Move the device's counters into the layers' own."""
+    def push_real(self, tokens: int) -> None:
+        """Let the steps that are launched from now on have so many real rows. Does not wait."""
+
+    def pull(self, *, wait: bool) -> None:
+        """Move the device's counters into the layers' own: of all steps so far, or as they last arrived without waiting."""
 
 
 def bucket_label(bucket: Bucket) -> str:
@@ -93,20 +140,31 @@ class WorkerState:
         self.switches = 0
         self.error: str | None = None  # why the configured policy is not in force
         self.note: dict[str, Any] = {}  # what the source of the policy says of it; kept here for all API servers
-        self.checked: tuple[str, Similarity] | None = None  # path and matrices of a change that was checked and not yet applied
+        self.checked: tuple[str, Neighbours] | None = None  # path and neighbours of a change that was checked, not yet applied
         self._folded: OrderedDict[str, Any] = OrderedDict()
+        for layer in layers:
+            layer.real = layers[0].real
+            if not mirror:
+                layer.struct.real = layer.real.ctypes.data
 
     @property
     def top_k(self) -> int:
         return min(layer.top_k for layer in self.layers)
 
-    def check(self, policy: Policy, generation: int | None, similarity: Similarity | None) -> int:
+    def set_real(self, tokens: int) -> None:
+        """How many rows of the step that comes are real tokens, counted from the first; the rest pads the batch."""
+        if self.mirror:
+            self.mirror.push_real(tokens)
+        else:
+            self.layers[0].real[0] = tokens
+
+    def check(self, policy: Policy, generation: int | None, similarity: Neighbours | None) -> int:
         """Whether a change could be applied now; changes nothing.
 
         Args:
             generation: of the change; None takes the next one. The same generation may be applied again only with
                 the same policy.
-            similarity: matrices to use from now on; None keeps those in force.
+            similarity: neighbours to use from now on; None keeps those in force.
 
         Returns:
             the generation that the change would have.
@@ -124,7 +182,7 @@ class WorkerState:
             )
         policy.check_model(self.top_k)
         policy.check_layers([layer.number for layer in self.layers])
-        digest = similarity.meta.digest if similarity else self.similarity_digest
+        digest = similarity.digest if similarity else self.similarity_digest
         if policy.needs_similarity():
             if digest is None:
                 raise PolicyError(
@@ -141,19 +199,19 @@ class WorkerState:
             )
         return generation
 
-    def apply(self, policy: Policy, generation: int | None, similarity: Similarity | None) -> None:
+    def apply(self, policy: Policy, generation: int | None, similarity: Neighbours | None) -> None:
         """Put a policy in force in all layers, if `check` allows it."""
         generation = self.check(policy, generation, similarity)
         self._fold()
-        fresh = similarity if similarity and similarity.meta.digest != self.similarity_digest else None
+        fresh = similarity if similarity and similarity.digest != self.similarity_digest else None
         for layer in self.layers:
             if fresh:
-                layer.load_similarity(fresh.matrices[layer.number])
+                layer.load_similarity(*fresh.layers[layer.number])
             layer.load_table(policy.table_for(layer.number))
         if self.mirror:
             self.mirror.push(similarity=fresh is not None)
         if fresh:
-            self.similarity_digest = fresh.meta.digest
+            self.similarity_digest = fresh.digest
         self.switches += self.generation >= 0 and policy.digest != self.policy.digest
         self.policy, self.generation, self.error = policy, generation, None
 
@@ -177,9 +235,9 @@ class WorkerState:
             layer.counters[:] = 0
         self._folded.clear()
 
-    def _pull(self) -> None:
+    def _pull(self, *, wait: bool = True) -> None:
         if self.mirror:
-            self.mirror.pull()
+            self.mirror.pull(wait=wait)
 
     def _fold(self) -> None:
         """Move the layers' live counters under their names."""

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reroute_contract import KernelContract, kernel_call
+from reroute_contract import KernelContract, Tensors, kernel_call
 from sere_ext.contract.errors import UnsupportedError
-from sere_ext.contract.policy import MAX_BUCKETS
+from sere_ext.contract.policy import MAX_BUCKETS, Kind
 from sere_ext.engine import seam
 from sere_ext.routing import kernel, ops
 from sere_ext.routing.build import SOURCES
@@ -17,7 +17,7 @@ from sere_ext.routing.state import LayerState
 
 
 class TestCpuKernel(KernelContract):
-    def launch(self, layer: LayerState, tensors: dict[str, torch.Tensor | None]) -> None:
+    def launch(self, layer: LayerState, tensors: Tensors) -> None:
         kernel.reroute_cpu(layer.struct, kernel_call(tensors))
 
 
@@ -30,7 +30,7 @@ def enum(name: str) -> list[str]:
 def test_python_and_c_agree_on_codes_and_limits() -> None:
     assert [name.lower() for name in enum("Kind")] == [kind.value for kind in kernel.CODES]
     assert list(kernel.CODES.values()) == list(range(len(kernel.CODES)))
-    for names in (enum("Column"), enum("Counter")[:-1], enum("Scoring"), enum("Float")):
+    for names in (enum("Column"), enum("Counter")[:-1], enum("Scoring"), enum("Float"), enum("Freed")):
         assert [getattr(kernel, name) for name in names] == list(range(len(names)))
     assert len(kernel.COUNTERS) == len(enum("Counter")) - 1
     limits = dict(re.findall(r"constexpr int (MAX_\w+) = (\d+);", (SOURCES / "reroute_core.h").read_text()))
@@ -62,12 +62,22 @@ def test_a_model_above_the_kernels_limits_is_refused() -> None:
             seam._layer_state(router(experts, top_k))
 
 
+def test_tensors_of_another_type_or_layout_are_rewritten_in_place_all_the_same() -> None:
+    layer = LayerState(0, 8, 2, False, kernel.SOFTMAX)
+    layer.load_row(0, (1, 2**30), Kind.TOPK, 1)
+    slot = ops.bind([layer])
+    for weights in (torch.tensor([[0.25, 0.75]]).bfloat16(), torch.tensor([[0.25], [0.75]]).t()):
+        ids = torch.tensor([[1], [2]]).t()
+        torch.ops.sere.reroute(weights, ids, torch.zeros(1, 8, dtype=torch.float64), slot)
+        assert weights.tolist() == [[0.75, 0.0]]
+        assert ids.tolist() == [[2, 2]]
+
+
 def test_tensors_that_the_kernel_would_misread_are_refused() -> None:
     slot = ops.bind([LayerState(0, 8, 2, True, kernel.SOFTMAX)])
     weights, ids, logits = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3, 8)
-    same = torch.ops.sere.reroute(weights, ids, logits, slot)
-    assert torch.equal(same[1], ids)
-    assert torch.ops.sere.reroute(weights.bfloat16(), ids, logits, slot)[0].dtype == torch.bfloat16
+    torch.ops.sere.reroute(weights, ids, logits, slot)
+    assert torch.equal(ids, torch.zeros(3, 2, dtype=torch.int32))
     for wrong in ((weights[:, :1], ids, logits), (weights, ids.short(), logits), (weights, ids, logits[:2]),
                   (weights, ids, logits[:, :7]), (torch.ones(3, 40), ids.repeat(1, 20), logits)):  # fmt: skip
         with pytest.raises(TypeError, match="sere::reroute takes"):
