@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup demo test lint format coverage docs crds test-unit test-engine test-apiserver test-cluster test-chart test-gpu \
+.PHONY: help setup demo test lint format coverage docs crds test-unit test-emulated test-engine test-apiserver test-cluster test-chart test-gpu \
         bench-tune bench-speedup bench-policies bench-ext bench-telemetry soak-switches retrain-model vllm-snapshots envtest clean
 
 help: ## What can be made
@@ -48,7 +48,7 @@ coverage: setup ## Lines and branches that the unit tests run, by module; HTML i
 	coverage html -q -d build/coverage/html
 	coverage report
 
-test-unit test-engine test-apiserver test-cluster test-chart test-gpu: setup ## One rung alone
+test-unit test-emulated test-engine test-apiserver test-cluster test-chart test-gpu: setup ## One rung alone
 	tests/run $(@:test-%=%)
 
 bench-tune: setup ## Trials per 10 minutes and the time of a certificate, as JSON

@@ -64,9 +64,12 @@ def _row(T: int, k: int, E: int, repetitions: int) -> dict[str, Any]:
     reroute_ms = {}
     for name, bucket in REROUTES.items():
         _apply(state, bucket)
-        reroute_ms[name] = medians({name: lambda: reroute(weights, ids, logits, slot)}, repetitions, calls=20)[name]
+        reroute_ms[name] = medians(
+            {name: lambda: reroute(weights.clone(), ids.clone(), logits, slot)}, repetitions, calls=20
+        )[name]
     _apply(state, REROUTES["sere"])
-    merged_weights, merged_ids = reroute(weights, ids, logits, slot)
+    merged_weights, merged_ids = weights.clone(), ids.clone()
+    reroute(merged_weights, merged_ids, logits, slot)
     primary = torch.zeros(E, dtype=torch.bool)
     primary[ids.gather(1, weights.topk(2, -1).indices).flatten().long()] = True
     nearest = similarity.masked_fill(~primary, -torch.inf).argmax(1)
@@ -100,19 +103,14 @@ def _row(T: int, k: int, E: int, repetitions: int) -> dict[str, Any]:
 def _plug_in(E: int, k: int, similarity: torch.Tensor) -> tuple[Any, int]:
     """The plug-in's state of one layer, with these matrices, and the layer's slot: every row binds one more."""
     from sere_ext.contract.policy import EXACT_POLICY
-    from sere_ext.contract.similarity import SimilarityMeta
     from sere_ext.routing import kernel, ops
-    from sere_ext.routing.state import LayerState, WorkerState
-    from sere_ext.similarity.file import Similarity
+    from sere_ext.routing.state import LayerState, Neighbours, WorkerState
+    from sere_ext.similarity.file import sorted_neighbours
 
     layer = LayerState(number=0, experts=E, top_k=k, renormalise=True, scoring=kernel.SOFTMAX)
     slot = ops.bind([layer])
     state = WorkerState([layer], {})
-    meta = SimilarityMeta(
-        model_type="none", model_name="none", config_digest="", data_digest="", tokens=0, layers=(0,), num_experts=E,
-        digest=f"random-{E}",
-    )  # fmt: skip
-    state.apply(EXACT_POLICY, None, Similarity(meta, {0: similarity.numpy()}))
+    state.apply(EXACT_POLICY, None, Neighbours(f"random-{E}", {0: sorted_neighbours(similarity.numpy())}))
     return state, slot
 
 

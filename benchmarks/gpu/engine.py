@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import routing
-from report import engine_env, where
 from shapes import Shape
 
 # In this process: the load format is known, and a wave is complete before its first step.
@@ -59,7 +58,6 @@ class Engine:
         import torch
 
         on_gpu = torch.cuda.is_available()
-        os.environ |= engine_env(on_gpu, where().get("vllm", "0.32")) | os.environ  # before vLLM reads it
         from vllm import LLM
 
         graphs: dict[str, Any] = {"compilation_config": {"cudagraph_capture_sizes": list(self.batches)}} if on_gpu else {}

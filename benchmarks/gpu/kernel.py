@@ -47,6 +47,7 @@ class Case:
         from sere_ext.routing import kernel
         from sere_ext.routing.cuda import CudaMirror
         from sere_ext.routing.state import LayerState
+        from sere_ext.similarity.file import sorted_neighbours
 
         source = torch.Generator().manual_seed(experts * 1000 + tokens)
         self.logits = torch.randn(tokens, experts, generator=source).cuda()
@@ -55,10 +56,10 @@ class Case:
         self.wide_ids = ids.contiguous()
         alike = torch.rand(experts, experts, generator=source)
         self.similarity = ((alike + alike.T) / 2).fill_diagonal_(1).cuda()
-        self.out_weights, self.out_ids = torch.empty_like(self.weights), torch.empty_like(self.ids)
+        self.out_weights, self.out_ids = self.weights.clone(), self.ids.clone()  # rewritten in place
         self.primary, self.wide_out = torch.empty(experts, dtype=torch.int64, device="cuda"), torch.empty_like(self.wide_ids)
         self.layer = LayerState(0, experts, TOP_K, True, kernel.SOFTMAX)
-        self.layer.load_similarity(self.similarity.cpu().numpy())
+        self.layer.load_similarity(*sorted_neighbours(self.similarity.cpu().numpy()))
         self.mirror = CudaMirror([self.layer])
         self.mirror.push(similarity=True)
         self.library, self.experts, self.tokens = library, experts, tokens
@@ -74,7 +75,7 @@ class Case:
         from sere_ext.routing import kernel
         from sere_ext.routing.ops import call_of
 
-        call = call_of(self.weights, self.ids, self.logits, None, self.out_weights, self.out_ids)
+        call = call_of(self.out_weights, self.out_ids, self.logits)
         kernel.reroute_cuda(self.layer.struct, call, torch.cuda.current_stream().cuda_stream)
 
     def three(self) -> None:
@@ -107,6 +108,8 @@ class Case:
         import torch
 
         self.policy(POLICIES[HEADLINE])
+        self.out_weights.copy_(self.weights)
+        self.out_ids.copy_(self.ids)
         self.ours()
         self.three()
         torch.cuda.synchronize()

@@ -120,18 +120,6 @@ def where() -> dict[str, Any]:
     return found | {"gpu": name, "driver": driver, "gpuMemory": memory, "maxClocks": f"SM {sm}, memory {mem}"}
 
 
-def engine_env(gpu: bool, version: str) -> dict[str, str]:
-    """What an engine must be told so that rows that pad a CUDA graph are marked (docs/compatibility.md).
-
-    Args:
-        version: vLLM's.
-    """
-    if not gpu:
-        return {}
-    first_runner_marks = tuple(map(int, version.split(".")[:2])) >= (0, 31)
-    return {"VLLM_MOE_SKIP_PADDING": "1"} | ({} if first_runner_marks else {"VLLM_USE_V2_MODEL_RUNNER": "1"})
-
-
 def _relative(path: str) -> str:
     try:
         return str(Path(path).resolve().relative_to(ROOT))

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, ROOT, Check, Report, at_least, at_most, engine_env
+from report import RESULTS, ROOT, Check, Report, at_least, at_most
 
 TUNE = (sys.executable, "-m", "sere_ext.cli.main", "tune", "--json")
 TIME_LIMIT_S = 480.0  # a machine that is lent for ten minutes at a time
@@ -85,7 +85,7 @@ def tune(folder: Path, name: str, arguments: list[str], report: Report, until_s:
     forget(folder / name)  # here, so that what is found after the time has ended is this run's
     (folder / "sere-ledger.json").unlink(missing_ok=True)  # a benchmark's items are not evidence for anybody
     machine = report.result["machine"]
-    env = engine_env("gpu" in machine, machine.get("vllm", "0.32")) | os.environ
+    env = dict(os.environ)
     report.say("sere tune " + " ".join(arguments))
     with subprocess.Popen([*TUNE, *arguments], stdout=subprocess.PIPE, text=True, env=env) as process:
         try:

@@ -39,7 +39,14 @@ def build(folder: Path, name: str, *, races: bool, source: str = SOURCE) -> Emul
     code.write_text(re.sub(r"__shared__\s+(\w+)\s+(\w+)\s*;", r"\1& \2 = emulated::shared<\1>();", source))
     include = ("-I", str(HERE), "-I", str(SOURCES))
     check = ("-DRACES",) if races else ()
-    device = ("-O1", "-D__CUDACC__", "-D__CUDA_ARCH__=900", "-include", "cuda_runtime.h", *(("-fsanitize=thread",) if races else ()))
+    device = (
+        "-O1",
+        "-D__CUDACC__",
+        "-D__CUDA_ARCH__=900",
+        "-include",
+        "cuda_runtime.h",
+        *(("-fsanitize=thread",) if races else ()),
+    )
     library = work / "kernel.so"
     for arguments in (
         (*device, "-c", str(code), "-o", str(work / "device.o")),

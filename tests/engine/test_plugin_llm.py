@@ -127,10 +127,10 @@ def test_the_operator_in_the_engine_equals_the_reference(running: Any, similarit
         shape = call.tokens, call.top_k
         ids = array(call.ids, ctypes.c_int64 if call.wide_ids else ctypes.c_int32, *shape)
         weights = array(call.weights, ctypes.c_float, *shape)
-        real = ~array(call.padding, ctypes.c_bool, call.tokens) if call.padding else None
+        real = int(array(layer.real, ctypes.c_int32, 1)[0])
         original(layer, call)
-        new_ids = array(call.out_ids, ctypes.c_int64 if call.wide_ids else ctypes.c_int32, *shape)
-        seen.append((ids, weights, real, new_ids, array(call.out_weights, ctypes.c_float, *shape)))
+        new_ids = array(call.ids, ctypes.c_int64 if call.wide_ids else ctypes.c_int32, *shape)
+        seen.append((ids, weights, real, new_ids, array(call.weights, ctypes.c_float, *shape)))
 
     monkeypatch.setattr(ops.kernel, "reroute_cpu", spy)
     switch_llm(running, policy("sere", S=2, rho=0.2))
@@ -139,7 +139,7 @@ def test_the_operator_in_the_engine_equals_the_reference(running: Any, similarit
     assert len(seen) >= 4 * 12
     for call, (ids, weights, real, new_ids, new_weights) in enumerate(seen):
         want = reroute(
-            ids, weights, num_experts=16, kind=Kind.SERE, S=2, rho=0.2, similarity=matrices[call % 4], real=real,
+            ids, weights, num_experts=16, kind=Kind.SERE, S=2, rho=0.2, similarity=matrices[call % 4], real_tokens=real,
         )  # fmt: skip
         assert torch.equal(new_ids, want.ids), f"call {call}"
         assert torch.equal(new_weights, want.weights), f"call {call}"

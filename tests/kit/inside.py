@@ -42,7 +42,6 @@ class Recorder:
 def recording() -> Iterator[Recorder]:
     """Taps on vLLM's classes, below the plug-in's seam and behind it, for engines of this process started meanwhile."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm.forward_context import get_forward_context
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
     from vllm.model_executor.models import registry
@@ -57,8 +56,6 @@ def recording() -> Iterator[Recorder]:
         return weights, ids
 
     def experts(self: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *rest: Any, **more: Any) -> Any:
-        mask = get_forward_context().is_padding
-        kept.real.append(~mask.clone() if mask is not None and mask.shape[0] == topk_ids.shape[0] else None)
         kept.received.append((topk_weights.clone(), topk_ids.clone()))
         return compute(self, x, topk_weights, topk_ids, *rest, **more)
 
@@ -157,7 +154,7 @@ def check_oracle(recorder: Recorder, bucket: Bucket, matrices: list[torch.Tensor
     for call, ((weights, ids), (new_weights, new_ids)) in enumerate(zip(recorder.routed, recorder.received, strict=True)):
         want = reroute(
             ids, weights.float(), num_experts=experts, kind=bucket.kind, S=bucket.S or 1, rho=bucket.rho,
-            similarity=matrices[call % len(matrices)], real=recorder.real[call],
+            similarity=matrices[call % len(matrices)],
         )  # fmt: skip
         assert torch.equal(new_ids, want.ids), f"call {call}: {ids.tolist()} became {new_ids.tolist()}, not {want.ids.tolist()}"
         torch.testing.assert_close(new_weights, want.weights, rtol=1e-6, atol=0)

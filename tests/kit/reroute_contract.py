@@ -120,7 +120,9 @@ def large(kind: Kind, *, seed: int, tokens: int = 33, experts: int = 512, top_k:
 def same(got: Rerouted, want: Rerouted, call: Call) -> None:
     """Assert that two results agree; a failure names token, slot, expert and both values."""
     settings_ = {
-        name: call[name] for name in ("kind", "S", "min_share", "rho", "max_experts", "renormalise", "scoring", "real_tokens", "freed_minus_one") if name in call
+        name: call[name]
+        for name in ("kind", "S", "min_share", "rho", "max_experts", "renormalise", "scoring", "real_tokens", "freed_minus_one")
+        if name in call
     }
     # Scaled and refilled weights: sums and exponentials may round differently.
     rtol = 0.0 if call["kind"] in (Kind.EXACT, Kind.SERE) else 1e-5

@@ -54,18 +54,17 @@ def patch_worker_base() -> None:
 
 def _attach(worker: Any, vllm_config: Any, settings: Settings) -> None:
     """Hook this worker's model loading and warm-up; mark the compile cache as ours."""
-    from vllm import envs
-
     from sere_ext.engine.features import check_features
-    from sere_ext.engine.plugin import check_engine_version, engine_version, release_of
+    from sere_ext.engine.plugin import check_engine_version, engine_version
 
     device = vllm_config.device_config.device_type
     check_engine_version(engine_version(), device)
-    check_features(vllm_config, release_of(engine_version()), envs.VLLM_MOE_SKIP_PADDING)
+    check_features(vllm_config)
     if isinstance(vllm_config.additional_config, dict):
         ours = vllm_config.additional_config.get("sere") or {}
         vllm_config.additional_config["sere"] = {**ours, "graph": f"{__version__}/{GRAPH_FORM}"}
     load_model, warm_up = worker.load_model, worker.compile_or_warm_up_model
+    execute, execute_dummy = worker.execute_model, worker.execute_dummy_batch
 
     def load_and_install(*args: Any, **kwargs: Any) -> Any:
         result = load_model(*args, **kwargs)
@@ -77,7 +76,17 @@ def _attach(worker: Any, vllm_config: Any, settings: Settings) -> None:
         _prove_hit(worker)
         return result
 
+    # Rows that pad a step up to a captured size stand behind the scheduled tokens, so their number is all that is to be known.
+    def execute_counted(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        worker.sere.set_real(scheduler_output.total_num_scheduled_tokens)
+        return execute(scheduler_output, *args, **kwargs)
+
+    def execute_dummy_counted(*args: Any, **kwargs: Any) -> Any:
+        worker.sere.set_real(0)
+        return execute_dummy(*args, **kwargs)
+
     worker.load_model, worker.compile_or_warm_up_model = load_and_install, warm_up_and_prove
+    worker.execute_model, worker.execute_dummy_batch = execute_counted, execute_dummy_counted
 
 
 def _install(worker: Any, vllm_config: Any, device: str, settings: Settings) -> Any:
@@ -97,6 +106,7 @@ def _install(worker: Any, vllm_config: Any, device: str, settings: Settings) -> 
         policy = EXACT_POLICY
     similarity = _read_similarity(worker, state, settings.similarity) if settings.similarity and not stale else None
     state.apply(policy, 0, similarity)
+    state.set_real(0)  # what runs before the first request is a profile run or a capture
     if stale:
         state.error = f"PolicyStale: {stale}; serving exact routing"
         logger.warning("sere: %s", state.error)
@@ -124,6 +134,7 @@ def _prove_hit(worker: Any) -> None:
 
 
 def _read_similarity(worker: Any, state: Any, path: str) -> Any:
+    from sere_ext.routing.state import Neighbours
     from sere_ext.similarity.file import check_fits, model_config_dict, read_similarity
 
     similarity = read_similarity(path)
@@ -131,7 +142,7 @@ def _read_similarity(worker: Any, state: Any, path: str) -> Any:
     numbers = tuple(layer.number for layer in state.layers)
     config = model_config_dict(model.model, model.revision)
     check_fits(similarity, path, config=config, layers=numbers, experts=state.layers[0].experts)
-    return similarity
+    return Neighbours.of(similarity, numbers)
 
 
 def running_key(vllm_config: Any) -> ProfileKey:

@@ -8,21 +8,19 @@ from typing import Any
 
 import pytest
 from sere_ext.contract.errors import UnsupportedError
-from sere_ext.engine.features import check_features, padding_refusal
+from sere_ext.engine.features import check_features
 
 
 def config(**changed: Any) -> SimpleNamespace:
     """The fields of vLLM's `VllmConfig` that are looked at (held against every release by the ledger of symbols)."""
     parallel = {
         "tensor_parallel_size": 1, "data_parallel_size": 1, "pipeline_parallel_size": 1, "prefill_context_parallel_size": 1,
-        "enable_expert_parallel": False, "use_sequence_parallel_moe": False, "enable_eplb": False, "enable_dbo": False,
+        "enable_expert_parallel": False, "use_sequence_parallel_moe": False, "enable_eplb": False, "use_ubatching": False,
     }  # fmt: skip
     model = {"enable_sleep_mode": False, "enforce_eager": False}
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**parallel | {key: changed[key] for key in changed if key in parallel}),
         model_config=SimpleNamespace(**model | {key: changed[key] for key in changed if key in model}),
-        device_config=SimpleNamespace(device_type=changed.get("device", "cuda")),
-        use_v2_model_runner=changed.get("v2", True),
         lora_config=changed.get("lora_config"),
     )
 
@@ -32,7 +30,7 @@ def config(**changed: Any) -> SimpleNamespace:
     [{}, {"tensor_parallel_size": 8}, {"data_parallel_size": 2}, {"tensor_parallel_size": 2, "enable_expert_parallel": True}],
 )
 def test_what_works_is_let_through(allowed: dict[str, Any]) -> None:
-    check_features(config(**allowed), (0, 32), True)
+    check_features(config(**allowed))
 
 
 @pytest.mark.parametrize(
@@ -45,41 +43,17 @@ def test_what_works_is_let_through(allowed: dict[str, Any]) -> None:
         ({"use_sequence_parallel_moe": True}, "sequence-parallel experts.*drop --enable-expert-parallel"),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size.*set it to 1"),
         ({"enable_eplb": True}, "--enable-eplb.*drop it"),
-        ({"enable_dbo": True}, "--enable-dbo.*half of the batch.*drop it"),
+        ({"use_ubatching": True}, "--enable-dbo or --ubatch-size.*a part of the batch.*drop them"),
         ({"lora_config": object()}, "--enable-lora.*drop it"),
         ({"enable_sleep_mode": True}, "--enable-sleep-mode.*drop it"),
     ],
 )
 def test_what_does_not_is_refused_with_the_flag_to_change(refused: dict[str, Any], says: str) -> None:
     with pytest.raises(UnsupportedError, match=says):
-        check_features(config(**refused), (0, 32), True)
+        check_features(config(**refused))
 
 
 def test_all_reasons_are_said_at_once() -> None:
     with pytest.raises(UnsupportedError) as caught:
-        check_features(config(pipeline_parallel_size=2, enable_dbo=True), (0, 32), True)
+        check_features(config(pipeline_parallel_size=2, use_ubatching=True))
     assert len(re.findall(r"--[a-z-]+-(?:size 2|dbo):", str(caught.value))) == 2
-
-
-@pytest.mark.parametrize(
-    ("engine", "release", "masks", "way_out"),
-    [
-        ({"v2": True}, (0, 26), True, None),
-        ({"v2": True}, (0, 26), False, "set VLLM_MOE_SKIP_PADDING=1"),
-        ({"v2": True}, (0, 33), False, "set VLLM_MOE_SKIP_PADDING=1"),
-        ({"v2": False}, (0, 31), False, None),
-        ({"v2": False}, (0, 30), True, "vLLM 0.30: set VLLM_USE_V2_MODEL_RUNNER=1"),
-        ({"v2": False, "enforce_eager": True}, (0, 30), False, None),
-        ({"v2": False, "device": "cpu"}, (0, 30), False, None),
-    ],
-)
-def test_padding_that_nobody_marks_would_count_as_tokens(
-    engine: dict[str, Any], release: tuple[int, int], masks: bool, way_out: str | None
-) -> None:
-    why = padding_refusal(config(**engine), release, masks)
-    assert (why is None) == (way_out is None)
-    if way_out is None:
-        check_features(config(**engine), release, masks)
-        return
-    with pytest.raises(UnsupportedError, match=way_out):
-        check_features(config(**engine), release, masks)

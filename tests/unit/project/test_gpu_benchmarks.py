@@ -394,12 +394,6 @@ def test_a_table_is_in_line_and_targets_say_what_was_not_measured() -> None:
     assert report.at_most("t", 2.5, 2, " us").line() == ["t", "2.5 us", "missed"]
 
 
-def test_padding_is_marked_by_the_runner_that_can() -> None:
-    assert report.engine_env(True, "0.26.0") == {"VLLM_MOE_SKIP_PADDING": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    assert report.engine_env(True, "0.32.0") == {"VLLM_MOE_SKIP_PADDING": "1"}
-    assert report.engine_env(False, "0.32.0") == {}, "the CPU's engine refuses to be told"
-
-
 def test_the_page_says_what_the_results_say() -> None:
     text = page.PAGE.read_text()
     assert page.rendered(text) == text, "docs/benchmarks/README.md is out of date; run `python benchmarks/gpu/page.py`"
