@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,10 +83,8 @@ def tune(folder: Path, name: str, arguments: list[str], report: Report, until_s:
 
     forget(folder / name)  # here, so that what is found after the time has ended is this run's
     (folder / "sere-ledger.json").unlink(missing_ok=True)  # a benchmark's items are not evidence for anybody
-    machine = report.result["machine"]
-    env = dict(os.environ)
     report.say("sere tune " + " ".join(arguments))
-    with subprocess.Popen([*TUNE, *arguments], stdout=subprocess.PIPE, text=True, env=env) as process:
+    with subprocess.Popen([*TUNE, *arguments], stdout=subprocess.PIPE, text=True) as process:
         try:
             said, _ = process.communicate(timeout=max(until_s - report.seconds(), 0))
         except subprocess.TimeoutExpired:

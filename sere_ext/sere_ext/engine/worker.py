@@ -25,7 +25,7 @@ from sere_ext.engine.settings import Settings, resolve
 logger = logging.getLogger("vllm.sere")
 
 # Part of the compile cache's key (through additional_config): changes when what we put into a compiled graph changes.
-GRAPH_FORM = 1
+GRAPH_FORM = 2
 
 
 def patch_worker_base() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sere_ext.engine.features import V1_RUNNER_MASKS_SINCE
 from sere_ext.engine.touched import BEFORE, CPU_SINCE, LEDGER, SINCE, SUPPORTED, Touched
 
 SNAPSHOTS = {
@@ -51,7 +50,6 @@ def test_a_symbol_stands_in_every_release_that_the_ledger_names(entry: Touched) 
 def test_what_is_not_in_all_releases_is_for_the_cpu_or_refused_where_it_is_missing() -> None:
     """A symbol that CUDA needs may not be missing from a release in which CUDA is supported."""
     late = {entry.symbol.rpartition(":")[2]: entry.span[0] for entry in LEDGER if entry.span[0] > SINCE}
-    assert late.pop("GPUModelRunner._prepare_padding_mask") == V1_RUNNER_MASKS_SINCE, "see features.padding_refusal"
     assert "AsyncMPClient.call_utility_all_async" in late, "see switch.unreachable"
     del late["AsyncMPClient.call_utility_all_async"]
     assert set(late.values()) == {CPU_SINCE}
