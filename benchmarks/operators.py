@@ -64,9 +64,9 @@ def _row(T: int, k: int, E: int, repetitions: int) -> dict[str, Any]:
     reroute_ms = {}
     for name, bucket in REROUTES.items():
         _apply(state, bucket)
-        reroute_ms[name] = medians(
-            {name: lambda: reroute(weights.clone(), ids.clone(), logits, slot)}, repetitions, calls=20
-        )[name]
+        reroute_ms[name] = medians({name: lambda: reroute(weights.clone(), ids.clone(), logits, slot)}, repetitions, calls=20)[
+            name
+        ]
     _apply(state, REROUTES["sere"])
     merged_weights, merged_ids = weights.clone(), ids.clone()
     reroute(merged_weights, merged_ids, logits, slot)

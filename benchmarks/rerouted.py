@@ -13,6 +13,7 @@ from lanes import Lanes
 from sere_ext.contract.policy import Policy
 from sere_ext.routing import kernel, ops
 from sere_ext.routing.state import LayerState
+from sere_ext.similarity.file import sorted_neighbours
 from torch import Tensor
 
 
@@ -36,18 +37,17 @@ class Rerouted:
         for layer in self.layers:
             layer.load_table(policy.table_for(layer.number))
             if policy.needs_similarity():
-                layer.load_similarity(similarity[layer.number].float().cpu().numpy())
+                layer.load_similarity(*sorted_neighbours(similarity[layer.number].float().cpu().numpy()))
 
     def __call__(self, layer: int, logits: Tensor) -> Tensor:
         """Router logits [L, E] in, weight of every expert [L, E] out; rows of NaN (idle lanes) come back undefined."""
-        weights, ids = (part.cpu().contiguous() for part in self.model.top(logits))
+        weights, ids = (part.cpu().clone().contiguous() for part in self.model.top(logits))
         scores = logits.cpu().contiguous()
-        new_weights, new_ids = torch.empty_like(weights), torch.empty_like(ids)
         for start in range(0, len(ids), self.batch):
             mine = slice(start, start + self.batch)
-            call = ops.call_of(weights[mine], ids[mine], scores[mine], None, new_weights[mine], new_ids[mine])
+            call = ops.call_of(weights[mine], ids[mine], scores[mine])
             kernel.reroute_cpu(self.layers[layer].struct, call)
-        mix = torch.zeros_like(scores).scatter_add_(1, new_ids, new_weights)
+        mix = torch.zeros_like(scores).scatter_add_(1, ids, weights)
         return mix.to(logits.device)
 
     def counts(self) -> dict[str, float]:

@@ -58,6 +58,7 @@ class LayerState:
     neighbours: Any = field(init=False)  # uint16 [E, E - 1]
     similarities: Any = field(init=False)  # float32 [E, E - 1], of the neighbours; stays on the host
     counters: Any = field(default_factory=lambda: np.zeros((MAX_BUCKETS + 1, len(kernel.COUNTERS)), np.int64))
+    _rho: Any = field(default_factory=lambda: np.full(MAX_BUCKETS, np.inf, np.float32))  # of each row; infinite: none needed
     struct: kernel.Layer = field(init=False)  # what the kernel is given; a Mirror puts its own addresses in
 
     def __post_init__(self) -> None:
@@ -76,7 +77,7 @@ class LayerState:
     def load_table(self, table: tuple[Bucket, ...]) -> None:
         """Put the policy's buckets into `table`; a row that is all zeros holds for no number of tokens."""
         self.table[len(table) :] = 0
-        self.limits[len(table) :] = 0
+        self._rho[len(table) :] = np.inf
         for row, bucket in enumerate(table):
             self.load_row(
                 row,
@@ -102,11 +103,17 @@ class LayerState:
         """Put one bucket into `table`, and how many neighbours of each expert are at least `rho` alike into `limits`."""
         share = np.float32(min_share).view(np.int32)
         self.table[row] = (*tokens, kernel.CODES[kind], S, max_experts, share)
-        self.limits[row] = (self.similarities >= np.float32(rho)).sum(1) if kind.needs_similarity else 0
+        self._rho[row] = rho if kind.needs_similarity else np.inf
+        self._count_alike(row)
 
     def load_similarity(self, neighbours: Any, similarities: Any) -> None:
-        """Take a layer's sorted neighbours (`Neighbours.layers`). The rows of the table must be loaded again after it."""
+        """Take a layer's sorted neighbours (`Neighbours.layers`)."""
         self.neighbours[:], self.similarities[:] = neighbours, similarities
+        for row in np.flatnonzero(np.isfinite(self._rho)).tolist():
+            self._count_alike(row)
+
+    def _count_alike(self, row: int) -> None:
+        self.limits[row] = (self.similarities >= self._rho[row]).sum(1) if np.isfinite(self._rho[row]) else 0
 
 
 class Mirror(Protocol):
