@@ -15,6 +15,10 @@ from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 
 
+class UnquantizedFusedMoEMethod:
+    """Named as vLLM's."""
+
+
 def layer(router: Any, **changed: Any) -> Any:
     """The part of vLLM's `MoERunner` that is looked at."""
     fields = {"is_monolithic": False, "do_naive_dispatch_combine": False} | changed
@@ -22,7 +26,7 @@ def layer(router: Any, **changed: Any) -> Any:
 
 
 def test_a_softmax_router_is_taken() -> None:
-    assert refusal(layer(CPURouter(top_k=2, global_num_experts=8))) is None
+    assert refusal(layer(CPURouter(top_k=2, global_num_experts=8)), "cuda") is None
 
 
 def test_layers_that_cannot_work_are_refused_with_the_way_out() -> None:
@@ -31,13 +35,13 @@ def test_layers_that_cannot_work_are_refused_with_the_way_out() -> None:
         top_k=2, global_num_experts=8, e_score_correction_bias=torch.zeros(8), num_logical_experts=6, zero_expert_type="identity"
     )
     for refused, says in (
-        (layer(router, is_monolithic=True), "--moe-backend triton"),
+        (layer(router, is_monolithic=True, _quant_method=UnquantizedFusedMoEMethod()), "--moe-backend triton"),
         (layer(object()), r"router \(object\) has no seam"),
         (layer(zero), "experts that compute nothing.*serve it without sere"),
         (layer(CPURouter(top_k=1, global_num_experts=8)), "one expert per token.*serve it without sere"),
         (layer(router, do_naive_dispatch_combine=True), "--data-parallel-size 1"),
     ):
-        why = refusal(refused)
+        why = refusal(refused, "cuda")
         assert why is not None
         with pytest.raises(ValueError, match=says):
             raise ValueError(why)
@@ -47,7 +51,7 @@ def test_re_routing_comes_before_capture_and_before_the_map_to_physical_experts(
     """The order that expert load balancing relies on: it counts and maps what re-routing answered, as logical ids."""
     seen: dict[str, torch.Tensor] = {}
     router = CPURouter(top_k=2, global_num_experts=8)
-    monkeypatch.setattr(torch.ops.sere, "reroute", lambda weights, ids, logits, slot: (weights, torch.full_like(ids, slot)))
+    monkeypatch.setattr(torch.ops.sere, "reroute", lambda weights, ids, logits, slot: ids.fill_(slot))
     seam._wrap(router, 5)
     router.set_capture_fn(lambda ids: seen.__setitem__("captured", ids.clone()))
     monkeypatch.setattr(router, "_apply_eplb_mapping", lambda ids: seen.__setitem__("mapped", ids.clone()) or ids + 1)

@@ -17,14 +17,27 @@ def check_features(vllm_config: Any) -> None:
     Raises:
         UnsupportedError: with every reason, and what to change.
     """
-    if reasons := refusals(vllm_config):
+    from vllm import envs
+
+    if reasons := refusals(vllm_config, batch_invariant=bool(envs.VLLM_BATCH_INVARIANT)):
         raise UnsupportedError("sere cannot run with this engine: " + "; ".join(reasons))
 
 
-def refusals(vllm_config: Any) -> list[str]:
-    """One sentence for each feature in use that is refused, empty if there is none."""
+def refusals(vllm_config: Any, *, batch_invariant: bool = False) -> list[str]:
+    """One sentence for each feature in use that is refused, empty if there is none.
+
+    Args:
+        vllm_config: vLLM's `VllmConfig`.
+        batch_invariant: vLLM's VLLM_BATCH_INVARIANT.
+    """
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     found = []
+    if batch_invariant:
+        found.append("VLLM_BATCH_INVARIANT: re-routing depends on which experts the batch uses, by design; unset it")
+    if "mega_moe" in str(getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", "")):
+        found.append("--moe-backend with mega_moe: the model routes inside its own layers, without a router; choose another")
+    if (getattr(vllm_config, "additional_config", None) or {}).get("decode_backend"):
+        found.append("additional_config.decode_backend: decode steps pass by the router, so they would stay exact; drop it")
     if getattr(parallel, "use_sequence_parallel_moe", False):
         found.append(
             "sequence-parallel experts (tensor, data and expert parallel at once): a rank routes a share of the batch only; drop "

@@ -11,6 +11,7 @@ import logging
 from typing import Any
 
 from sere_ext.contract.errors import UnsupportedError
+from sere_ext.engine.backends import freed_slot, way_out
 from sere_ext.routing import kernel
 from sere_ext.routing.state import LayerState
 
@@ -44,10 +45,12 @@ def install(model: Any, device: str) -> list[LayerState]:
         logger.warning(
             "sere: the CUDA kernel passes its compiler but has not yet run on a GPU; compare answers before you trust it"
         )
+    layers = []
     for runner in runners:
-        if why := refusal(runner):
-            raise UnsupportedError(f"{type(model).__name__}, {runner.layer_name}: {why}")
-    layers = [_layer_state(runner) for runner in runners]
+        freed = refusal(runner, device) or freed_slot(runner, device)
+        if isinstance(freed, str):
+            raise UnsupportedError(f"{type(model).__name__}, {runner.layer_name}: {freed}")
+        layers.append(_layer_state(runner, freed))
 
     from sere_ext.routing import ops
 
@@ -58,14 +61,14 @@ def install(model: Any, device: str) -> list[LayerState]:
     return layers
 
 
-def refusal(runner: Any) -> str | None:
+def refusal(runner: Any, device: str) -> str | None:
     """Why an MoE layer (vLLM's `MoERunner`) cannot be re-routed, with the way out; None if it can."""
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
     from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 
     router = runner.router
     if runner.is_monolithic:
-        return "its kernel routes inside itself; start the engine with `--moe-backend triton`"
+        return f"its kernel routes inside itself; {way_out(runner, device)}"
     if not isinstance(router, BaseRouter):
         return f"its router ({type(router).__name__}) has no seam to re-route at; report it"
     if isinstance(router, ZeroExpertRouter):
@@ -77,7 +80,7 @@ def refusal(runner: Any) -> str | None:
     return None
 
 
-def _layer_state(runner: Any) -> LayerState:
+def _layer_state(runner: Any, freed: int = kernel.REPEAT) -> LayerState:
     router = runner.router
     plain = getattr(router, "custom_routing_function", None) is None
     scoring = {"softmax": kernel.SOFTMAX, "sigmoid": kernel.SIGMOID}.get(getattr(router, "scoring_func", "softmax"))
@@ -93,6 +96,7 @@ def _layer_state(runner: Any) -> LayerState:
         top_k=top_k,
         renormalise=bool(getattr(router, "renormalize", True)),
         scoring=scoring if plain else None,
+        freed=freed,
     )
 
 

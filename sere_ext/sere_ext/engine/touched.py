@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sere_ext.engine.backends import DISPATCH, EXPERTS
+
 SUPPORTED = ">=0.26,<0.34"  # CUDA; the CPU engine routes outside its kernel from 0.32
 CPU_SINCE = (0, 32)
 SINCE, BEFORE = (0, 26), (0, 34)
@@ -110,6 +112,19 @@ LEDGER = (
         f"{_MOE}.runner.moe_runner:MoERunner.is_monolithic", "read",
         "kernels that route inside themselves never ask the router", _ALL, "a public capability flag",
     ),
+    Touched(
+        f"{_MOE}.router.fused_moe_router:FusedMoERouter.supports_monolithic_kernels", "patched",
+        "False has every oracle choose a kernel that asks the router (`backends.prefer_modular`)", "0.33-0.33", _ROUTERS,
+    ),
+    Touched(
+        f"{_MOE}.router.fused_moe_router:FusedMoERouter.routing_method_type", "patched",
+        "the same before 0.33: no monolithic kernel lists the method Custom, and modular ones take any", _ALL, _ROUTERS,
+    ),
+    Touched(f"{_MOE}.config:RoutingMethodType", "read", "that method", _ALL, _ROUTERS, ("Custom = (101,)",)),
+    Touched(
+        f"{_MOE}.modular_kernel:FusedMoEExpertsModular", "read", "kernels that ask the router; which of them may read our ids "
+        "stands in `backends.py`", _ALL, _ROUTERS,
+    ),
     Touched(f"{_MOE}.runner.moe_runner:MoERunner.layer_id", "read", "the model's layer number", _ALL, "none needed"),
     Touched(
         f"{_MOE}.config:FusedMoEConfig", "read", "experts of the model, without redundant copies", _ALL, "none needed",
@@ -122,8 +137,7 @@ LEDGER = (
         "topk_weights, topk_ids, activation.value, self.isa, apply_router_weight_on_input)",),
     ),
     Touched(
-        f"{_MOE}.runner.moe_runner:MoERunner._quant_method", "read", "where the CPU kernel of a layer is found", _CPU,
-        "as above",
+        f"{_MOE}.runner.moe_runner:MoERunner._quant_method", "read", "where the kernel of a layer is found", _ALL, "none needed",
     ),
     Touched(
         "vllm._custom_ops:cpu_fused_moe", "called", "the kernel itself, on fewer columns", _CPU, "as above",
@@ -186,5 +200,9 @@ LEDGER = (
     Touched(
         "vllm.v1.metrics.stats:FinishedRequestStats", "read", "as above", _ALL, "none needed",
         ("e2e_latency: float", "num_generation_tokens: int", "decode_time: float"),
+    ),
+    *(
+        Touched(reader.symbol, "read", f"reads re-routed ids: {reader.why}", reader.versions, "none needed")
+        for reader in (*EXPERTS, *DISPATCH)
     ),
 )  # fmt: skip

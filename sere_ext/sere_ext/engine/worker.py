@@ -54,6 +54,7 @@ def patch_worker_base() -> None:
 
 def _attach(worker: Any, vllm_config: Any, settings: Settings) -> None:
     """Hook this worker's model loading and warm-up; mark the compile cache as ours."""
+    from sere_ext.engine.backends import prefer_modular
     from sere_ext.engine.features import check_features
     from sere_ext.engine.plugin import check_engine_version, engine_version
 
@@ -67,6 +68,8 @@ def _attach(worker: Any, vllm_config: Any, settings: Settings) -> None:
     execute, execute_dummy = worker.execute_model, worker.execute_dummy_batch
 
     def load_and_install(*args: Any, **kwargs: Any) -> Any:
+        if device == "cuda":
+            prefer_modular()
         result = load_model(*args, **kwargs)
         worker.sere = _install(worker, vllm_config, device, settings)
         return result

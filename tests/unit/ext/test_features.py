@@ -19,6 +19,8 @@ def config(**changed: Any) -> SimpleNamespace:
     }  # fmt: skip
     model = {"enable_sleep_mode": False, "enforce_eager": False}
     return SimpleNamespace(
+        kernel_config=SimpleNamespace(moe_backend=changed.get("moe_backend", "auto")),
+        additional_config=changed.get("additional_config", {"sere": {}}),
         parallel_config=SimpleNamespace(**parallel | {key: changed[key] for key in changed if key in parallel}),
         model_config=SimpleNamespace(**model | {key: changed[key] for key in changed if key in model}),
         lora_config=changed.get("lora_config"),
@@ -44,6 +46,8 @@ def test_what_works_is_let_through(allowed: dict[str, Any]) -> None:
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size.*set it to 1"),
         ({"enable_eplb": True}, "--enable-eplb.*drop it"),
         ({"use_ubatching": True}, "--enable-dbo or --ubatch-size.*a part of the batch.*drop them"),
+        ({"moe_backend": "deep_gemm_mega_moe"}, "mega_moe: the model routes inside.*choose another"),
+        ({"additional_config": {"decode_backend": "latency_specialized"}}, "decode_backend.*would stay exact; drop it"),
         ({"lora_config": object()}, "--enable-lora.*drop it"),
         ({"enable_sleep_mode": True}, "--enable-sleep-mode.*drop it"),
     ],
@@ -57,3 +61,9 @@ def test_all_reasons_are_said_at_once() -> None:
     with pytest.raises(UnsupportedError) as caught:
         check_features(config(pipeline_parallel_size=2, use_ubatching=True))
     assert len(re.findall(r"--pipeline-parallel-size 2:|--ubatch-size:", str(caught.value))) == 2
+
+
+def test_batch_invariance_contradicts_re_routing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(UnsupportedError, match=r"VLLM_BATCH_INVARIANT: .*; unset it"):
+        check_features(config())
