@@ -136,7 +136,7 @@ def prefer_modular() -> None:
             setattr(router, name, property(lambda self: value))
 
 
-def _below(base: type) -> list[type]:
+def _below(base: type[Any]) -> list[type[Any]]:
     return [found for child in base.__subclasses__() for found in (child, *_below(child))]
 
 
