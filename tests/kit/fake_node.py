@@ -85,6 +85,7 @@ class FakeNode:
         self.load_s, self.project_s = load_s, project_s
         self.key: dict[str, Any] = dict(KEY)
         self.reachable = True
+        self.sick: dict[str, str] = {}  # by a prefix of pods' names: "hangs" or "drips" its answers
         self.errors: list[str] = []
         self._addresses: set[str] = set()
         self._services: dict[str, tuple[str, str]] = {}  # cluster address -> namespace, instance label
@@ -299,6 +300,10 @@ class FakeNode:
         if pod is None or not self.reachable:
             request.close_connection = True
             return
+        how = next((how for prefix, how in self.sick.items() if pod.name.startswith(prefix)), None)
+        if how is not None:
+            self._be_sick(request, how)
+            return
         status, answer = 200, self._body(pod, request.path, body)
         if isinstance(answer, dict):
             answer = json.dumps(answer)
@@ -307,6 +312,25 @@ class FakeNode:
         request.send_header("Content-Length", str(len(data)))
         request.end_headers()
         request.wfile.write(data)
+
+    def _be_sick(self, request: BaseHTTPRequestHandler, how: str) -> None:
+        """No answer, or one that comes byte by byte and would need an hour."""
+        request.close_connection = True
+        try:
+            if how == "drips":
+                request.send_response(200)
+                request.send_header("Content-Length", "100000")
+                request.end_headers()
+            for _ in range(100_000):
+                if self._stop.wait(0.5):
+                    return
+                if how == "drips":
+                    request.wfile.write(b" ")
+                    request.wfile.flush()
+                elif not request.connection.recv(1):  # the other side gave up
+                    return
+        except OSError:
+            return
 
     def _body(self, pod: FakePod, path: str, body: dict[str, Any] | None) -> dict[str, Any] | str:
         if path == "/metrics":

@@ -10,6 +10,7 @@ from kopf._core.intents.registries import SmartOperatorRegistry
 
 from sere_operator.api import meta
 from sere_operator.runtime.reconciler import Key, Reconciler
+from sere_operator.runtime.switch import pulled
 
 log = structlog.get_logger(__name__)
 
@@ -27,8 +28,9 @@ CHILDREN = (
 class Wakes:
     """Which resource an event is about. Remembers full names, since a label holds only 63 characters of one."""
 
-    def __init__(self, reconciler: Reconciler) -> None:
-        self._reconciler = reconciler
+    def __init__(self, reconciler: Reconciler, switch: Reconciler) -> None:
+        self._reconciler, self._switch = reconciler, switch
+        self._off: set[Key] = set()  # SereDeployments whose kill switch is pulled
         self._names: dict[tuple[str, str, str], str] = {}  # kind, namespace, label value -> name
         self.seen: dict[str, tuple[str, float]] = {}  # uid -> resourceVersion that the watch showed last, generation
 
@@ -41,7 +43,13 @@ class Wakes:
             self.seen.pop(uid, None)
         else:
             self.seen[uid] = (body["metadata"]["resourceVersion"], generation)
-        self._reconciler.wake((kind, namespace, name))
+        key: Key = (kind, namespace, name)
+        if kind == meta.DEPLOYMENT_KIND and not gone and pulled(body):
+            self._off.add(key)
+            self._switch.wake(key)
+        else:
+            self._off.discard(key)
+        self._reconciler.wake(key)
         if kind == meta.TUNING_JOB_KIND:  # its SereDeployment waits for what it says
             self.child(body["metadata"].get("labels") or {}, namespace)
 
@@ -61,6 +69,8 @@ class Wakes:
         name = self._names.get((kind, namespace, label)) if label else None
         if name is not None:
             key: Key = (kind, namespace, name)
+            if key in self._off:  # a pod came that does not know of it
+                self._switch.wake(key)
             self._reconciler.wake(key)
 
 

@@ -23,7 +23,7 @@ class Health:
     """
 
     reconciler: Reconciler
-    client: Client
+    clients: tuple[Client, ...]
     leading: bool = False
     blind_since: float | None = None  # monotonic seconds
     _registry: CollectorRegistry = field(default_factory=CollectorRegistry)
@@ -34,7 +34,11 @@ class Health:
             ("sere_operator_resources", "resources known", lambda: float(len(self.reconciler.entries))),
             ("sere_operator_reconciliations_total", "looks that ended well", lambda: float(self.reconciler.reconciled)),
             ("sere_operator_reconciliation_errors_total", "looks that failed", lambda: float(self.reconciler.failed)),
-            ("sere_operator_writes_total", "writes to the API server", lambda: float(self.client.writes)),
+            (
+                "sere_operator_writes_total",
+                "writes to the API server",
+                lambda: float(sum(client.writes for client in self.clients)),
+            ),
             ("sere_operator_watch_blind_seconds", "since when the watch misses changes", self.blind_s),
         ):
             Gauge(name, text, registry=self._registry).set_function(value)

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import kopf
 import structlog
@@ -28,8 +29,9 @@ from sere_operator.runtime.health import Health
 from sere_operator.runtime.lease import Elector, LeaseSettings, LostLeaseError, lead
 from sere_operator.runtime.observe import observe, observe_tuning
 from sere_operator.runtime.probe import Prober
-from sere_operator.runtime.reconciler import Key, Reconciler
+from sere_operator.runtime.reconciler import Key, Reconciler, Turn
 from sere_operator.runtime.settings import Settings
+from sere_operator.runtime.switch import KillSwitch
 
 log = structlog.get_logger(__name__)
 
@@ -62,24 +64,27 @@ class Operator:
         self.client = Client(connect())
         self.prober = Prober()
         self.reconciler = Reconciler(self.work, workers=settings.workers)
+        self.switch_client = Client(connect(), threads=8, timeout_s=5.0)
+        self.switch = Reconciler(KillSwitch(self.switch_client, lambda: self.elector.leads).work, workers=settings.workers)
         self.attention = Attention()
-        self.wakes = handlers.Wakes(self.reconciler)
-        self.health = Health(self.reconciler, self.client)
+        self.wakes = handlers.Wakes(self.reconciler, self.switch)
+        self.health = Health(self.reconciler, (self.client, self.switch_client))
         lease = LeaseSettings(
             settings.namespace, settings.lease_name, settings.lease_s, settings.lease_s * 2 / 3, settings.lease_s / 7.5
         )
         self.elector = Elector(self.client, lease, settings.identity)
         self._stop = asyncio.Event()
 
-    async def work(self, key: Key) -> float | None:
+    async def work(self, key: Key, turn: Turn) -> float | None:
         """One look at one resource. Returns the seconds until the next, None if it is gone."""
         watched_s = self.attention.begin(key)
-        next_s = await self._look(key, watched_s)
+        next_s = await self._look(key, watched_s, turn)
         self.attention.end(key, next_s)
         return next_s
 
-    async def _look(self, key: Key, watched_s: float) -> float | None:
+    async def _look(self, key: Key, watched_s: float, turn: Turn) -> float | None:
         kind, namespace, name = key
+        prober = self.prober.for_resource(partial(self.reconciler.wake, key), turn.aside)
         defaults = self.settings.defaults
         if kind == meta.TUNING_JOB_KIND:
             run = await observe_tuning(self.client, self.prober, namespace, name, defaults)
@@ -87,7 +92,7 @@ class Operator:
                 return None
             owner, plan = run.object, decide_tuning(run, defaults)
         else:
-            snapshot = await observe(self.client, self.prober, namespace, name, defaults)
+            snapshot = await observe(self.client, prober, namespace, name, defaults)
             if snapshot is None:
                 return None
             owner, plan = snapshot.object, decide(replace(snapshot, watched_s=watched_s), defaults)
@@ -139,6 +144,7 @@ class Operator:
         namespaced = bool(self.settings.namespaces)
         async with asyncio.TaskGroup() as group:
             group.create_task(self.reconciler.run())
+            group.create_task(self.switch.run())
             group.create_task(self.resync())
             existing = asyncio.all_tasks()
             tasks = await kopf.spawn_tasks(

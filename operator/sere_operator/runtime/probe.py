@@ -1,11 +1,17 @@
-"""Asking engine pods themselves, over HTTP: what they apply, a real token, their histograms, golden prompts."""
+"""Asking engine pods themselves, over HTTP: what they apply, a real token, their histograms, golden prompts.
+
+Nothing that a pod answers raises here: what cannot be used is no answer.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx2
@@ -14,109 +20,186 @@ from sere_ext.contract.profile import GoldenPrompt
 
 from sere_operator.plan.histogram import from_bounds
 from sere_operator.plan.snapshot import GoldenResult, PodMetrics
+from sere_operator.runtime.answers import Answers, Aside
+from sere_operator.runtime.fetch import MIB, NoAnswerError, fetch, new_client
 
 PROOF_TTL_S = 600.0  # a token proves a pod for so long; while it holds nothing is sent
+LATE_S = 60.0  # that a proof stands in for the newer one that a busy engine has not given yet
+STATE_GRACE_S = 2.0
+TOKEN_GRACE_S = 10.0  # of a busy engine; were it not waited for, a pod would count as not ready between two policies
+METRICS_LIMIT = 8 * MIB  # bytes; vLLM's own page has a few hundred KiB
+METRICS_LINES = 20_000  # of ours in it; a few thousand with every bucket of several policies
+MAX_COUNT = 2.0**53  # requests, or seconds: beyond it a number of the page is no count
+ERROR_LENGTH = 1000  # characters kept of a pod's own error
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _HISTOGRAMS = ("sere_tpot_seconds", "sere_ttft_seconds")
 
 
 @dataclass
 class Prober:
-    """Keeps what was proven per container, so that a settled pod is asked `GET /sere` and nothing else."""
+    """Keeps what was proven per container, so that a settled pod is asked `GET /sere` and nothing else.
+
+    Every question returns soon, with the last answer or None where the pod is slower than STATE_GRACE_S or TOKEN_GRACE_S. It
+    goes on, and `wake` is called when its answer has come. `aside` is entered while a pod is waited for.
+    """
 
     state_timeout_s: float = 10.0  # every rank is asked, between two steps of a busy engine
     token_timeout_s: float = 60.0
+    answers: Answers = field(default_factory=Answers)
+    wake: Callable[[], None] = lambda: None
+    aside: Aside = nullcontext
     _proofs: dict[tuple[str, ...], tuple[str, float]] = field(default_factory=dict)
-    _client: httpx2.AsyncClient | None = None
+    _clients: list[httpx2.AsyncClient] = field(default_factory=list)
+
+    def for_resource(self, wake: Callable[[], None], aside: Aside) -> Prober:
+        """This prober, with everything that it keeps, for one resource."""
+        return replace(self, wake=wake, aside=aside)
 
     def client(self) -> httpx2.AsyncClient:
-        if self._client is None:
-            limits = httpx2.Limits(max_connections=200, max_keepalive_connections=50, keepalive_expiry=30)
-            self._client = httpx2.AsyncClient(timeout=self.state_timeout_s, limits=limits, trust_env=False)
-        return self._client
+        if not self._clients:
+            self._clients.append(new_client())
+        return self._clients[0]
 
     async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
+        await self.answers.close()
+        for client in self._clients:
+            await client.aclose()
+
+    def forget(self) -> None:
+        """Drop proofs that have run out and answers of pods that may be long gone; called now and then by the resync."""
+        now = time.monotonic()
+        for key in [key for key, proof in self._proofs.items() if now - proof[1] >= PROOF_TTL_S + LATE_S]:
+            del self._proofs[key]
+        self.answers.forget()
+
+    # ---- questions, each of which returns soon ----
 
     async def state(self, base: str) -> dict[str, Any] | None:
         """Decoded `GET /sere`, None if there is no answer of that form."""
-        try:
-            answer = await self.client().get(f"{base}/sere")
-            decoded = answer.json() if answer.status_code == 200 else None
-        except (httpx2.HTTPError, ValueError):
-            return None
-        return decoded if isinstance(decoded, dict) and "policyDigest" in decoded else None
+        return await self._ask(("state", base), lambda: self._state(self.client(), base))
 
     async def proven(self, base: str, model: str, container: tuple[str, ...], digest: str | None) -> str | None:
         """The digest under which this container gave a real token; asks for one if `digest` is not proven yet."""
-        known = self._proofs.get(container)
-        fresh = known is not None and time.monotonic() - known[1] < PROOF_TTL_S
-        if digest is None or (fresh and known is not None and known[0] == digest):
-            return known[0] if fresh and known else None
-        if await self._token(self.client(), base, model):
+        known = self._proof(container)
+        if digest is None or known == digest:
+            return known
+
+        async def prove() -> str | None:
+            if not await self._token(self.client(), base, model):
+                return None
             self._proofs[container] = (digest, time.monotonic())
             return digest
-        return None
+
+        return await self._ask(("token", base, model, *container, digest), prove, TOKEN_GRACE_S) or self._proof(container, LATE_S)
 
     async def through_service(self, base: str, model: str, key: tuple[str, ...]) -> str | None:
         """Policy digest of the pod that a token came from through the Service: both asked on one connection."""
-        known = self._proofs.get(key)
-        if known is not None and time.monotonic() - known[1] < PROOF_TTL_S:
-            return known[0]
-        limits = httpx2.Limits(max_connections=1, max_keepalive_connections=1)
-        try:
-            async with httpx2.AsyncClient(timeout=self.state_timeout_s, limits=limits, trust_env=False) as one:
+        known = self._proof(key)
+        if known is not None:
+            return known
+
+        async def prove() -> str | None:
+            async with new_client(connections=1) as one:
                 if not await self._token(one, base, model):
                     return None
-                state = (await one.get(f"{base}/sere")).json()
-        except (httpx2.HTTPError, ValueError):
-            return None
-        digest = state.get("policyDigest") if isinstance(state, dict) else None
-        if digest is not None:
-            self._proofs[key] = (digest, time.monotonic())
-        return digest
+                state = await self._state(one, base)
+            if state is None:
+                return None
+            self._proofs[key] = (state["policyDigest"], time.monotonic())
+            return str(state["policyDigest"])
 
-    def forget(self) -> None:
-        """Drop proofs that have run out, of pods that may be long gone; called now and then by the resync."""
-        now = time.monotonic()
-        self._proofs = {key: proof for key, proof in self._proofs.items() if now - proof[1] < PROOF_TTL_S}
-
-    async def _token(self, client: httpx2.AsyncClient, base: str, model: str) -> bool:
-        body = {"model": model, "prompt": "1", "max_tokens": 1, "temperature": 0}
-        try:
-            answer = await client.post(f"{base}/v1/completions", json=body, timeout=self.token_timeout_s)
-            return answer.status_code == 200 and int(answer.json()["usage"]["completion_tokens"]) >= 1
-        except (httpx2.HTTPError, ValueError, KeyError, TypeError):
-            return False
+        return await self._ask(("service", base, model, *key), prove, TOKEN_GRACE_S) or self._proof(key, LATE_S)
 
     async def metrics(self, base: str, limits: set[str]) -> PodMetrics | None:
         """The plug-in's latency histograms with the bounds in `limits` (ms), None if they cannot be read."""
-        try:
-            answer = await self.client().get(f"{base}/metrics")
-            return parse_metrics(answer.text, limits) if answer.status_code == 200 else None
-        except (httpx2.HTTPError, ValueError):
-            return None
+
+        async def read() -> PodMetrics | None:
+            url = f"{base}/metrics"
+            answer = await fetch(self.client(), "GET", url, deadline_s=self.state_timeout_s, limit_bytes=METRICS_LIMIT)
+            text = answer.body.decode(errors="replace")
+            return await asyncio.to_thread(parse_metrics, text, limits) if answer.status == 200 else None
+
+        return await self._ask(("metrics", base, *sorted(limits)), read)
 
     async def golden(
         self, base: str, model: str, prompts: tuple[GoldenPrompt, ...], concurrency: int, pod_uid: str, digest: str
-    ) -> GoldenResult:
-        """Answer the prompts `concurrency` at a time, so that they run inside the policy's batch sizes."""
-        gate = asyncio.Semaphore(max(1, concurrency))
+    ) -> GoldenResult | None:
+        """Answers to the prompts, `concurrency` at a time, so that they run inside the policy's batch sizes.
 
-        async def one(prompt: GoldenPrompt) -> bool | None:
-            path, body = golden_request(model, prompt)
-            async with gate:
-                try:
-                    answer = await self.client().post(f"{base}{path}", json=body, timeout=self.token_timeout_s)
-                    if answer.status_code != 200:
-                        return None
-                    return right(golden_answer(answer.json()), prompt.answer)
-                except (httpx2.HTTPError, ValueError, KeyError, IndexError):
-                    return None
+        None while they are being answered, and where the pod no longer applied `digest` at their end. Each run's result is
+        returned once.
+        """
 
-        answers = await asyncio.gather(*(one(prompt) for prompt in prompts))
-        return GoldenResult(pod_uid, digest, tuple(answers))
+        async def run() -> GoldenResult | None:
+            gate = asyncio.Semaphore(max(1, concurrency))
+            answers = await asyncio.gather(*(self._answered(base, model, prompt, gate) for prompt in prompts))
+            state = await self._state(self.client(), base)
+            if state is None or state["policyDigest"] != digest:
+                return None
+            return GoldenResult(pod_uid, digest, tuple(answers))
+
+        return await self._ask(("golden", base, model, pod_uid, digest), run, 0.0, stand_in=False)
+
+    async def _ask(
+        self, question: tuple[str, ...], call: Callable[[], Awaitable[Any]], grace_s: float = STATE_GRACE_S, stand_in: bool = True
+    ) -> Any:
+        async def quiet() -> Any:
+            try:
+                return await call()
+            except NoAnswerError:
+                return None
+
+        return await self.answers.ask(question, quiet, self.wake, grace_s=grace_s, stand_in=stand_in, aside=self.aside)
+
+    def _proof(self, key: tuple[str, ...], late_s: float = 0.0) -> str | None:
+        """What was proven, None where that is more than `late_s` beyond its time."""
+        known = self._proofs.get(key)
+        return known[0] if known is not None and time.monotonic() - known[1] < PROOF_TTL_S + late_s else None
+
+    # ---- requests, each of which may take as long as its deadline ----
+
+    async def _state(self, client: httpx2.AsyncClient, base: str) -> dict[str, Any] | None:
+        answer = await fetch(client, "GET", f"{base}/sere", deadline_s=self.state_timeout_s)
+        return checked_state(answer.json()) if answer.status == 200 else None
+
+    async def _token(self, client: httpx2.AsyncClient, base: str, model: str) -> bool:
+        body = {"model": model, "prompt": "1", "max_tokens": 1, "temperature": 0}
+        answer = await fetch(client, "POST", f"{base}/v1/completions", deadline_s=self.token_timeout_s, body=body)
+        if answer.status != 200:
+            return False
+        try:
+            return bool(answer.json()["usage"]["completion_tokens"] >= 1)
+        except (LookupError, TypeError):
+            return False
+
+    async def _answered(self, base: str, model: str, prompt: GoldenPrompt, gate: asyncio.Semaphore) -> bool | None:
+        """Whether one golden prompt was answered right, None where it was not answered."""
+        path, body = golden_request(model, prompt)
+        async with gate:
+            try:
+                answer = await fetch(self.client(), "POST", f"{base}{path}", deadline_s=self.token_timeout_s, body=body)
+                return right(golden_answer(answer.json()), prompt.answer) if answer.status == 200 else None
+            except (NoAnswerError, LookupError, TypeError):
+                return None
+
+
+def checked_state(decoded: Any) -> dict[str, Any] | None:
+    """The body of `GET /sere` as far as the operator reads it, None where it is not of that form."""
+    if not isinstance(decoded, dict) or not isinstance(decoded.get("policyDigest"), str):
+        return None
+    ranks, error, key = decoded.get("ranks") or [], decoded.get("error"), decoded.get("key")
+    if not isinstance(ranks, list) or not all(isinstance(rank, dict) for rank in ranks):
+        return None
+    if not all(isinstance(rank.get("policyDigest"), str | None) for rank in ranks):
+        return None
+    if not isinstance(key, dict | None):
+        return None
+    return {
+        **decoded,
+        "ready": decoded.get("ready") is True,
+        "ranks": ranks,
+        "error": str(error)[:ERROR_LENGTH] if error else None,
+    }
 
 
 def golden_request(model: str, prompt: GoldenPrompt) -> tuple[str, dict[str, Any]]:
@@ -146,22 +229,32 @@ def _number(text: str) -> float:
     return float(text.replace(",", ""))
 
 
-def parse_metrics(text: str, limits: set[str]) -> PodMetrics:
-    """Prometheus text to histograms; a bound that is in `limits` becomes `over[<ms>]`, the number of requests above it."""
-    found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {name: {} for name in _HISTOGRAMS}
+def parse_metrics(text: str, limits: set[str]) -> PodMetrics | None:
+    """Prometheus text to histograms; a bound that is in `limits` becomes `over[<ms>]`, the number of requests above it.
+
+    None where the page holds what no histogram can hold: NaN, infinite or negative numbers, counts beyond 2^53, garbage.
+    """
     # The whole page is large (vLLM's own metrics); only our lines are parsed.
     lines = [line for line in text.splitlines() if line.removeprefix("# TYPE ").startswith(_HISTOGRAMS)]
-    for family in text_string_to_metric_families("\n".join(lines) + "\n"):
-        if family.name not in found:
-            continue
-        for sample in family.samples:
-            key = (sample.labels.get("policy", ""), sample.labels.get("bucket", ""))
-            entry = found[family.name].setdefault(key, {"sum": 0.0, "le": {}})
-            if sample.name.endswith("_sum"):
-                entry["sum"] += sample.value
-            elif sample.name.endswith("_bucket"):
-                bound = float(sample.labels["le"])
-                entry["le"][bound] = entry["le"].get(bound, 0.0) + sample.value
-    return PodMetrics(
-        *({key: from_bounds(one["le"], one["sum"], limits) for key, one in found[name].items()} for name in _HISTOGRAMS)
-    )
+    if len(lines) > METRICS_LINES:
+        return None
+    found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {name: {} for name in _HISTOGRAMS}
+    try:
+        for family in text_string_to_metric_families("\n".join(lines) + "\n"):
+            for sample in family.samples if family.name in found else ():
+                key = (sample.labels.get("policy", ""), sample.labels.get("bucket", ""))
+                entry = found[family.name].setdefault(key, {"sum": 0.0, "le": {}})
+                if not 0 <= sample.value <= MAX_COUNT:  # NaN is not either
+                    return None
+                if sample.name.endswith("_sum"):
+                    entry["sum"] += sample.value
+                elif sample.name.endswith("_bucket"):
+                    bound = float(sample.labels["le"])
+                    if math.isnan(bound) or bound < 0:
+                        return None
+                    entry["le"][bound] = entry["le"].get(bound, 0.0) + sample.value
+        return PodMetrics(
+            *({key: from_bounds(one["le"], one["sum"], limits) for key, one in found[name].items()} for name in _HISTOGRAMS)
+        )
+    except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError):
+        return None

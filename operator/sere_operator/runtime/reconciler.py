@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import structlog
@@ -20,7 +21,7 @@ from sere_operator.runtime.enact import NotLeadingError
 log = structlog.get_logger(__name__)
 
 Key = tuple[str, str, str]  # kind, namespace, name
-Work = Callable[[Key], Awaitable[float | None]]  # seconds until the next look, None: gone, forget it
+Work = Callable[[Key, "Turn"], Awaitable[float | None]]  # seconds until the next time, None: gone, forget it
 
 MAX_BACKOFF_S = 60.0
 
@@ -35,9 +36,33 @@ class _Entry:
     due: float = 0.0
 
 
+class Turn:
+    """One of the places for work that goes on at the same time, held by one piece of work."""
+
+    def __init__(self, places: asyncio.Semaphore) -> None:
+        self._places = places
+        self._held = True
+        self._waiting = 0
+
+    @asynccontextmanager
+    async def aside(self) -> AsyncIterator[None]:
+        """Give the place to others while this work only waits. May be entered several times at once."""
+        self._waiting += 1
+        if self._held:
+            self._held = False
+            self._places.release()
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+            if self._waiting == 0 and not self._held:
+                self._held = True
+                await self._places.acquire()
+
+
 @dataclass
 class Reconciler:
-    """Wakes are merged per key; at most `workers` keys are worked on at a time."""
+    """Wakes are merged per key; at most `workers` keys are worked on at a time, not counting those that wait aside."""
 
     work: Work
     workers: int = 8
@@ -48,6 +73,7 @@ class Reconciler:
 
     def __post_init__(self) -> None:
         self._queue: asyncio.Queue[Key] = asyncio.Queue()
+        self._places = asyncio.Semaphore(self.workers)
 
     def wake(self, key: Key) -> None:
         """Look at this resource soon. Call from the event loop's thread."""
@@ -75,26 +101,27 @@ class Reconciler:
     async def run(self) -> None:
         """Work for ever; ends by cancellation, or by NotLeadingError from a write."""
         async with asyncio.TaskGroup() as group:
-            for _ in range(self.workers):
-                group.create_task(self._worker())
+            while True:
+                key = await self._queue.get()
+                await self._places.acquire()
+                entry = self.entries[key]
+                entry.queued, entry.running, entry.dirty = False, True, False
+                group.create_task(self._one(key, entry))
 
-    async def _worker(self) -> None:
-        while True:
-            key = await self._queue.get()
-            entry = self.entries[key]
-            entry.queued, entry.running, entry.dirty = False, True, False
-            delay = await self._once(key, entry)
-            entry.running = False
-            if entry.dirty:
-                self.wake(key)
-            elif delay is None:
-                self.entries.pop(key, None)
-            else:
-                self.wake_in(key, delay)
+    async def _one(self, key: Key, entry: _Entry) -> None:
+        delay = await self._once(key, entry)
+        self._places.release()
+        entry.running = False
+        if entry.dirty:
+            self.wake(key)
+        elif delay is None:
+            self.entries.pop(key, None)
+        else:
+            self.wake_in(key, delay)
 
     async def _once(self, key: Key, entry: _Entry) -> float | None:
         try:
-            delay = await self.work(key)
+            delay = await self.work(key, Turn(self._places))
         except NotLeadingError:
             raise
         except Exception as error:  # one resource's trouble must not stop the others
