@@ -51,6 +51,7 @@ class Reason(Documented):
     POLICY_PENDING = "PolicyPending", "Pods answer, but not all of them with the wanted policy yet."
     NOT_ROUTABLE = "NotRoutable", "Pods are ready, but no token came through the Service."
     INVALID_SPEC = "InvalidSpec", "The spec cannot be carried out as written; the message names the field."
+    REFUSED = "Refused", "The API server refuses an object that this resource needs; the message is the server's own."
     SUSPENDED = "Suspended", "spec.suspend is true: the operator changes nothing, what runs goes on."
     # Progressing
     ROLLING_OUT = "RollingOut", "Pods are being replaced by ones of the current spec."

@@ -72,7 +72,7 @@ KINDS = {
 
 
 class ApiError(Exception):
-    """A request that the API server refused. `status` is the HTTP status, `reason` the server's own word for it."""
+    """A request that the API server refused. `status` is the HTTP status, `reason` and `words` the server's own word and sentence."""
 
     def __init__(self, error: ApiException, what: str) -> None:
         self.status = int(error.status or 0)
@@ -84,6 +84,7 @@ class ApiError(Exception):
             self.reason = body.get("reason") or self.reason
         except (ValueError, AttributeError, TypeError):
             pass
+        self.words = message
         super().__init__(f"{what}: {self.status} {message}")
 
 

@@ -3,68 +3,89 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 
 import structlog
 
 from sere_operator.api import meta
-from sere_operator.plan.snapshot import Event, Object, Plan
+from sere_operator.plan.refusal import Refusal, refused
+from sere_operator.plan.snapshot import Event, Object, Plan, Resource
 from sere_operator.runtime.client import FIELD_MANAGER, ApiError, Client
 
 log = structlog.get_logger(__name__)
+
+
+# HTTP statuses by which the API server refuses an object as it is; 500 is how it tells of a webhook that is down.
+REFUSALS = frozenset({400, 403, 405, 413, 422, 500})
 
 
 class NotLeadingError(Exception):
     """The Lease is not held any more; nothing may be written."""
 
 
-async def enact(client: Client, owner: Object, plan: Plan, leads: Callable[[], bool]) -> None:
-    """Write what the plan says.
+async def enact(client: Client, resource: Resource, plan: Plan, leads: Callable[[], bool]) -> Plan:
+    """Write what the plan says: children, then status, then events. Returns the plan that its status and events are of.
+
+    What the API server refuses stands in the status at once (`plan.refusal`), with the server's own sentence.
 
     Raises:
         NotLeadingError: before a write, when `leads()` is false.
-        ApiError: the API server refused something other than a lost race on a pod or a deleted owner.
+        ApiError: a write failed in a way that the next try may mend: the server cannot be reached, or somebody was quicker.
     """
 
     def guard() -> None:
         if not leads():
             raise NotLeadingError
 
-    namespace = owner["metadata"]["namespace"]
-    for body in plan.replace:
+    owner, namespace = resource.object, resource.namespace
+    refusals: list[Refusal] = []
+    for kind, name, write in _writes(client, namespace, plan):
         guard()
-        await client.replace(body)
-    for body in plan.hand_over:
-        guard()
-        await client.apply(body, manager=meta.REPLICAS_MANAGER)
-    for body in plan.apply:
-        guard()
-        await client.apply(body)
-    for patch in plan.pods:
-        guard()
-        body = {"metadata": {"uid": patch.uid, "annotations": patch.annotations}}
         try:
-            await client.patch("Pod", namespace, patch.name, body)
+            await write()
         except ApiError as error:
-            if error.status not in (404, 409):  # gone, or another pod of that name: the next look sees it
+            if kind == "Pod" and error.status in (404, 409):
+                continue  # gone, or another pod of that name: the next look sees it
+            if error.status not in REFUSALS:
                 raise
-    for body in plan.delete:
-        guard()
-        await client.delete(body["kind"], namespace, body["metadata"]["name"], body["metadata"]["uid"])
+            refusals.append(Refusal(kind, name, error.words))
+            if refusals[-1].ends_the_plan:
+                break
+    if refusals:
+        log.warning(
+            "refused", kind=owner["kind"], namespace=namespace, name=resource.name, refused=[str(one) for one in refusals]
+        )
+        plan = refused(resource, plan, refusals)
     if plan.status is not None:
         guard()
+        body = {"metadata": {"uid": owner["metadata"]["uid"]}, "status": plan.status}
         try:
-            await client.patch(
-                owner["kind"], namespace, owner["metadata"]["name"],
-                {"metadata": {"uid": owner["metadata"]["uid"]}, "status": plan.status}, subresource="status",
-            )  # fmt: skip
+            await client.patch(owner["kind"], namespace, resource.name, body, subresource="status")
         except ApiError as error:
             if error.status not in (404, 409):
                 raise
     for event in plan.events:
         guard()
         await post(client, owner, event)
+    return plan
+
+
+def _writes(client: Client, namespace: str, plan: Plan) -> Iterator[tuple[str, str, Callable[[], Awaitable[object]]]]:
+    """The writes to children in the plan's order: kind, name, and what carries it out."""
+    for body in plan.replace:
+        yield body["kind"], body["metadata"]["name"], partial(client.replace, body)
+    for body in plan.hand_over:
+        yield body["kind"], body["metadata"]["name"], partial(client.apply, body, manager=meta.REPLICAS_MANAGER)
+    for body in plan.apply:
+        yield body["kind"], body["metadata"]["name"], partial(client.apply, body)
+    for patch in plan.pods:
+        annotated = {"metadata": {"uid": patch.uid, "annotations": patch.annotations}}
+        yield "Pod", patch.name, partial(client.patch, "Pod", namespace, patch.name, annotated)
+    for body in plan.delete:
+        metadata = body["metadata"]
+        yield body["kind"], metadata["name"], partial(client.delete, body["kind"], namespace, metadata["name"], metadata["uid"])
 
 
 async def post(client: Client, owner: Object, event: Event) -> None:

@@ -20,6 +20,7 @@ import structlog
 
 from sere_operator.api import meta
 from sere_operator.plan.decide import decide
+from sere_operator.plan.snapshot import Resource
 from sere_operator.plan.tuning.decide import decide_tuning
 from sere_operator.runtime import handlers
 from sere_operator.runtime.attention import Attention
@@ -90,22 +91,23 @@ class Operator:
             run = await observe_tuning(self.client, self.prober, namespace, name, defaults)
             if run is None:
                 return None
-            owner, plan = run.object, decide_tuning(run, defaults)
+            seen: Resource = run
+            plan = decide_tuning(run, defaults)
         else:
             snapshot = await observe(self.client, prober, namespace, name, defaults)
             if snapshot is None:
                 return None
-            owner, plan = snapshot.object, decide(replace(snapshot, watched_s=watched_s), defaults)
+            seen, plan = snapshot, decide(replace(snapshot, watched_s=watched_s), defaults)
         if plan.writes:
             log.info(
-                "writing", kind=kind, namespace=namespace, name=name, generation=owner["metadata"].get("generation"),
+                "writing", kind=kind, namespace=namespace, name=name, generation=seen.generation,
                 replace=[body["kind"] for body in plan.replace],
                 hand_over=[body["kind"] for body in plan.hand_over], apply=[body["kind"] for body in plan.apply],
                 pods={patch.name: patch.annotations for patch in plan.pods}, delete=[body["kind"] for body in plan.delete],
                 status=sorted(plan.status or {}),
             )  # fmt: skip
-        await enact(self.client, owner, plan, lambda: self.elector.leads)
-        return plan.requeue_after
+        written = await enact(self.client, seen, plan, lambda: self.elector.leads)
+        return written.requeue_after
 
     async def resync(self) -> None:
         """Look at everything now and then, spread out, and see whether the watch still shows what a list shows."""

@@ -1,0 +1,61 @@
+"""What a real API server refuses of an object's children stands in its status, in the server's words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from operator_process import World, eventually, manifest
+
+from .test_operator import node, world
+from .test_tenant import tuning_job
+
+__all__ = ["node", "world"]  # fixtures
+
+
+def quota(world: World, **hard: str) -> None:
+    world.apply({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": {"hard": hard}})
+    # Admission believes a quota only once the controller has counted.
+    eventually(lambda: world.get("ResourceQuota", "none").get("status", {}).get("used") is not None, 30, "the quota is counted")
+
+
+def refused(world: World, kind: str, condition: str, words: str) -> dict[str, Any]:
+    def check() -> bool:
+        found = world.get(kind, "m")
+        (judged,) = (c for c in found["status"]["conditions"] if c["type"] == condition)
+        assert (judged["status"], judged["reason"]) == ("False", "Refused"), judged
+        assert words in judged["message"], judged
+        assert judged["observedGeneration"] == found["status"]["observedGeneration"] == found["metadata"]["generation"]
+        return any(event["reason"] == "Refused" and words in event["message"] for event in world.items("Event"))
+
+    eventually(check, 20, f"{kind} says {words}, with a Warning")
+    return world.get(kind, "m")
+
+
+def test_a_quota_on_deployments_is_said_and_goes_by_when_it_is_lifted(world: World) -> None:
+    quota(world, **{"count/deployments.apps": "0"})
+    world.apply(manifest())
+    words = "exceeded quota: none, requested: count/deployments.apps=1"
+    refused(world, "SereDeployment", "Ready", words)
+    assert world.get("Service", "m"), "what is not refused is there"
+    events = [event for event in world.items("Event") if event["reason"] == "Refused"]
+    assert len(events) == 1
+    world.delete("ResourceQuota", "none")
+    world.patch("SereDeployment", "m", {"metadata": {"annotations": {"wake": "up"}}})
+    world.ready()
+
+
+def test_an_edit_that_is_refused_is_not_served_as_ready(world: World) -> None:
+    """A field that the schema lets through and the API server does not."""
+    world.apply(manifest())
+    world.ready()
+    world.patch("SereDeployment", "m", {"spec": {"nodeSelector": {"not a key": "x"}}})
+    found = refused(world, "SereDeployment", "Ready", "name part must consist of alphanumeric characters")
+    assert {c["type"]: c["status"] for c in found["status"]["conditions"]}["Available"] == "True"
+    world.patch("SereDeployment", "m", {"spec": {"nodeSelector": None}})
+    world.ready()
+
+
+def test_a_tuning_job_that_may_not_run_says_so(world: World) -> None:
+    quota(world, **{"count/jobs.batch": "0"})
+    world.apply(tuning_job("m"))
+    refused(world, "SereTuningJob", "Complete", "exceeded quota: none, requested: count/jobs.batch=1")
