@@ -81,6 +81,16 @@ def duration_seconds(text: str) -> int:
     return int(match["h"] or 0) * 3600 + int(match["m"] or 0) * 60 + int(match["s"] or 0)
 
 
+OperatorName = Annotated[str, Field(max_length=512, description="namespace/lease of the operator that looks after it")]
+
+
+class Challenger(Record):
+    """Another operator that sees this resource and has asked whether its owner is still there."""
+
+    name: Annotated[str, Field(max_length=512, description="of the operator that asks")]
+    since: Annotated[str, Field(json_schema_extra={"format": "date-time"}, description="when it asked")]
+
+
 class KeyRef(Record):
     """A key of a ConfigMap or Secret in the resource's own namespace."""
 

@@ -12,10 +12,12 @@ from sere_ext.contract.tuning import LatencySlo
 
 from sere_operator.api.common import (
     Artefact,
+    Challenger,
     DnsName,
     Duration,
     Engine,
     Model,
+    OperatorName,
     Resources,
     Toleration,
     Volumes,
@@ -264,6 +266,8 @@ class SereDeploymentStatus(Record):
     """What has become of it. Figures are strings with their unit, as last certified, so that a quiet minute writes nothing."""
 
     observed_generation: Annotated[int | None, Field(description="of the spec that was judged")] = None
+    operator: OperatorName | None = None
+    challenger: Challenger | None = None
     conditions: Conditions = ()
     replicas: Annotated[int | None, Field(description="pods there are (scale subresource)")] = None
     ready_replicas: Annotated[int | None, Field(description="pods that serve what they are meant to")] = None

@@ -25,10 +25,12 @@ from sere_ext.contract.tuning import (
 )
 
 from sere_operator.api.common import (
+    Challenger,
     Claim,
     DnsName,
     Engine,
     Model,
+    OperatorName,
     Resources,
     SimilarityUri,
     Source,
@@ -143,6 +145,8 @@ class SereTuningJobStatus(Record):
     """What the run has done so far. Metric values are strings with their unit, as shown."""
 
     observed_generation: Annotated[int | None, Field(description="of the spec that was judged")] = None
+    operator: OperatorName | None = None
+    challenger: Challenger | None = None
     conditions: Conditions = ()
     trials: Annotated[TrialCounts | None, Field(description="counted so far")] = None
     progress: Annotated[str | None, Field(description="trials done of wanted, as shown by kubectl get: 12/60")] = None

@@ -20,12 +20,14 @@ import structlog
 
 from sere_operator.api import meta
 from sere_operator.plan.decide import decide
-from sere_operator.plan.snapshot import Resource
+from sere_operator.plan.ownership import YIELD_S, marked, yielded
+from sere_operator.plan.snapshot import Plan, Resource
 from sere_operator.plan.tuning.decide import decide_tuning
 from sere_operator.runtime import handlers
 from sere_operator.runtime.attention import Attention
-from sere_operator.runtime.client import Client, connect
+from sere_operator.runtime.client import ApiError, Client, connect
 from sere_operator.runtime.enact import NotLeadingError, enact
+from sere_operator.runtime.healing import Healing
 from sere_operator.runtime.health import Health
 from sere_operator.runtime.lease import Elector, LeaseSettings, LostLeaseError, lead
 from sere_operator.runtime.observe import observe, observe_tuning
@@ -68,6 +70,8 @@ class Operator:
         self.switch_client = Client(connect(), threads=8, timeout_s=5.0)
         self.switch = Reconciler(KillSwitch(self.switch_client, lambda: self.elector.leads).work, workers=settings.workers)
         self.attention = Attention()
+        self.healing = Healing()
+        self._challenged: dict[str, float] = {}  # by uid: when another operator's ownership was last asked about
         self.wakes = handlers.Wakes(self.reconciler, self.switch)
         self.health = Health(self.reconciler, (self.client, self.switch_client))
         lease = LeaseSettings(
@@ -98,6 +102,7 @@ class Operator:
             if snapshot is None:
                 return None
             seen, plan = snapshot, decide(replace(snapshot, watched_s=watched_s), defaults)
+        plan = self._claimed(seen, plan) or self.healing.paced(key, marked(seen, plan, self.settings.instance))
         if plan.writes:
             log.info(
                 "writing", kind=kind, namespace=namespace, name=name, generation=seen.generation,
@@ -106,8 +111,23 @@ class Operator:
                 pods={patch.name: patch.annotations for patch in plan.pods}, delete=[body["kind"] for body in plan.delete],
                 status=sorted(plan.status or {}),
             )  # fmt: skip
-        written = await enact(self.client, seen, plan, lambda: self.elector.leads)
+        try:
+            written = await enact(self.client, seen, plan, lambda: self.elector.leads)
+        except ApiError:
+            self.healing.not_written(key, plan)
+            raise
+        if written is not plan:
+            self.healing.not_written(key, plan)
         return written.requeue_after
+
+    def _claimed(self, seen: Resource, plan: Plan) -> Plan | None:
+        """What is written instead of the plan where another operator looks after the resource."""
+        uid, now = seen.object["metadata"]["uid"], time.monotonic()
+        may_challenge = now - self._challenged.get(uid, -YIELD_S) >= YIELD_S
+        instead = yielded(seen, self.settings.instance, may_challenge)
+        if instead is not None and instead.status is not None:
+            self._challenged[uid] = now
+        return instead
 
     async def resync(self) -> None:
         """Look at everything now and then, spread out, and see whether the watch still shows what a list shows."""
@@ -115,6 +135,7 @@ class Operator:
         while True:
             await asyncio.sleep(self.settings.resync_s / 5 * random.uniform(0.8, 1.2))
             self.prober.forget()
+            self.healing.forget()
             try:
                 suspects = await self._check_watch(suspects)
             except Exception as error:

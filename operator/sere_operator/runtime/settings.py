@@ -68,5 +68,10 @@ class Settings:
         )
 
     @property
+    def instance(self) -> str:
+        """What the replicas of one release share, and no other operator of the cluster has."""
+        return f"{self.namespace}/{self.lease_name}"
+
+    @property
     def defaults(self) -> Defaults:
         return Defaults(self.engine_image, self.pull_policy)
