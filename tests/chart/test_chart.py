@@ -12,6 +12,9 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from sere_operator.api.common import parse_spec
+from sere_operator.api.deployment import SereDeploymentSpec
+from sere_operator.plan.objects import children
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "sere-operator"
@@ -34,6 +37,7 @@ VARIANTS = {
         "env[0].name=A,env[0].value=b",
         "serviceAccount.annotations.role=x",
         "metrics.dashboard.enabled=true",
+        "podSecurityContext.enabled=false",
     ),
     "bare": ("crds.enabled=false", "rbac.create=false", "serviceAccount.create=false", "serviceAccount.name=mine", "replicas=1"),
 }
@@ -227,3 +231,43 @@ def test_notes_name_the_next_command(helm: Helm) -> None:
     assert "rollout status deployment/sere-operator" in notes
     assert "kubectl sere exact" in notes
     assert "CAUTION: crds.keep is false" in notes
+
+
+VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
+
+
+@pytest.mark.parametrize("missing", [*VALUES, "metrics.dashboard", "metrics.podMonitor", "crds.takeOver", "engine.image.tag"])
+def test_values_of_an_older_chart_get_the_defaults_of_this_one(helm: Helm, missing: str) -> None:
+    """`helm upgrade --reuse-values` brings them alone: whatever came since is missing."""
+    whole = helm("template", "sere", CHART)
+    without = helm("template", "sere", CHART, "--set", f"{missing}=null")
+    assert without.returncode == 0, without.stderr
+    assert without.stdout == whole.stdout
+
+
+def test_what_is_false_or_empty_stays_so(render: Render) -> None:
+    assert not of_kind(render("metrics.service=false"), "Service")
+    made = render("podDisruptionBudget.enabled=false", "rbac.create=false")
+    assert not of_kind(made, "PodDisruptionBudget") and not of_kind(made, "ClusterRole")
+
+
+def test_monitors_select_what_there_is(render: Render) -> None:
+    objects = render("metrics.podMonitor.enabled=true", "metrics.serviceMonitor.enabled=true", "watchNamespaces={a,b}")
+    engines, operator = only(objects, "PodMonitor"), only(objects, "ServiceMonitor")
+    assert engines["spec"]["namespaceSelector"] == {"matchNames": ["a", "b"]}
+    labels = children.labels("m", "engine")
+    assert engines["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    (endpoint,) = engines["spec"]["podMetricsEndpoints"]
+    template = children.pod_template("m", parse_spec(SereDeploymentSpec, {"model": {"name": "x"}}), children.Defaults())
+    (container,) = template["spec"]["containers"]
+    assert endpoint["port"] in [port["name"] for port in container["ports"]]
+    service = only(objects, "Service")
+    assert operator["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert only(render("metrics.podMonitor.enabled=true"), "PodMonitor")["spec"]["namespaceSelector"] == {"any": True}
+
+
+def test_the_cluster_may_choose_the_user(render: Render) -> None:
+    pod = only(render("podSecurityContext.enabled=false"), "Deployment")["spec"]["template"]["spec"]
+    assert not {"runAsUser", "runAsGroup"} & set(pod["securityContext"])
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert only(render(), "Deployment")["spec"]["template"]["spec"]["securityContext"]["runAsUser"] == 10001

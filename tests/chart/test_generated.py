@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 Kustomize = Callable[[Path], list[dict[str, Any]]]
@@ -36,6 +37,23 @@ def test_chart_has_every_dashboard_word_for_word(generate: ModuleType) -> None:
     copies = generate.dashboard_copies()
     assert [path.name for path in copies] == ["sere.json"]
     assert {path: path.read_text() for path in copies} == copies, "run `make crds`"
+
+
+def test_the_readme_tells_of_every_value(generate: ModuleType) -> None:
+    assert generate.README.read_text() == generate.readme(), "run `make crds`"
+    copies = generate.values_copy()
+    assert {path: path.read_text() for path in copies} == copies, "run `make crds`"
+    told = {path for path, _, what in generate.documented_values() if what}
+    values = yaml.safe_load((ROOT / "helm/sere-operator/values.yaml").read_text())
+
+    def leaves(node: Any, path: str) -> Iterator[str]:
+        if isinstance(node, dict) and node and path not in told:
+            for key, value in node.items():
+                yield from leaves(value, f"{path}.{key}".lstrip("."))
+        else:
+            yield path
+
+    assert not [path for path in leaves(values, "") if path not in told]
 
 
 def test_base_is_what_the_chart_renders(generate: ModuleType, helm: object) -> None:

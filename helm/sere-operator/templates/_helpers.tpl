@@ -1,3 +1,18 @@
+{{- /* Gives `.Values` what it lacks of values.yaml. `helm upgrade --reuse-values` brings the values of an older chart alone, and
+       Helm's own `merge` functions take `false` for missing. Every template begins with this. */ -}}
+{{- define "sere-operator.defaults" -}}
+{{- include "sere-operator.fill" (list .Values (.Files.Get "files/values.yaml" | fromYaml)) }}
+{{- end }}
+
+{{- define "sere-operator.fill" -}}
+{{- $values := index . 0 }}
+{{- range $key, $default := index . 1 }}
+{{- if not (hasKey $values $key) }}{{ $_ := set $values $key $default }}
+{{- else if and (kindIs "map" $default) (kindIs "map" (get $values $key)) }}{{ include "sere-operator.fill" (list (get $values $key) $default) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "sere-operator.name" -}}
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
@@ -41,5 +56,19 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $image := index . 0 }}{{ $version := index . 1 }}
 {{- if $image.digest }}{{ printf "%s@%s" $image.repository $image.digest }}
 {{- else }}{{ printf "%s:%s" $image.repository (default $version $image.tag) }}
+{{- end }}
+{{- end }}
+
+{{- /* Whose a CRD is that stands in the cluster and is not this release's ("" where it is, or where there is none): Helm would
+       refuse the whole release because of it. `helm template` sees no cluster and so no such CRD. */ -}}
+{{- define "sere-operator.foreignCrd" -}}
+{{- $root := index . 0 }}
+{{- $found := lookup "apiextensions.k8s.io/v1" "CustomResourceDefinition" "" (index . 1) }}
+{{- if and $found (not $root.Values.crds.takeOver) }}
+{{- $annotations := default dict $found.metadata.annotations }}
+{{- $owner := printf "release %s in namespace %s" (get $annotations "meta.helm.sh/release-name") (get $annotations "meta.helm.sh/release-namespace") }}
+{{- if not (hasKey $annotations "meta.helm.sh/release-name") }}nobody's release
+{{- else if ne $owner (printf "release %s in namespace %s" $root.Release.Name $root.Release.Namespace) }}{{ $owner }}
+{{- end }}
 {{- end }}
 {{- end }}

@@ -50,8 +50,8 @@ class Health:
     def healthy(self) -> bool:
         return self.blind_s() < STALE_WATCH_S
 
-    async def serve(self, host: str, port: int) -> int:
-        """Start to answer; returns the port."""
+    async def serve(self, host: str | None, port: int) -> int:
+        """Start to answer; returns the port. Host None: on every address, IPv4 and IPv6."""
 
         async def healthz(_: web.Request) -> web.Response:
             text = "ok" if self.healthy else f"the watch misses changes since {self.blind_s():.0f} s"

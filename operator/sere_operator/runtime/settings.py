@@ -44,7 +44,7 @@ class Settings:
     lease_s: float = 15.0
     engine_image: str = Defaults.engine_image
     pull_policy: str = Defaults.image_pull_policy
-    health_host: str = "0.0.0.0"
+    health_host: str | None = None
     health_port: int = 8080
     workers: int = 8
     resync_s: float = 300.0
@@ -60,7 +60,7 @@ class Settings:
             lease_s=float(env.get("SERE_LEASE_S", cls.lease_s)),
             engine_image=env.get("SERE_ENGINE_IMAGE") or cls.engine_image,
             pull_policy=env.get("SERE_IMAGE_PULL_POLICY") or cls.pull_policy,
-            health_host=env.get("SERE_HEALTH_HOST", cls.health_host),
+            health_host=env.get("SERE_HEALTH_HOST") or None,
             health_port=int(env.get("SERE_HEALTH_PORT", cls.health_port)),
             workers=int(env.get("SERE_WORKERS", cls.workers)),
             resync_s=float(env.get("SERE_RESYNC_S", cls.resync_s)),
