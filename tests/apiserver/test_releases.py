@@ -46,7 +46,7 @@ def test_releases_share_the_crds_and_one_takes_them_over(
 
     told = install("install", "a")  # over CRDs that somebody applied by hand
     assert owner() is None and "of nobody's release, and are left as they are" in told
-    install("upgrade", "a", "--set", "crds.takeOver=true", "--take-ownership")
+    install("upgrade", "a", "--set", "crds.takeOver=true", "--take-ownership", "--force-conflicts")
     assert owner() == "a"
     told = install("install", "b")
     assert owner() == "a" and f"of release a in namespace {namespace}, and are left as they are" in told

@@ -134,8 +134,8 @@ def _golden(snapshot: Snapshot, spec: SereDeploymentSpec) -> Iterator[Read]:
             evidence.golden_concurrency(chosen.profile.policy), chosen.profile.golden_prompts,
         )  # fmt: skip
         yield run
-        if run not in snapshot.read:
-            return
+        if not any((result.pod_uid, result.digest) == (pod.uid, digest) for result in snapshot.golden):
+            return  # it is under way
 
 
 def taken(snapshot: Snapshot, answers: Mapping[Read, Any]) -> Snapshot:

@@ -9,8 +9,7 @@ name, and none needs rights in the other's namespace.
 from __future__ import annotations
 
 from sere_operator.api import meta
-from sere_operator.plan import status
-from sere_operator.plan.refusal import merged
+from sere_operator.plan.patch import merge_patch, merged
 from sere_operator.plan.rollout.step import seconds, stamp
 from sere_operator.plan.snapshot import Event, Plan, Resource
 
@@ -51,5 +50,5 @@ def marked(resource: Resource, plan: Plan, instance: str) -> Plan:
     if before not in (None, instance):
         words = f"{instance} looks after this resource now; {before} has not answered for {CHALLENGE_S:.0f} s"
         plan.events.append(Event("Normal", "TakenOver", words))
-    plan.status = status.merge_patch(wanted, resource.status)
+    plan.status = merge_patch(wanted, resource.status)
     return plan

@@ -26,3 +26,16 @@ def merge_patch(wanted: Object, live: Object) -> Object | None:
         else:
             patch[key] = new
     return patch or None
+
+
+def merged(live: Object, patch: Object) -> Object:
+    """`live` after a JSON merge patch (RFC 7386)."""
+    result = dict(live)
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = merged(result[key], value)
+        else:
+            result[key] = value
+    return result

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from sere_operator.api import meta
 from sere_operator.api.conditions import ConditionType, Reason, find_condition
 from sere_operator.plan import status
-from sere_operator.plan.snapshot import Event, Object, Plan, Resource
+from sere_operator.plan.patch import merge_patch, merged
+from sere_operator.plan.snapshot import Event, Plan, Resource
 
 RETRY_S = 30.0  # until a refused write is tried again without an event
 # What can be refused without making the writes after it wrong. Without its ConfigMaps a pod must not be told of a policy, and
@@ -57,17 +58,4 @@ def refused(resource: Resource, plan: Plan, refusals: Sequence[Refusal]) -> Plan
     again = (known.get("reason"), known.get("message")) == (Reason.REFUSED, message)
     events = [] if again else [Event("Warning", Reason.REFUSED.value, message)]
     waits = RETRY_S if plan.requeue_after is None else min(RETRY_S, plan.requeue_after)
-    return Plan(status=status.merge_patch(new, resource.status), events=events, requeue_after=waits)
-
-
-def merged(live: Object, patch: Object) -> Object:
-    """`live` after a JSON merge patch (RFC 7386)."""
-    result = dict(live)
-    for key, value in patch.items():
-        if value is None:
-            result.pop(key, None)
-        elif isinstance(value, dict) and isinstance(result.get(key), dict):
-            result[key] = merged(result[key], value)
-        else:
-            result[key] = value
-    return result
+    return Plan(status=merge_patch(new, resource.status), events=events, requeue_after=waits)

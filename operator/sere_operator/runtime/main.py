@@ -92,7 +92,7 @@ class Operator:
         prober = self.prober.for_resource(partial(self.reconciler.wake, key), turn.aside)
         defaults = self.settings.defaults
         if kind == meta.TUNING_JOB_KIND:
-            run = await observe_tuning(self.client, self.prober, namespace, name, defaults)
+            run = await observe_tuning(self.client, prober, namespace, name, defaults)
             if run is None:
                 return None
             seen: Resource = run

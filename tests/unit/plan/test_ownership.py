@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sere_operator.plan.ownership import CHALLENGE_S, marked, yielded
-from sere_operator.plan.refusal import merged
+from sere_operator.plan.patch import merged
 from sere_operator.plan.snapshot import Plan, Resource
 
 A, B = "sere-system/a", "team/b"

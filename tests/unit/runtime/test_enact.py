@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 from kubernetes.client.rest import ApiException
-from sere_operator.plan.refusal import merged
+from sere_operator.plan.patch import merged
 from sere_operator.plan.snapshot import Event, Plan, PodPatch, Resource, Snapshot, TuningSnapshot
 from sere_operator.runtime.client import ApiError, Client
 from sere_operator.runtime.enact import NotLeadingError, enact
