@@ -1,7 +1,10 @@
 """Leader election by a Lease of coordination.k8s.io, the way client-go does it (tools/leaderelection).
 
-kopf 1.45 has peering, which is no lock ("NO per-object locks", kopf's peering.py). One process leads and reconciles,
-the others wait. Time is judged by the local monotonic clock from when a record was last seen to change, never by
+One process leads and reconciles, the others wait. Why not one of those that there are: kopf 1.45 has peering, which is no lock
+("NO per-object locks", kopf's peering.py). The Kubernetes client's `kubernetes.leaderelection` has a LeaseLock, but its
+loop blocks, so it needs threads beside the event loop; it measures its deadlines with the wall clock, which may be set while
+it runs; the work cannot ask it, before each write, whether it still leads; and it never gives the Lease back, so that every
+regular restart would cost the whole `lease_s`. Time is judged by the local monotonic clock from when a record was last seen to change, never by
 comparing clocks of two machines. A leader that cannot renew within `renew_deadline_s` ends its process; since this is
 shorter than `lease_s`, it has stopped writing before another may start.
 """
@@ -24,13 +27,26 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class LeaseSettings:
-    """Seconds as in client-go's defaults: a lost leader is replaced after `lease_s` at most plus one retry."""
+    """Seconds as in client-go's defaults: a lost leader is replaced after `lease_s` at most plus one retry.
+
+    Raises:
+        ValueError: a leader would still write when another may already have begun.
+    """
 
     namespace: str
     name: str = "sere-operator"
     lease_s: float = 15.0
     renew_deadline_s: float = 10.0
     retry_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 2 * self.retry_s <= self.renew_deadline_s < self.lease_s:
+            raise ValueError(f"a Lease needs two retries within its deadline and a deadline shorter than itself, not {self}")
+
+    @classmethod
+    def of(cls, namespace: str, name: str, lease_s: float) -> LeaseSettings:
+        """With deadline and retries in client-go's proportions: 15, 10 and 2 seconds."""
+        return cls(namespace, name, lease_s, lease_s * 2 / 3, lease_s * 2 / 15)
 
 
 class LostLeaseError(Exception):

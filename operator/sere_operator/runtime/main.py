@@ -31,6 +31,7 @@ from sere_operator.runtime.healing import Healing
 from sere_operator.runtime.health import Health
 from sere_operator.runtime.lease import Elector, LeaseSettings, LostLeaseError, lead
 from sere_operator.runtime.observe import observe, observe_tuning
+from sere_operator.runtime.pacing import Rollouts
 from sere_operator.runtime.probe import Prober
 from sere_operator.runtime.reconciler import Key, Reconciler, Turn
 from sere_operator.runtime.settings import Settings
@@ -71,12 +72,11 @@ class Operator:
         self.switch = Reconciler(KillSwitch(self.switch_client, lambda: self.elector.leads).work, workers=settings.workers)
         self.attention = Attention()
         self.healing = Healing()
+        self.rollouts = Rollouts(settings.engine_rollouts)
         self._challenged: dict[str, float] = {}  # by uid: when another operator's ownership was last asked about
         self.wakes = handlers.Wakes(self.reconciler, self.switch)
         self.health = Health(self.reconciler, (self.client, self.switch_client))
-        lease = LeaseSettings(
-            settings.namespace, settings.lease_name, settings.lease_s, settings.lease_s * 2 / 3, settings.lease_s / 7.5
-        )
+        lease = LeaseSettings.of(settings.namespace, settings.lease_name, settings.lease_s)
         self.elector = Elector(self.client, lease, settings.identity)
         self._stop = asyncio.Event()
 
@@ -100,8 +100,10 @@ class Operator:
         else:
             snapshot = await observe(self.client, prober, namespace, name, defaults)
             if snapshot is None:
+                self.rollouts.forget(key)
                 return None
-            seen, plan = snapshot, decide(replace(snapshot, watched_s=watched_s), defaults)
+            plan = decide(replace(snapshot, watched_s=watched_s), defaults)
+            seen, plan = snapshot, self.rollouts.paced(key, snapshot, plan)
         plan = self._claimed(seen, plan) or self.healing.paced(key, marked(seen, plan, self.settings.instance))
         if plan.writes:
             log.info(

@@ -1,0 +1,64 @@
+"""How many models' pods are replaced at a time because of the operator itself, such as by an upgrade with another default image.
+
+Without this an upgrade replaces every engine of the cluster within seconds. What a user edits is never held up: it replaces the
+pods of one model, and the user knows of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import structlog
+
+from sere_operator.api import meta
+from sere_operator.plan.objects.revision import replacing
+from sere_operator.plan.snapshot import Object, Plan, Snapshot
+from sere_operator.runtime.reconciler import Key
+
+log = structlog.get_logger(__name__)
+
+STUCK_S = 1800.0  # after which a rollout that does not end keeps no other waiting
+RETRY_S = 15.0
+
+
+@dataclass
+class Rollouts:
+    """Which Deployments are replacing pods, as the looks at them show it; in memory, for a new process sees them again.
+
+    limit  Deployments at a time, 1 or more
+    """
+
+    limit: int
+    clock: Callable[[], float] = time.monotonic
+    _began: dict[Key, float] = field(default_factory=dict)
+
+    def paced(self, key: Key, snapshot: Snapshot, plan: Plan) -> Plan:
+        """The plan, without its Deployment where too many others are replacing pods."""
+        live, now = snapshot.children.get("Deployment"), self.clock()
+        if live is None or replacing(snapshot) is None:
+            self._began.pop(key, None)
+        else:
+            self._began.setdefault(key, now)
+        wanted = next((body for body in plan.apply if body["kind"] == "Deployment"), None)
+        if live is None or wanted is None or _hash(wanted) == _hash(live):
+            return plan  # the first one, or nothing new: a foreign edit that is put back
+        others = [began for other, began in self._began.items() if other != key and now - began < STUCK_S]
+        edited = snapshot.generation > int(snapshot.status.get("observedGeneration") or 0)
+        if edited or len(others) < self.limit:
+            self._began[key] = now
+            return plan
+        log.info("rollout waits", namespace=key[1], name=key[2], under_way=len(others))
+        waits = RETRY_S if plan.requeue_after is None else min(RETRY_S, plan.requeue_after)
+        return replace(plan, apply=[body for body in plan.apply if body is not wanted], requeue_after=waits)
+
+    def forget(self, key: Key) -> None:
+        """The resource is gone."""
+        self._began.pop(key, None)
+
+
+def _hash(deployment: Object) -> str | None:
+    """Of what the operator means the Deployment to be."""
+    found = (deployment["metadata"].get("annotations") or {}).get(meta.CONFIG_HASH_ANNOTATION)
+    return str(found) if found is not None else None
