@@ -102,6 +102,8 @@ def _main(
     from sere_autotune.result.publish import Access, Publisher, Target
 
     publisher = Publisher(Target.parse(publish), Access.from_pod()) if publish and not dry_run else None
+    if publisher is not None:
+        publisher.check()
     try:
         code = _run(spec, only, dry_run, advisory, fresh, as_json, publisher)
     except SereError as error:

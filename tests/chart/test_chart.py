@@ -271,3 +271,10 @@ def test_the_cluster_may_choose_the_user(render: Render) -> None:
     assert not {"runAsUser", "runAsGroup"} & set(pod["securityContext"])
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert only(render(), "Deployment")["spec"]["template"]["spec"]["securityContext"]["runAsUser"] == 10001
+
+
+def test_only_named_secrets_may_be_read(render: Render) -> None:
+    rules = [rule for role in of_kind(render("rbac.apiKeySecrets={a,b}"), "ClusterRole") for rule in role["rules"]]
+    assert [rule for rule in rules if "secrets" in rule["resources"]] == [
+        {"apiGroups": [""], "resources": ["secrets"], "resourceNames": ["a", "b"], "verbs": ["get"]}
+    ]

@@ -84,6 +84,15 @@ class Publisher:
         self._stage: Any = None
         self._told: dict[str, str] = {}  # data of the last progress
 
+    def check(self) -> None:
+        """Publish that the run begins, before it costs anything: without the right to publish it would all be for nothing.
+
+        Raises:
+            PublishError: the API server refuses it, or cannot be reached.
+        """
+        self._told = {"progress.json": json.dumps({"stage": "starting", "now": "the tuner reads its input"})}
+        self._persist(self._result(self._told))
+
     def progress(self, snapshot: dict[str, Any]) -> None:
         now = time.monotonic()
         if now - self._last < _PROGRESS_EVERY_S and snapshot.get("stage") == self._stage:
@@ -152,14 +161,14 @@ class Publisher:
 
     def _apply(self, body: dict[str, Any]) -> dict[str, Any]:
         name, namespace = body["metadata"]["name"], self.target.namespace
-        answer = httpx2.patch(
-            f"{self.access.url}/api/v1/namespaces/{namespace}/configmaps/{name}",
-            params={"fieldManager": FIELD_MANAGER, "force": "true"},
-            content=json.dumps(body).encode(),
-            headers={"Content-Type": "application/apply-patch+yaml", "Authorization": f"Bearer {self.access.token()}"},
-            verify=self.access.ca,
-            timeout=20,
-        )
+        # Without the proxies of the environment: those are for weights from outside, and know no address of the cluster.
+        with httpx2.Client(trust_env=False, verify=self.access.ca, timeout=20) as client:
+            answer = client.patch(
+                f"{self.access.url}/api/v1/namespaces/{namespace}/configmaps/{name}",
+                params={"fieldManager": FIELD_MANAGER, "force": "true"},
+                content=json.dumps(body).encode(),
+                headers={"Content-Type": "application/apply-patch+yaml", "Authorization": f"Bearer {self.access.token()}"},
+            )
         if answer.status_code >= 300:
             kind = "refused for good" if answer.status_code in (400, 403, 404, 422) else "refused for now"
             raise PublishError(f"the API server {kind} configmap {namespace}/{name} ({answer.status_code}): {_message(answer)}")

@@ -196,6 +196,12 @@ class Engine(EngineOptions):
 
     image: Annotated[Text | None, Field(description="Default: the image that the operator was installed with.")] = None
     env: Annotated[tuple[EnvVar, ...], Field(max_length=64, description="further environment variables")] = ()
+    api_key_secret: Annotated[
+        KeyRef | None,
+        Field(
+            description="Secret with the key that clients must send. The operator sends it too, and needs the right to read it."
+        ),
+    ] = None
 
 
 class Resources(Record):

@@ -80,7 +80,7 @@ class Answers:
         try:
             value = await call()
         except Exception as error:  # pods are not ours: whatever they say, it is no answer
-            log.warning("pod", question=str(question)[:300], error=repr(error)[:300])
+            log.warning("pod", error=repr(error)[:300])  # without the question, which may hold a key
         known.value, known.at = value, self.clock()
         known.slow = known.at - known.began > grace_s
         wakes, known.wakes = known.wakes, []

@@ -61,6 +61,7 @@ KINDS = {
         Kind("api/v1", "pods", "Pod"),
         Kind("api/v1", "events", "Event"),
         Kind("api/v1", "serviceaccounts", "ServiceAccount"),
+        Kind("api/v1", "secrets", "Secret"),  # by name alone, of those that the chart's rbac.apiKeySecrets lists
         Kind("apis/policy/v1", "poddisruptionbudgets", "PodDisruptionBudget"),
         Kind("apis/autoscaling/v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler"),
         Kind("apis/batch/v1", "jobs", "Job"),

@@ -32,6 +32,7 @@ class Wakes:
         self._reconciler, self._switch = reconciler, switch
         self._off: set[Key] = set()  # SereDeployments whose kill switch is pulled
         self._names: dict[tuple[str, str, str], str] = {}  # kind, namespace, label value -> name
+        self.api_keys: dict[Key, tuple[str, str]] = {}  # Secret and key in it, of SereDeployments whose engines ask for one
         self.seen: dict[str, tuple[str, float]] = {}  # uid -> resourceVersion that the watch showed last, generation
 
     def resource(self, kind: str, body: Any, gone: bool) -> None:
@@ -44,6 +45,11 @@ class Wakes:
         else:
             self.seen[uid] = (body["metadata"]["resourceVersion"], generation)
         key: Key = (kind, namespace, name)
+        named = ((body.get("spec") or {}).get("engine") or {}).get("apiKeySecret")
+        if named and not gone:
+            self.api_keys[key] = (str(named.get("name")), str(named.get("key")))
+        else:
+            self.api_keys.pop(key, None)
         if kind == meta.DEPLOYMENT_KIND and not gone and pulled(body):
             self._off.add(key)
             self._switch.wake(key)

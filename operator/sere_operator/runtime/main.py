@@ -6,6 +6,7 @@ Run by `sere operator run` or `python -m sere_operator.runtime.main`.
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import os
 import random
@@ -21,7 +22,7 @@ import structlog
 from sere_operator.api import meta
 from sere_operator.plan.decide import decide
 from sere_operator.plan.ownership import YIELD_S, marked, yielded
-from sere_operator.plan.snapshot import Plan, Resource
+from sere_operator.plan.snapshot import Event, Plan, Resource
 from sere_operator.plan.tuning.decide import decide_tuning
 from sere_operator.runtime import handlers
 from sere_operator.runtime.attention import Attention
@@ -71,6 +72,7 @@ class Operator:
         self.switch_client = Client(connect(), threads=8, timeout_s=5.0)
         self.switch = Reconciler(KillSwitch(self.switch_client, lambda: self.elector.leads).work, workers=settings.workers)
         self.attention = Attention()
+        self._told: dict[Key, str] = {}  # what was last said about refused tokens
         self.healing = Healing()
         self.rollouts = Rollouts(settings.engine_rollouts)
         self._challenged: dict[str, float] = {}  # by uid: when another operator's ownership was last asked about
@@ -89,7 +91,8 @@ class Operator:
 
     async def _look(self, key: Key, watched_s: float, turn: Turn) -> float | None:
         kind, namespace, name = key
-        prober = self.prober.for_resource(partial(self.reconciler.wake, key), turn.aside)
+        api_key, problem = await self._api_key(key)
+        prober = self.prober.for_resource(partial(self.reconciler.wake, key), turn.aside, api_key)
         defaults = self.settings.defaults
         if kind == meta.TUNING_JOB_KIND:
             run = await observe_tuning(self.client, prober, namespace, name, defaults)
@@ -101,9 +104,11 @@ class Operator:
             snapshot = await observe(self.client, prober, namespace, name, defaults)
             if snapshot is None:
                 self.rollouts.forget(key)
+                self._told.pop(key, None)
                 return None
             plan = decide(replace(snapshot, watched_s=watched_s), defaults)
             seen, plan = snapshot, self.rollouts.paced(key, snapshot, plan)
+            self._tell(key, plan, problem or "; ".join(prober.refusals))
         plan = self._claimed(seen, plan) or self.healing.paced(key, marked(seen, plan, self.settings.instance))
         if plan.writes:
             log.info(
@@ -121,6 +126,28 @@ class Operator:
         if written is not plan:
             self.healing.not_written(key, plan)
         return written.requeue_after
+
+    async def _api_key(self, key: Key) -> tuple[str | None, str]:
+        """The key that this resource's engines ask for, and why it cannot be had ("": nothing is wrong)."""
+        named = self.wakes.api_keys.get(key)
+        if named is None:
+            return None, ""
+        name, field = named
+        try:
+            secret = await self.client.get("Secret", key[1], name)
+            return base64.b64decode((secret or {"data": {}})["data"][field]).decode().strip(), ""
+        except ApiError as error:
+            if error.status != 403:
+                raise
+            return None, f"the operator may not read Secret {name}; list it in the chart's rbac.apiKeySecrets"
+        except (LookupError, TypeError, ValueError):
+            return None, f"Secret {name} has no key {field}, which spec.engine.apiKeySecret names"
+
+    def _tell(self, key: Key, plan: Plan, problem: str) -> None:
+        """One Warning about tokens that are refused, again only in other words."""
+        if problem and self._told.get(key) != problem:
+            plan.events.append(Event("Warning", "TokenRefused", problem))
+        self._told[key] = problem
 
     def _claimed(self, seen: Resource, plan: Plan) -> Plan | None:
         """What is written instead of the plan where another operator looks after the resource."""

@@ -21,7 +21,7 @@ from sere_ext.contract.profile import GoldenPrompt
 from sere_operator.plan.histogram import from_bounds
 from sere_operator.plan.snapshot import GoldenResult, PodMetrics
 from sere_operator.runtime.answers import Answers, Aside
-from sere_operator.runtime.fetch import MIB, NoAnswerError, fetch, new_client
+from sere_operator.runtime.fetch import MIB, Answer, NoAnswerError, fetch, new_client
 
 PROOF_TTL_S = 600.0  # a token proves a pod for so long; while it holds nothing is sent
 LATE_S = 60.0  # that a proof stands in for the newer one that a busy engine has not given yet
@@ -48,12 +48,29 @@ class Prober:
     answers: Answers = field(default_factory=Answers)
     wake: Callable[[], None] = lambda: None
     aside: Aside = nullcontext
+    api_key: str | None = None
     _proofs: dict[tuple[str, ...], tuple[str, float]] = field(default_factory=dict)
     _clients: list[httpx2.AsyncClient] = field(default_factory=list)
+    _statuses: dict[str, int] = field(default_factory=dict)  # base -> HTTP status of the last completion
+    _asked: set[str] = field(default_factory=set)  # bases, of this resource
 
-    def for_resource(self, wake: Callable[[], None], aside: Aside) -> Prober:
-        """This prober, with everything that it keeps, for one resource."""
-        return replace(self, wake=wake, aside=aside)
+    def for_resource(self, wake: Callable[[], None], aside: Aside, api_key: str | None = None) -> Prober:
+        """This prober, with everything that it keeps, for one resource.
+
+        Args:
+            api_key: that its engines ask for.
+        """
+        return replace(self, wake=wake, aside=aside, api_key=api_key, _asked=set())
+
+    @property
+    def refusals(self) -> list[str]:
+        """Why pods of this resource that were asked for a token gave none, where the API key is the reason."""
+        why = "its key is another than that of" if self.api_key else "it asks for an API key; name its Secret in"
+        return [
+            f"{base} answers a request for a token with HTTP {status}: {why} spec.engine.apiKeySecret"
+            for base, status in sorted(self._statuses.items())
+            if base in self._asked and status in (401, 403)
+        ]
 
     def client(self) -> httpx2.AsyncClient:
         if not self._clients:
@@ -71,6 +88,7 @@ class Prober:
         for key in [key for key, proof in self._proofs.items() if now - proof[1] >= PROOF_TTL_S + LATE_S]:
             del self._proofs[key]
         self.answers.forget()
+        self._statuses.clear()
 
     # ---- questions, each of which returns soon ----
 
@@ -84,13 +102,17 @@ class Prober:
         if digest is None or known == digest:
             return known
 
+        self._asked.add(base)
+
         async def prove() -> str | None:
             if not await self._token(self.client(), base, model):
                 return None
             self._proofs[container] = (digest, time.monotonic())
             return digest
 
-        return await self._ask(("token", base, model, *container, digest), prove, TOKEN_GRACE_S) or self._proof(container, LATE_S)
+        return await self._ask(
+            ("token", base, model, *container, digest, self.api_key or ""), prove, TOKEN_GRACE_S
+        ) or self._proof(container, LATE_S)
 
     async def through_service(self, base: str, model: str, key: tuple[str, ...]) -> str | None:
         """Policy digest of the pod that a token came from through the Service: both asked on one connection."""
@@ -108,7 +130,9 @@ class Prober:
             self._proofs[key] = (state["policyDigest"], time.monotonic())
             return str(state["policyDigest"])
 
-        return await self._ask(("service", base, model, *key), prove, TOKEN_GRACE_S) or self._proof(key, LATE_S)
+        return await self._ask(("service", base, model, *key, self.api_key or ""), prove, TOKEN_GRACE_S) or self._proof(
+            key, LATE_S
+        )
 
     async def metrics(self, base: str, limits: set[str]) -> PodMetrics | None:
         """The plug-in's latency histograms with the bounds in `limits` (ms), None if they cannot be read."""
@@ -162,9 +186,18 @@ class Prober:
         answer = await fetch(client, "GET", f"{base}/sere", deadline_s=self.state_timeout_s)
         return checked_state(answer.json()) if answer.status == 200 else None
 
+    async def _completion(
+        self, client: httpx2.AsyncClient, base: str, body: dict[str, Any], path: str = "/v1/completions"
+    ) -> Answer:
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        url = f"{base}{path}"
+        answer = await fetch(client, "POST", url, deadline_s=self.token_timeout_s, body=body, headers=headers)
+        self._statuses[base] = answer.status
+        return answer
+
     async def _token(self, client: httpx2.AsyncClient, base: str, model: str) -> bool:
         body = {"model": model, "prompt": "1", "max_tokens": 1, "temperature": 0}
-        answer = await fetch(client, "POST", f"{base}/v1/completions", deadline_s=self.token_timeout_s, body=body)
+        answer = await self._completion(client, base, body)
         if answer.status != 200:
             return False
         try:
@@ -177,7 +210,7 @@ class Prober:
         path, body = golden_request(model, prompt)
         async with gate:
             try:
-                answer = await fetch(self.client(), "POST", f"{base}{path}", deadline_s=self.token_timeout_s, body=body)
+                answer = await self._completion(self.client(), base, body, path)
                 return right(golden_answer(answer.json()), prompt.answer) if answer.status == 200 else None
             except (NoAnswerError, LookupError, TypeError):
                 return None

@@ -97,7 +97,7 @@ class Settings:
             namespaces=tuple(part.strip() for part in env.get("SERE_WATCH_NAMESPACES", "").split(",") if part.strip()),
             namespace=own_namespace(),
             lease_name=env.get("SERE_LEASE_NAME") or cls.lease_name,
-            lease_s=_number("SERE_LEASE_S", cls.lease_s, 3.0),
+            lease_s=_number("SERE_LEASE_S", cls.lease_s, 2.0),
             engine_image=env.get("SERE_ENGINE_IMAGE") or cls.engine_image,
             pull_policy=env.get("SERE_IMAGE_PULL_POLICY") or cls.pull_policy,
             engine_rollouts=int(_number("SERE_ENGINE_ROLLOUTS", cls.engine_rollouts, 1)),

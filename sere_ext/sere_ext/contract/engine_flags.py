@@ -32,7 +32,7 @@ OWNED_FLAGS: Final[dict[str, str]] = {
     "--uds": _LISTENS,
     "--root-path": "the operator's probes ask for /sere and /health at the root",
     "--middleware": "the operator's probes would pass through it",
-    "--api-key": "an argument shows the key to everyone who may read pods; set VLLM_API_KEY from a Secret",
+    "--api-key": "an argument shows the key to everyone who may read pods; name its Secret in spec.engine.apiKeySecret, or set VLLM_API_KEY",
     "--api-server-count": "the canary counts the latencies of one API server",
     "--headless": "the engine must answer the operator's probes",
     "--ssl-keyfile": _ENCRYPTED,

@@ -138,3 +138,29 @@ def test_outside_a_pod_publishing_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(UsageError, match="works inside a pod"):
         Access.from_pod()
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"])
+def test_a_proxy_of_the_environment_never_catches_the_api_server(
+    server: Server, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """It is there for the weights; a result would be lost after all device hours."""
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    publisher(server).check()
+    assert len(server.requests) == 1
+
+
+def test_the_right_to_publish_is_tried_before_anything_is_spent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sere_autotune import commands
+
+    def spend(*_: object) -> int:
+        raise AssertionError("the engine was started")
+
+    monkeypatch.setattr(commands, "_run", spend)
+    monkeypatch.setattr(Access, "from_pod", classmethod(lambda cls: publisher(server).access))
+    server.statuses = [403]
+    with pytest.raises(PublishError, match="refused for good"):
+        commands._main(None, None, False, False, False, False, "configmap/models/qwen3-tuning")  # type: ignore[arg-type]
+    assert json.loads(server.requests[0][2]["data"]["progress.json"])["stage"] == "starting"

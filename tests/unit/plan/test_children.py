@@ -11,11 +11,13 @@ import pytest
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.shards import encoded, join
 from sere_ext.control.watch import desired
-from sere_operator.api.common import parse_spec
+from sere_operator.api.common import SpecError, parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan.objects import children
 from sere_operator.plan.objects.children import Defaults
+from sere_operator.plan.objects.revision import revision
 from sere_operator.plan.objects.volume import PolicyEntry, policy_config_map, shard_config_maps
+from sere_operator.plan.rollout.wanted import tuning_hash
 
 OWNER = {
     "apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereDeployment",
@@ -161,3 +163,15 @@ def test_the_live_number_of_pods_is_handed_over_once() -> None:
 def test_an_autoscaled_deployment_leaves_replicas_alone() -> None:
     assert "replicas" not in children.deployment(OWNER, spec(autoscaling={"max": 3}), Defaults())["spec"]
     assert children.deployment(OWNER, spec(), Defaults())["spec"]["replicas"] == 1
+
+
+def test_the_api_key_reaches_the_engine_alone_and_is_no_other_engine() -> None:
+    env = [{"name": "VLLM_API_KEY", "value": "no"}]
+    keyed, plain = spec(engine={"apiKeySecret": {"name": "keys", "key": "k"}, "env": env}), spec(engine={"env": env})
+    (container,) = children.pod_template("m", keyed, Defaults())["spec"]["containers"]
+    keys = [variable for variable in container["env"] if variable["name"] == "VLLM_API_KEY"]
+    assert keys == [{"name": "VLLM_API_KEY", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "k"}}}]
+    assert revision(keyed) == revision(plain)
+    assert tuning_hash(keyed) == tuning_hash(plain), "no tuning again because of it"
+    with pytest.raises(SpecError, match=r"--api-key is set by spec\.engine\.apiKeySecret"):
+        spec(engine={"extraArgs": ["--api-key", "s"]})

@@ -228,3 +228,42 @@ async def test_work_that_waits_aside_gives_its_place_to_others() -> None:
         await all_done.wait()
     running.cancel()
     assert done[:2] == ["healthy-1", "healthy-2"]
+
+
+async def locked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """An engine that asks for the key `open`, as vLLM does: 401 on /v1 without it."""
+    while True:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        lengths = [int(line.split(":")[1]) for line in head.splitlines() if line.lower().startswith("content-length")]
+        if lengths:
+            await reader.readexactly(lengths[0])
+        allowed = "/v1" not in head.split()[1] or "authorization: bearer open\r\n" in head.lower()
+        answer = {**GOOD, "usage": {"completion_tokens": 1}, "choices": [{"text": "A"}]}
+        body = json.dumps(answer).encode() if allowed else b"{}"
+        status = "200 OK" if allowed else "401 Unauthorized"
+        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        await writer.drain()
+
+
+async def test_an_engine_with_an_api_key_is_asked_with_it_and_without_says_why_it_gives_no_token() -> None:
+    shared = Prober()
+    async with pod(locked) as base:
+        without = shared.for_resource(lambda: None, contextlib.nullcontext)
+        assert await without.proven(base, "m", ("uid",), "exact") is None
+        assert without.refusals == [
+            f"{base} answers a request for a token with HTTP 401: it asks for an API key; name its Secret in spec.engine.apiKeySecret"
+        ]
+        wrong = shared.for_resource(lambda: None, contextlib.nullcontext, "shut")
+        assert await wrong.proven(base, "m", ("uid",), "exact") is None
+        assert "its key is another than that of spec.engine.apiKeySecret" in wrong.refusals[0]
+        woken = asyncio.Event()
+        right = shared.for_resource(woken.set, contextlib.nullcontext, "open")
+        assert await right.proven(base, "m", ("uid",), "exact") == "exact"
+        assert await right.through_service(base, "m", ("svc",)) == "exact"
+        prompts = (GoldenPrompt(prompt="a", answer="A", max_tokens=4),)
+        assert await right.golden(base, "m", prompts, 8, "uid", "exact") is None
+        await asyncio.wait_for(woken.wait(), 10)
+        result = await right.golden(base, "m", prompts, 8, "uid", "exact")
+        assert result is not None and result.right == (True,)
+        assert right.refusals == []
+    await shared.close()

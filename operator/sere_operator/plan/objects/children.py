@@ -179,7 +179,7 @@ def pod_template(name: str, spec: SereDeploymentSpec, defaults: Defaults) -> Obj
         "imagePullPolicy": defaults.image_pull_policy,
         "command": ["sere"],
         "args": args,
-        "env": pods.environment(spec.model, engine.env, fixed),
+        "env": pods.with_api_key(pods.environment(spec.model, engine.env, fixed), engine.api_key_secret),
         "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
         # Loading may take an hour; a fixed liveness delay kills big loads (kserve#5062), a startup probe does not.
         "startupProbe": probe("/health", periodSeconds=5, timeoutSeconds=5, failureThreshold=1440),

@@ -20,6 +20,7 @@ USER_ID = 10001  # of the images; numeric, or the kubelet cannot tell that it is
 PVC_ROOT = "/mnt/pvc"
 DATA_ROOT = "/etc/sere-data"
 CACHE = "/var/cache/sere"
+API_KEY_VARIABLE = "VLLM_API_KEY"
 POLICY_DIR = "/etc/sere"
 SHM_LIMIT = "2Gi"  # tensor-parallel workers talk through /dev/shm, where the runtime gives 64 MiB
 
@@ -149,6 +150,14 @@ def environment(model: Model, given: Iterable[EnvVar], fixed: dict[str, str]) ->
     for variable in given:
         values[variable.name] = variable.to_json_dict()
     return [{**value, **({"value": ""} if set(value) == {"name"} else {})} for value in values.values()]
+
+
+def with_api_key(variables: list[Object], key: KeyRef | None) -> list[Object]:
+    """With the variable by which vLLM asks clients for a key, where there is one."""
+    if key is None:
+        return variables
+    ours = {"name": API_KEY_VARIABLE, "valueFrom": {"secretKeyRef": key.to_json_dict()}}
+    return [*(variable for variable in variables if variable["name"] != API_KEY_VARIABLE), ours]
 
 
 def resources(wanted: Resources | None) -> Object:

@@ -14,7 +14,8 @@ from sere_operator.plan.snapshot import Object, Snapshot
 
 def revision(spec: SereDeploymentSpec) -> str:
     """The model and engine (of an `effective` spec), as rejections and the Deployment remember them. 12 hex digits."""
-    state = {"model": spec.model.to_json_dict(), "engine": spec.engine.to_json_dict()}
+    engine = spec.engine.model_copy(update={"api_key_secret": None})  # who may ask is no part of what answers
+    state = {"model": spec.model.to_json_dict(), "engine": engine.to_json_dict()}
     return hashlib.sha256(canonical_json(state)).hexdigest()[:12]
 
 

@@ -59,6 +59,7 @@ def tuning_hash(spec: SereDeploymentSpec) -> str:
         for field in ("model", "engine", "resources", "slo", "accuracy", "tuning")
     }
     (state["tuning"] or {}).pop("storage", None)
+    (state["engine"] or {}).pop("apiKeySecret", None)
     return hashlib.sha256(canonical_json(state)).hexdigest()[:8]
 
 

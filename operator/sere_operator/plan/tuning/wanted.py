@@ -55,6 +55,7 @@ def tuning_job(owner: Object, spec: SereDeploymentSpec, name: str) -> Object:
     """The SereTuningJob of that name: an immutable copy of what is tuned."""
     names = {SereDeploymentSpec.model_fields[field].alias or field for field in _COPIED}
     body = {key: value for key, value in spec.to_json_dict().items() if key in names}
+    body["engine"] = {key: value for key, value in body.get("engine", {}).items() if key != "apiKeySecret"}  # it serves nobody
     return {
         "apiVersion": meta.API_VERSION,
         "kind": meta.TUNING_JOB_KIND,
