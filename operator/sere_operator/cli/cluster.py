@@ -1,127 +1,78 @@
-"""What `kubectl sere` needs of a cluster: a few calls over the official dynamic client, with errors in plain words."""
+"""What `kubectl sere` needs of a cluster: one namespace of it, by `kube.Api`. Errors are ApiError, in plain words."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
-from sere_ext.contract.errors import SereError, UsageError
+from sere_ext.contract.errors import UsageError
 
 from sere_operator.api import meta
-from sere_operator.cli.explain import Object
+from sere_operator.kube import KINDS, Api, Object
 
 ENGINE_PORT = 8000
 TIMEOUT_S = 15.0  # of one call to the API server
 POD_TIMEOUT_S = 3.0  # of one call to a pod through it
 
 
-class ClusterError(SereError):
-    """The API server could not be reached, or refused. The message is its own, with what to do."""
-
-
 @dataclass(frozen=True)
 class Cluster:
-    """One namespace of one cluster, by the official dynamic client. Every call raises ClusterError in plain words."""
+    """One namespace of one cluster. Every call may raise `kube.ApiError`."""
 
-    client: Any
+    api: Api
     namespace: str
 
     @classmethod
     def connect(cls, namespace: str | None, context: str | None) -> Cluster:
-        from kubernetes import client, config
-        from kubernetes.dynamic import DynamicClient
+        """By the kubeconfig, in its context's namespace where none is given.
 
-        configuration = client.Configuration()
+        Raises:
+            UsageError: there is no kubeconfig, or no such context in it.
+        """
+        from kubernetes import client, config
+
+        settings = client.Configuration()
         try:
-            config.load_kube_config(context=context, client_configuration=configuration)
-            _, active = config.list_kube_config_contexts()
-            default = ((active if context is None else _context(config, context)).get("context") or {}).get("namespace")
+            config.load_kube_config(context=context, client_configuration=settings)
+            contexts, active = config.list_kube_config_contexts()
         except config.ConfigException as error:
             raise UsageError(f"no usable kubeconfig: {str(error).rstrip('.')}; set KUBECONFIG or --context") from error
-        configuration.retries = 1
-        try:
-            dynamic = DynamicClient(client.ApiClient(configuration=configuration))
-        except Exception as error:  # discovery: any of urllib3's or the client's
-            raise ClusterError(f"the API server at {configuration.host} does not answer: {_words(error)}") from error
-        return cls(dynamic, namespace or default or "default")
+        chosen: Any = active if context is None else next((one for one in contexts if one["name"] == context), {})
+        settings.retries = 1
+        api = Api(settings, meta.KUBECTL_FIELD_MANAGER, TIMEOUT_S)
+        return cls(api, namespace or (chosen.get("context") or {}).get("namespace") or "default")
 
-    def get(self, api_version: str, kind: str, name: str) -> Object | None:
+    def get(self, kind: str, name: str) -> Object | None:
         """The object, or None where there is none."""
-        try:
-            return dict(
-                self._resource(api_version, kind).get(name=name, namespace=self.namespace, _request_timeout=TIMEOUT_S).to_dict()
-            )
-        except Exception as error:
-            if getattr(error, "status", None) == 404:
-                return None
-            raise ClusterError(f"cannot read {kind} {name}: {_words(error)}") from error
+        return self.api.get(kind, self.namespace, name)
 
-    def objects(self, api_version: str, kind: str, selector: str = "") -> list[Object]:
-        try:
-            found = self._resource(api_version, kind).get(
-                namespace=self.namespace, label_selector=selector, _request_timeout=TIMEOUT_S
-            )
-        except Exception as error:
-            raise ClusterError(f"cannot list {kind}: {_words(error)}") from error
-        return list(found.to_dict().get("items") or [])
-
-    def merge(self, api_version: str, kind: str, name: str, patch: Object) -> None:
+    def merge(self, kind: str, name: str, patch: Object) -> None:
         """JSON merge patch: None removes a key."""
-        try:
-            self._resource(api_version, kind).patch(
-                name=name, namespace=self.namespace, body=patch,
-                content_type="application/merge-patch+json", field_manager=meta.KUBECTL_FIELD_MANAGER, _request_timeout=TIMEOUT_S,
-            )  # fmt: skip
-        except Exception as error:
-            raise ClusterError(f"cannot change {kind} {name}: {_words(error)}") from error
+        self.api.patch(kind, self.namespace, name, patch)
 
-    def annotate(self, api_version: str, kind: str, name: str, **annotations: str | None) -> None:
+    def annotate(self, kind: str, name: str, **annotations: str | None) -> None:
+        """Set annotations of our own group (None: remove)."""
         patch = {"metadata": {"annotations": {f"{meta.GROUP}/{key}": value for key, value in annotations.items()}}}
-        self.merge(api_version, kind, name, patch)
+        self.merge(kind, name, patch)
 
     def pod_state(self, pod: str) -> Object:
         """GET /sere of one pod, through the API server (needs the right to pods/proxy)."""
-        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}:{ENGINE_PORT}/proxy/sere"
-        try:
-            return dict(json.loads(self.client.request("GET", path, serialize=False, _request_timeout=POD_TIMEOUT_S).data))
-        except Exception as error:
-            raise ClusterError(f"cannot ask pod {pod}: {_words(error)}") from error
+        path = KINDS["Pod"].path(self.namespace, f"{pod}:{ENGINE_PORT}", "proxy/sere")
+        return self.api.call(f"ask pod {pod}", "get", path, _request_timeout=POD_TIMEOUT_S)
+
+    def deployments(self) -> list[Object]:
+        return self.api.list(meta.DEPLOYMENT_KIND, self.namespace)
 
     def deployment(self, name: str) -> Object:
-        found = self.get(meta.API_VERSION, meta.DEPLOYMENT_KIND, name)
+        found = self.get(meta.DEPLOYMENT_KIND, name)
         if found is None:
             raise UsageError(f"no SereDeployment {name} in namespace {self.namespace}; `kubectl get sere -A` lists all")
         return found
 
     def pods(self, name: str) -> list[Object]:
         """Engine pods that are not on their way out."""
-        found = self.objects("v1", "Pod", meta.engine_selector(name))
+        found = self.api.list("Pod", self.namespace, meta.engine_selector(name))
         return [pod for pod in found if not pod["metadata"].get("deletionTimestamp")]
 
     def policies(self, name: str) -> Object | None:
-        return self.get("v1", "ConfigMap", meta.policy_config_map(name))
-
-    def _resource(self, api_version: str, kind: str) -> Any:
-        from kubernetes.dynamic.exceptions import ResourceNotFoundError
-
-        try:
-            return self.client.resources.get(api_version=api_version, kind=kind)
-        except ResourceNotFoundError as error:
-            raise UsageError(f"this cluster knows no {kind}; install the chart, or apply manifests/crd") from error
-
-
-def _context(config: Any, name: str) -> Object:
-    contexts, _ = config.list_kube_config_contexts()
-    return next((dict(context) for context in contexts if context["name"] == name), {})
-
-
-def _words(error: Exception) -> str:
-    """The API server's own message, else the exception's first line."""
-    body = getattr(error, "body", None)
-    if body:
-        try:
-            return str(json.loads(body)["message"])
-        except (ValueError, KeyError, TypeError):
-            pass
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return self.get("ConfigMap", meta.policy_config_map(name))

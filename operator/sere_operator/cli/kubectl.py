@@ -21,8 +21,9 @@ from rich.table import Table
 from sere_ext.contract.errors import SereError, UsageError
 
 from sere_operator.api import meta
-from sere_operator.cli.cluster import Cluster, ClusterError
+from sere_operator.cli.cluster import Cluster
 from sere_operator.cli.explain import Object, explain, override_of, pod_ready, stable_of
+from sere_operator.kube import ApiError
 
 app = typer.Typer(
     name="kubectl-sere",
@@ -46,7 +47,7 @@ def status(
 ) -> None:
     """What is served, with which policy, on which pods."""
     cluster = Cluster.connect(namespace, context)
-    deployments = [cluster.deployment(name)] if name else cluster.objects(meta.API_VERSION, meta.DEPLOYMENT_KIND)
+    deployments = [cluster.deployment(name)] if name else cluster.deployments()
     reports = [_report(cluster, deployment, live) for deployment in deployments]
     if as_json:
         typer.echo(json.dumps(reports, indent=2))
@@ -70,7 +71,7 @@ def _report(cluster: Cluster, deployment: Object, live: bool) -> Object:
             try:
                 state = cluster.pod_state(pod["metadata"]["name"])
                 runs = "exact (override)" if state.get("override") else str(state.get("policyDigest"))
-            except ClusterError as error:
+            except ApiError as error:
                 runs = f"? ({error})"
         pods.append(
             {
@@ -119,7 +120,7 @@ def explain_command(name: Name, namespace: Namespace = None, context: Context = 
     cluster = Cluster.connect(namespace, context)
     deployment = cluster.deployment(name)
     job_name = (deployment.get("status") or {}).get("tuningJob")
-    job = cluster.get(meta.API_VERSION, meta.TUNING_JOB_KIND, job_name) if job_name else None
+    job = cluster.get(meta.TUNING_JOB_KIND, job_name) if job_name else None
     for sentence in explain(deployment, cluster.pods(name), cluster.policies(name), job):
         typer.echo(sentence)
 
@@ -139,17 +140,17 @@ def exact(
     problems: list[str] = []
     # The resource first, so that an operator at work does not undo the rest; the ConfigMap before the pods, so that a pod
     # made in between comes up with it. A step that fails does not keep the others from being taken.
-    _try(problems, lambda: cluster.annotate(meta.API_VERSION, meta.DEPLOYMENT_KIND, name, override=value))
+    _try(problems, lambda: cluster.annotate(meta.DEPLOYMENT_KIND, name, override=value))
     config_map = meta.policy_config_map(name)
     if cluster.policies(name) is None:
         # Nothing has been deployed: the annotation is all there is to set, and the operator makes the rest follow it.
         typer.echo(f"there is no ConfigMap {config_map} yet; the operator will make it with the switch as it is now")
     else:
-        _try(problems, lambda: cluster.merge("v1", "ConfigMap", config_map, {"data": {meta.OVERRIDE_KEY: value}}))
+        _try(problems, lambda: cluster.merge("ConfigMap", config_map, {"data": {meta.OVERRIDE_KEY: value}}))
     asked = []
     for pod in (pod["metadata"]["name"] for pod in cluster.pods(name)):
         # The nonce makes the kubelet refresh the volume at once.
-        step = partial(cluster.annotate, "v1", "Pod", pod, override=value, refresh=secrets.token_hex(4))
+        step = partial(cluster.annotate, "Pod", pod, override=value, refresh=secrets.token_hex(4))
         if _try(problems, step):
             asked.append(pod)
     what = "lifted" if off else "on"
@@ -163,7 +164,7 @@ def exact(
 def _try(problems: list[str], step: Callable[[], None]) -> bool:
     try:
         step()
-    except ClusterError as error:
+    except ApiError as error:
         problems.append(str(error))
         return False
     return True
@@ -184,7 +185,7 @@ def _confirm(cluster: Cluster, pods: list[str], override: bool, seconds: float) 
             try:
                 if _follows(cluster.pod_state(pod), override):
                     open_pods.discard(pod)
-            except ClusterError as error:
+            except ApiError as error:
                 last = str(error)
         if open_pods:
             time.sleep(0.3)
@@ -206,7 +207,7 @@ def rollback(
     cluster = Cluster.connect(namespace, context)
     deployment = cluster.deployment(name)
     if off:
-        cluster.annotate(meta.API_VERSION, meta.DEPLOYMENT_KIND, name, rollback=None)
+        cluster.annotate(meta.DEPLOYMENT_KIND, name, rollback=None)
         typer.echo(f"{name}: nothing is given up any more; the operator goes for what the spec wants")
         return
     current, config_map = deployment.get("status") or {}, cluster.policies(name)
@@ -215,13 +216,13 @@ def rollback(
     given_up = candidate or stable
     if given_up == "exact":
         raise UsageError(f"{name} routes exactly and no other policy is on its way: there is nothing to give up")
-    cluster.annotate(meta.API_VERSION, meta.DEPLOYMENT_KIND, name, rollback=given_up)
+    cluster.annotate(meta.DEPLOYMENT_KIND, name, rollback=given_up)
     target = stable if candidate and candidate != stable else _before(current, config_map, given_up)
     # What the operator would do, done here too, so that it happens with the operator down.
     if config_map is not None and target != stable:
-        cluster.merge("v1", "ConfigMap", meta.policy_config_map(name), {"data": {meta.STABLE_KEY: target}})
+        cluster.merge("ConfigMap", meta.policy_config_map(name), {"data": {meta.STABLE_KEY: target}})
     for pod in cluster.pods(name):
-        cluster.annotate("v1", "Pod", pod["metadata"]["name"], policy=None, refresh=secrets.token_hex(4))
+        cluster.annotate("Pod", pod["metadata"]["name"], policy=None, refresh=secrets.token_hex(4))
     typer.echo(
         f"{name}: policy {given_up} is given up, {target} is in force; `kubectl sere rollback {name} --off` allows it again"
     )
@@ -241,7 +242,7 @@ def approve(name: Name, namespace: Namespace = None, context: Context = None) ->
     candidate = ((cluster.deployment(name).get("status") or {}).get("rollout") or {}).get("candidate")
     if not candidate:
         raise UsageError(f"{name}: no policy is on its way; `kubectl sere explain {name}` says why")
-    cluster.annotate(meta.API_VERSION, meta.DEPLOYMENT_KIND, name, approved=candidate)
+    cluster.annotate(meta.DEPLOYMENT_KIND, name, approved=candidate)
     typer.echo(f"{name}: policy {candidate} is approved")
 
 

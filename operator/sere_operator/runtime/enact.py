@@ -10,9 +10,10 @@ from functools import partial
 import structlog
 
 from sere_operator.api import meta
+from sere_operator.kube import ApiError
 from sere_operator.plan.refusal import Refusal, refused
 from sere_operator.plan.snapshot import Event, Object, Plan, Resource
-from sere_operator.runtime.client import FIELD_MANAGER, ApiError, Client
+from sere_operator.runtime.client import Client
 
 log = structlog.get_logger(__name__)
 
@@ -108,8 +109,8 @@ async def post(client: Client, owner: Object, event: Event) -> None:
         "type": event.type,
         "reason": event.reason,
         "message": event.message[:1024],
-        "source": {"component": FIELD_MANAGER},
-        "reportingComponent": FIELD_MANAGER,
+        "source": {"component": meta.FIELD_MANAGER},
+        "reportingComponent": meta.FIELD_MANAGER,
         "firstTimestamp": now,
         "lastTimestamp": now,
         "count": 1,

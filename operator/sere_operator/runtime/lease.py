@@ -20,7 +20,8 @@ from typing import Any
 
 import structlog
 
-from sere_operator.runtime.client import ApiError, Client
+from sere_operator.kube import ApiError
+from sere_operator.runtime.client import Client
 
 log = structlog.get_logger(__name__)
 
@@ -116,10 +117,6 @@ class Elector:
             except ApiError as error:
                 if error.status != 409:  # 409: another was quicker, which is normal
                     log.warning("lease", error=str(error))
-            except OSError as error:
-                log.warning("lease", error=str(error))
-            except Exception as error:  # urllib3's errors are no OSError; an unreachable server is waited for
-                log.warning("lease", error=repr(error))
             await asyncio.sleep(self._settings.retry_s)
 
     async def hold(self) -> None:

@@ -20,13 +20,14 @@ import kopf
 import structlog
 
 from sere_operator.api import meta
+from sere_operator.kube import Api, ApiError, in_cluster_or_kubeconfig
 from sere_operator.plan.decide import decide
 from sere_operator.plan.ownership import YIELD_S, marked, yielded
 from sere_operator.plan.snapshot import Event, Plan, Resource
 from sere_operator.plan.tuning.decide import decide_tuning
 from sere_operator.runtime import handlers
 from sere_operator.runtime.attention import Attention
-from sere_operator.runtime.client import ApiError, Client, connect
+from sere_operator.runtime.client import Client
 from sere_operator.runtime.enact import NotLeadingError, enact
 from sere_operator.runtime.healing import Healing
 from sere_operator.runtime.health import Health
@@ -66,10 +67,10 @@ class Operator:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.client = Client(connect())
+        self.client = Client(Api(in_cluster_or_kubeconfig(), meta.FIELD_MANAGER))
         self.prober = Prober()
         self.reconciler = Reconciler(self.work, workers=settings.workers)
-        self.switch_client = Client(connect(), threads=8, timeout_s=5.0)
+        self.switch_client = Client(Api(in_cluster_or_kubeconfig(), meta.FIELD_MANAGER, timeout_s=5.0), threads=8)
         self.switch = Reconciler(KillSwitch(self.switch_client, lambda: self.elector.leads).work, workers=settings.workers)
         self.attention = Attention()
         self._told: dict[Key, str] = {}  # what was last said about refused tokens

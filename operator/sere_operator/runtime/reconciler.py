@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from sere_operator.runtime.client import ApiError
+from sere_operator.kube import ApiError
 from sere_operator.runtime.enact import NotLeadingError
 
 log = structlog.get_logger(__name__)

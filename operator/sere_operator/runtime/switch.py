@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 import structlog
 
 from sere_operator.api import meta
+from sere_operator.kube import ApiError
 from sere_operator.plan.snapshot import Object, PodPatch
-from sere_operator.runtime.client import ApiError, Client
+from sere_operator.runtime.client import Client
 from sere_operator.runtime.enact import NotLeadingError
 from sere_operator.runtime.reconciler import Key, Turn
 

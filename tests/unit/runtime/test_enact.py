@@ -7,9 +7,10 @@ from typing import Any, cast
 
 import pytest
 from kubernetes.client.rest import ApiException
+from sere_operator.kube import ApiError
 from sere_operator.plan.patch import merged
 from sere_operator.plan.snapshot import Event, Plan, PodPatch, Resource, Snapshot, TuningSnapshot
-from sere_operator.runtime.client import ApiError, Client
+from sere_operator.runtime.client import Client
 from sere_operator.runtime.enact import NotLeadingError, enact
 
 READY = {"type": "Ready", "status": "True", "reason": "Serving", "message": "", "observedGeneration": 1}
@@ -48,8 +49,8 @@ class Server:
         self.log.append(f"{verb} {kind}")
         if kind in self.refuse:
             error = ApiException(status=self.status, reason="Forbidden")
-            error.body = json.dumps({"message": self.words, "reason": "Forbidden"})
-            raise ApiError(error, f"{verb} {kind}")
+            error.body = json.dumps({"kind": "Status", "message": self.words, "reason": "Forbidden"})
+            raise ApiError.refused(f"{verb} {kind}", error)
 
     async def replace(self, body: dict[str, Any]) -> None:
         self._write("replace", body["kind"])

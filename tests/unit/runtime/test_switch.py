@@ -6,7 +6,7 @@ import asyncio
 from typing import Any, cast
 
 import pytest
-from sere_operator.runtime.client import ApiError, Client
+from sere_operator.runtime.client import Client
 from sere_operator.runtime.enact import NotLeadingError
 from sere_operator.runtime.handlers import Wakes
 from sere_operator.runtime.reconciler import Key, Reconciler, Turn
@@ -70,7 +70,6 @@ async def test_without_the_lease_nothing_is_written() -> None:
     with pytest.raises(NotLeadingError):
         await run(cluster, leads=False)
     assert cluster.patched == []
-    assert issubclass(ApiError, Exception)
 
 
 async def test_it_is_woken_by_the_annotation_and_by_pods_that_come_later() -> None:
