@@ -173,5 +173,5 @@ def test_the_api_key_reaches_the_engine_alone_and_is_no_other_engine() -> None:
     assert keys == [{"name": "VLLM_API_KEY", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "k"}}}]
     assert revision(keyed) == revision(plain)
     assert tuning_hash(keyed) == tuning_hash(plain), "no tuning again because of it"
-    with pytest.raises(SpecError, match=r"--api-key is set by spec\.engine\.apiKeySecret"):
+    with pytest.raises(SpecError, match=r"--api-key may not stand here.*spec\.engine\.apiKeySecret"):
         spec(engine={"extraArgs": ["--api-key", "s"]})
