@@ -57,6 +57,7 @@ def _attach(worker: Any, vllm_config: Any, settings: Settings) -> None:
     from sere_ext.engine.backends import prefer_modular
     from sere_ext.engine.features import check_features
     from sere_ext.engine.plugin import check_engine_version, engine_version
+    from sere_ext.engine.proof import prove_hit
 
     device = vllm_config.device_config.device_type
     check_engine_version(engine_version(), device)
@@ -76,7 +77,7 @@ def _attach(worker: Any, vllm_config: Any, settings: Settings) -> None:
 
     def warm_up_and_prove(*args: Any, **kwargs: Any) -> Any:
         result = warm_up(*args, **kwargs)
-        _prove_hit(worker)
+        prove_hit(worker, device)
         return result
 
     # Rows that pad a step up to a captured size stand behind the scheduled tokens, so their number is all that is to be known.
@@ -115,25 +116,6 @@ def _install(worker: Any, vllm_config: Any, device: str, settings: Settings) -> 
         logger.warning("sere: %s", state.error)
     logger.info("sere: re-routing %d MoE layers, policy %s: %s", len(layers), policy.digest, policy.describe())
     return state
-
-
-def _prove_hit(worker: Any) -> None:
-    """After the profile run every layer's operator must have been called; a compiled graph without it would do nothing."""
-    state = worker.sere
-    calls = state.calls()
-    if any(calls) and not all(calls):
-        missed = [layer.number for layer, n in zip(state.layers, calls, strict=True) if not n]
-        raise UnsupportedError(
-            f"the routers of layers {missed} were never asked in the profile run; start with `--enforce-eager`"
-        )
-    from vllm.config import CompilationMode
-
-    compiled = worker.vllm_config.compilation_config.mode != CompilationMode.NONE
-    if compiled and not any(calls) and worker._should_warm_up_model():
-        raise UnsupportedError(
-            "no router was asked in the profile run, so re-routing has no effect; start with `--enforce-eager`"
-        )
-    state.drop_counters()
 
 
 def _read_similarity(worker: Any, state: Any, path: str) -> Any:
@@ -278,7 +260,7 @@ class SereWorker:
             "similarityDigest": state.similarity_digest,
             "generation": state.generation,
             "switches": state.switches,
-            "error": state.error,
+            "error": state.error or state.bypassed(),
             "note": state.note,
             "key": state.key,
             "model": {

@@ -21,13 +21,22 @@ _library.define(
 )
 
 _layers: list[LayerState] = []  # by slot; filled by `seam.install`
+_captured: dict[tuple[int, int], int] = {}  # calls while a CUDA graph was captured, by number of rows and slot
 _LOGITS_TYPES = {torch.float32: kernel.FLOAT32, torch.bfloat16: kernel.BFLOAT16, torch.float16: kernel.FLOAT16}
 
 
 def bind(layers: list[LayerState]) -> int:
     """Make these layers known to the operators; returns the slot of the first. Slots of another engine keep their layers."""
-    _layers.extend(layers)
+    for layer in layers:
+        layer.slot = len(_layers)
+        _layers.append(layer)
     return len(_layers) - len(layers)
+
+
+def captured(layers: list[LayerState]) -> dict[int, list[int]]:
+    """Calls of each layer's operator while CUDA graphs were captured, by number of rows."""
+    every = sorted({rows for rows, _ in _captured})
+    return {rows: [_captured.get((rows, layer.slot), 0) for layer in layers] for rows in every}
 
 
 def call_of(weights: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor) -> kernel.Call:
@@ -60,24 +69,27 @@ def _check(weights: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor, layer
 
 def _reroute(weights: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor, slot: int) -> None:
     """Rewrite a router's weights [T, k] and ids [T, k] in place; exact routing touches neither."""
-    layer = _layers[slot]
     logits = logits.contiguous()
     if logits.dtype not in _LOGITS_TYPES:
         logits = logits.float()
     if weights.dtype == torch.float32 and weights.is_contiguous() and ids.is_contiguous():
-        _launch(layer, weights, ids, logits)
+        _launch(slot, weights, ids, logits)
         return
     # A custom routing function may return other types; vLLM's own routers return float32.
     plain_weights, plain_ids = weights.float().contiguous(), ids.contiguous()
-    _launch(layer, plain_weights, plain_ids, logits)
+    _launch(slot, plain_weights, plain_ids, logits)
     weights.copy_(plain_weights)
     ids.copy_(plain_ids)
 
 
-def _launch(layer: LayerState, weights: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor) -> None:
+def _launch(slot: int, weights: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor) -> None:
+    layer = _layers[slot]
     _check(weights, ids, logits, layer)
     call = call_of(weights, ids, logits)
     if ids.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            seen = ids.shape[0], slot
+            _captured[seen] = _captured.get(seen, 0) + 1
         kernel.reroute_cuda(layer.struct, call, torch.cuda.current_stream().cuda_stream)
     else:
         kernel.reroute_cpu(layer.struct, call)

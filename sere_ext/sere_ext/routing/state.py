@@ -51,6 +51,7 @@ class LayerState:
     top_k: int
     renormalise: bool
     scoring: int | None  # kernel.SOFTMAX or SIGMOID; None if the router's scores cannot be recomputed from logits
+    slot: int = -1  # the operators' number of this layer, given by `ops.bind`
     freed: int = kernel.REPEAT  # or kernel.MINUS_ONE: what the experts' kernel takes for an unused slot
     real: Any = field(default_factory=lambda: np.full(1, ALL_REAL, np.int32))  # real rows of the running step; shared by layers
     table: Any = field(default_factory=lambda: np.zeros((MAX_BUCKETS, kernel.COLUMNS), np.int32))
@@ -149,6 +150,7 @@ class WorkerState:
         self.note: dict[str, Any] = {}  # what the source of the policy says of it; kept here for all API servers
         self.checked: tuple[str, Neighbours] | None = None  # path and neighbours of a change that was checked, not yet applied
         self._folded: OrderedDict[str, Any] = OrderedDict()
+        self._asked = np.zeros(len(layers), np.int64)  # folded calls of each layer
         for layer in layers:
             layer.real = layers[0].real
             if not mirror:
@@ -241,6 +243,15 @@ class WorkerState:
         for layer in self.layers:
             layer.counters[:] = 0
         self._folded.clear()
+        self._asked[:] = 0
+
+    def bypassed(self) -> str | None:
+        """Which layers were called less often than others since the start, None if none: they served exact routing in some step."""
+        self._fold()
+        most = self._asked.max()
+        if not (missed := [layer.number for layer, asked in zip(self.layers, self._asked, strict=True) if asked < most]):
+            return None
+        return f"Bypassed: layers {missed} routed some steps by themselves, exactly; no policy holds for those"
 
     def _pull(self, *, wait: bool = True) -> None:
         if self.mirror:
@@ -249,7 +260,8 @@ class WorkerState:
     def _fold(self) -> None:
         """Move the layers' live counters under their names."""
         self._pull()
-        for layer in self.layers:
+        for place, layer in enumerate(self.layers):
+            self._asked[place] += layer.counters[:, kernel.CALLS].sum()
             table = self.policy.table_for(layer.number)
             group = self.policy.layers_label(layer.number)
             for index in np.flatnonzero(layer.counters[:, kernel.CALLS]).tolist():
