@@ -69,8 +69,9 @@ def tune(
     ledger = Ledger(out)
     try:
         stored = study.get(OUTCOME)
-        if stored and stored.ending is not Ending.BUDGET:
-            # What a finished study found does not change; only a spent budget can be raised.
+        # What a finished study found does not change; only a spent budget can be raised, or a certificate be gone without.
+        again = stored and (stored.ending is Ending.BUDGET or (advisory and stored.ending is Ending.CANNOT_CERTIFY))
+        if stored and not again:
             report.stage("this study has ended; --fresh begins anew", spec.search.trials)
             return results.finish(Run(spec, study, _NoEngine(), budget, Traffic(spec.workload, prepared.items),
                                       prepared.search, prepared.cert, report), stored)  # fmt: skip

@@ -49,6 +49,7 @@ def profile(certified: bool = True, key: dict[str, Any] | None = None) -> dict[s
                 "certified": certified,
                 "tpotMs": {"exact": 24.1, "chosen": 17.9, "limit": 20},
                 "speedup": {"value": 1.35, "low": 1.28, "high": 1.42, "pairs": 12, "condition": "equal concurrency 16"},
+                "speedVerdict": "faster",
                 "accuracy": {
                     "exact": 0.784, "chosen": 0.782, "items": 6450, "maxDropPoints": 1.0, "confidence": 0.95,
                     "dropPoints": 0.2, "discordantShare": 0.01, "noiseFloor": 0.005,

@@ -62,7 +62,9 @@ class Pod:
         return {**KEY, "modelRevision": self.revision}
 
 
-def profile_body(policy: dict[str, Any], *, certified: bool = True, golden: int = GOLDEN, revision: str = "") -> dict[str, Any]:
+def profile_body(
+    policy: dict[str, Any], *, certified: bool = True, speed: str | None = "faster", golden: int = GOLDEN, revision: str = ""
+) -> dict[str, Any]:
     accuracy = {
         "exact": 0.8, "chosen": 0.8, "items": 1000, "maxDropPoints": 1.0, "confidence": 0.95, "dropPoints": 0.1,
         "discordantShare": 0.01, "noiseFloor": 0.01,
@@ -73,7 +75,7 @@ def profile_body(policy: dict[str, Any], *, certified: bool = True, golden: int 
             "policy": policy, "key": {**KEY, "modelRevision": revision},
             "evidence": {
                 "certified": certified, "tpotMs": {"exact": 20, "chosen": 15, "limit": 20},
-                "speedup": {"value": 1.3, "condition": "equal concurrency 16"}, "accuracy": accuracy,
+                "speedup": {"value": 1.3, "condition": "equal concurrency 16"}, "speedVerdict": speed, "accuracy": accuracy,
             },
             "goldenPrompts": [{"prompt": f"q{i}", "answer": "a"} for i in range(golden)],
         },

@@ -90,8 +90,17 @@ def _tail_effect(blocks: Sequence[Floats], quantile: float) -> float:
     return stats.design_effect([(b > edge).astype(float) for b in kept])
 
 
-def speedup(exact: Sequence[MeasuredBlock], chosen: Sequence[MeasuredBlock], name: str) -> Interval | None:
-    """exact / chosen TPOT with its interval from paired blocks, levels averaged within a pair (on the log scale)."""
+def speedup(
+    exact: Sequence[MeasuredBlock], chosen: Sequence[MeasuredBlock], name: str, confidence: float = 0.95
+) -> Interval | None:
+    """exact / candidate TPOT with its two-sided t interval from paired blocks, load levels averaged within a pair.
+
+    Args:
+        name: the statistic of TPOT, such as "mean" or "p95".
+
+    Returns:
+        None where no pair of blocks has a TPOT under both routings, as where answers have one token.
+    """
 
     def by_pair(blocks: Sequence[MeasuredBlock]) -> Mapping[int, float]:
         logs: dict[int, list[float]] = {}
@@ -105,5 +114,5 @@ def speedup(exact: Sequence[MeasuredBlock], chosen: Sequence[MeasuredBlock], nam
     both = sorted(first.keys() & second.keys())
     if not both:
         return None
-    found = stats.ratio_interval([first[i] for i in both], [second[i] for i in both])
+    found = stats.ratio_interval([first[i] for i in both], [second[i] for i in both], confidence)
     return Interval(**asdict(found))

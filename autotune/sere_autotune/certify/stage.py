@@ -11,14 +11,16 @@ import hashlib
 import random
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from sere_ext.contract.errors import SereError
+from sere_ext.contract.errors import PolicyError, SereError, UnsupportedError
 from sere_ext.contract.policy import EXACT_POLICY, Policy
 
 from sere_autotune import planner
-from sere_autotune.certify.verdict import judge, walk
+from sere_autotune.certify.verdict import Rules, judge, walk
 from sere_autotune.outcome import BudgetExhaustedError
+from sere_autotune.search.baseline import check_baseline
 from sere_autotune.study.ledger import Ledger, spent_alpha
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import (
@@ -26,22 +28,25 @@ from sere_autotune.study.schema import (
     LADDER_ENDED,
     OPENING,
     PACE,
-    BlockPlan,
     Candidate,
     MeasuredBlock,
     Opening,
     Verdict,
     block_key,
-    plan_key,
     verdict_key,
 )
 from sere_autotune.trial import stats
 from sere_autotune.trial.engine import BlockReport, EngineCrashError
 from sere_autotune.trial.items import Item, set_digest
-from sere_autotune.trial.measures import METRICS, values
+from sere_autotune.trial.measures import METRICS, answers, values
 from sere_autotune.words import duration
 
 _HOPELESS = 0.05  # probability to certify below which the held-out items are not opened
+_ATTEMPTS = 2  # at one block; an engine that dies of a policy twice dies of it always
+
+
+class _CandidateCrashError(SereError):
+    """The engine died or hung in every attempt at a block under a candidate."""
 
 
 def certify(run: Run, ladder: Sequence[Candidate], ledger: Ledger, model_digest: str) -> tuple[int | None, list[Verdict]]:
@@ -59,22 +64,27 @@ def certify(run: Run, ladder: Sequence[Candidate], ledger: Ledger, model_digest:
         earlier = ledger.open(model_digest, set_digest(run.cert), f"{run.study.out.resolve()} {name[:19]}")
         opening = Opening(earlier, spent_alpha(run.spec.accuracy.alpha, earlier))
         study.put(OPENING, opening)
+    rules = Rules(
+        limits=run.spec.slo.limits(), max_drop=run.max_drop, alpha=opening.alpha, max_failures=run.spec.slo.max_failure_share,
+        candidates=len(ladder), loads=[run.spec.workload.load.condition(level) for level in run.spec.workload.load.levels],
+        tasks={item.digest: Path(item.task.file).name for item in run.cert},
+    )  # fmt: skip
     verdicts: list[Verdict] = []
     for index, candidate in enumerate(ladder):
         verdict = study.get(verdict_key(index))
         try:
-            verdict = verdict or _measure(run, index, candidate, opening.alpha)
+            verdict = verdict or _try_candidate(run, index, candidate, rules, len(ladder) - index - 1)
         except BudgetExhaustedError:
-            if walk([v.verdict for v in verdicts])[0] is None:
+            if walk(verdicts)[0] is None:
                 raise
             study.put(LADDER_ENDED, f"{run.budget.which(time.monotonic())} ran out at candidate {index + 1}")
             break
         study.put(verdict_key(index), verdict)
         verdicts.append(verdict)
         run.report.step(f"candidate {index + 1} of {len(ladder)}: {verdict.verdict}, {verdict.reason}", 0.0)
-        if walk([v.verdict for v in verdicts])[1]:
+        if walk(verdicts)[1]:
             break
-    return walk([v.verdict for v in verdicts])[0], verdicts
+    return walk(verdicts)[0], verdicts
 
 
 def _check_power(run: Run, ladder: Sequence[Candidate]) -> None:
@@ -91,42 +101,41 @@ def _check_power(run: Run, ladder: Sequence[Candidate]) -> None:
     )
 
 
-def declare(run: Run, index: int, candidate: Candidate) -> BlockPlan:
-    """The block plan of a candidate, made once and kept."""
-    kept = run.study.get(plan_key(index))
-    if kept is not None:
-        return kept
-    pace, opening = run.study.get(PACE), run.study.get(OPENING)
-    assert pace is not None
-    load = run.spec.workload.load
-    # The faster routing must fill the block; an open loop's rate is given.
-    rate = load.requests_per_second or pace.rate_per_s * max(1.0, candidate.speedup)
-    share = run.traffic.labelled_share
-    alpha = opening.alpha if opening else run.spec.accuracy.alpha
-    needed = stats.items_needed(candidate.discordance, candidate.drop, run.max_drop, alpha) or run.cert_items
-    requests = planner.block_requests(run.spec, rate, pace.residence_s, share, min(needed, run.cert_items))
-    per_block = max(1, round(requests * share))
-    blocks = run.spec.certify.pairs * len(load.levels)
-    plan = BlockPlan(min(run.cert_items, per_block * blocks), per_block)
-    run.study.put(plan_key(index), plan)
-    return plan
-
-
-def block_items(cert: Sequence[Item], plan: BlockPlan, pair: int, level: int, levels: int) -> list[Item]:
+def block_items(cert: Sequence[Item], candidate: Candidate, pair: int, level: int, levels: int) -> list[Item]:
     """The labelled items of one block: consecutive, wrapping around the declared ones (repeats are not counted again)."""
-    start = (pair * levels + level) * plan.per_block
-    return [cert[(start + i) % plan.items] for i in range(plan.per_block)]
+    start = (pair * levels + level) * candidate.per_block
+    return [cert[(start + i) % candidate.items] for i in range(candidate.per_block)]
 
 
-def _measure(run: Run, index: int, candidate: Candidate, alpha: float) -> Verdict:
-    """Measure every block of a candidate that the study does not have yet, and judge them all."""
-    plan = declare(run, index, candidate)
-    levels, pairs = run.spec.workload.load.levels, run.spec.certify.pairs
-    policy = Policy.parse(candidate.policy)
-    total = pairs * len(levels) * 2
-    run.report.stage(f"certify candidate {index + 1}: {candidate.describe}", total)
-    blocks: list[MeasuredBlock] = []
-    for pair in range(pairs):
+def _try_candidate(run: Run, index: int, candidate: Candidate, rules: Rules, later: int) -> Verdict:
+    """Measure a candidate's blocks that the study does not have yet, and judge them all.
+
+    Args:
+        later: candidates after it on the ladder, whose blocks must stay affordable.
+
+    Raises:
+        BudgetExhaustedError: a budget cannot pay for all blocks.
+        SereError: the engine keeps failing under exact routing.
+    """
+    pairs, each = run.spec.certify.pairs, 2 * len(run.spec.workload.load.levels)
+    run.report.stage(f"certify candidate {index + 1}: {candidate.describe}", pairs * each)
+    try:
+        blocks = _measure_pairs(run, index, candidate, [], pairs)
+        verdict = judge(blocks, rules)
+        # An undecided speed gets as many pairs again, once, if the candidates after it stay affordable.
+        if verdict.verdict == "undecided" and run.left_s() > (1 + later) * pairs * each * _block_seconds(run, blocks):
+            run.report.stage(f"certify candidate {index + 1}: {verdict.reason}, more pairs", 2 * pairs * each, len(blocks))
+            verdict = judge(_measure_pairs(run, index, candidate, blocks, 2 * pairs), rules)
+    except (_CandidateCrashError, PolicyError, UnsupportedError) as error:
+        return Verdict("crashed", f"the engine failed under it: {error}")
+    return verdict
+
+
+def _measure_pairs(run: Run, index: int, candidate: Candidate, done: Sequence[MeasuredBlock], pairs: int) -> list[MeasuredBlock]:
+    """All blocks of the first `pairs` pairs, of which `done` are the first ones; those that the study has are not run again."""
+    levels, policy = run.spec.workload.load.levels, Policy.parse(candidate.policy)
+    blocks, total = list(done), pairs * len(levels) * 2
+    for pair in range(len(done) // (2 * len(levels)), pairs):
         for level in range(len(levels)):
             order = ["exact", "chosen"]
             random.Random(f"{run.spec.workload.seed} {index} {pair} {level}").shuffle(order)
@@ -135,13 +144,13 @@ def _measure(run: Run, index: int, candidate: Candidate, alpha: float) -> Verdic
                 block = run.study.get(key)
                 if block is None:
                     _check_budget(run, blocks, total - len(blocks))
-                    block = _measure_block(run, pair, level, policy if routing == "chosen" else EXACT_POLICY, plan)
+                    block = _measure_block(run, pair, level, policy if routing == "chosen" else EXACT_POLICY, candidate)
                     run.study.put(key, block)
                     run.study.note_spent(run.budget)
                 blocks.append(block)
                 left = total - len(blocks)
                 run.report.step(f"block {len(blocks)} of {total}", left * _block_seconds(run, blocks))
-    return judge(blocks, run.spec.slo.limits(), run.max_drop, alpha, run.spec.slo.max_failure_share)
+    return blocks
 
 
 def _block_seconds(run: Run, blocks: Sequence[MeasuredBlock]) -> float:
@@ -162,13 +171,13 @@ def _check_budget(run: Run, blocks: Sequence[MeasuredBlock], blocks_left: int) -
         )
 
 
-def _measure_block(run: Run, pair: int, level: int, policy: Policy, plan: BlockPlan) -> MeasuredBlock:
+def _measure_block(run: Run, pair: int, level: int, policy: Policy, candidate: Candidate) -> MeasuredBlock:
     levels = run.spec.workload.load.levels
-    items = block_items(run.cert, plan, pair, level, len(levels))
+    items = block_items(run.cert, candidate, pair, level, len(levels))
     began = time.monotonic()
     pace = run.study.get(PACE)
     assert pace is not None
-    for attempt in range(3):
+    for attempt in range(_ATTEMPTS):
         try:
             run.engine.apply(policy)
             # Both routings of a pair get the same arrivals; five residences are sent before anything counts.
@@ -179,12 +188,16 @@ def _measure_block(run: Run, pair: int, level: int, policy: Policy, plan: BlockP
             report = run.engine.block(requests, load, fillers, deadline_s=max(1.0, run.left_s()))
             break
         except EngineCrashError as error:
-            if attempt == 2:
+            if attempt + 1 == _ATTEMPTS and policy != EXACT_POLICY:
+                raise _CandidateCrashError(str(error)) from error
+            if attempt + 1 == _ATTEMPTS:
                 raise SereError(f"the engine keeps failing while certifying {policy.describe()}: {error}") from error
     if report.block.stopped or len(report.block.sent) < len(requests):
         raise BudgetExhaustedError(
             f"{run.budget.which(time.monotonic())} ran out in the middle of a block; raise it and run again"
         )
+    if policy == EXACT_POLICY and pair == 0 and not run.advisory:
+        check_baseline(answers(report.block.sent), items, run.max_drop)
     routing = "exact" if policy == EXACT_POLICY else "chosen"
     return pack(report, pair, level, routing, run.traffic.timed, time.monotonic() - began)
 
@@ -197,7 +210,7 @@ def pack(report: BlockReport, pair: int, level: int, routing: str, timed: str, w
     return MeasuredBlock(
         pair=pair, level=level, routing=routing,
         items=[s.item for s in labelled if s.item is not None],
-        right="".join("1" if s.correct else "0" for s in labelled),
+        right="".join("x" if s.error is not None else "1" if s.correct else "0" for s in labelled),
         said=[hashlib.sha256(s.text.encode()).hexdigest()[:6] for s in labelled],
         latency_ms={m: [round(float(v), 3) for v in values(measured, m)] for m in METRICS},
         seconds=block.seconds, wall_s=wall_s, batch=block.batch, requests=len(block.sent),

@@ -1,59 +1,95 @@
 """From a candidate's blocks to a verdict, and from verdicts to the chosen candidate. Pure.
 
-Facts page "statistics", section Selection: a candidate that breaks a latency limit is skipped (the safe ones are the slow
-ones), the first that fails the accuracy test ends the ladder (a fixed sequence needs no correction).
+Facts page "statistics", section Selection. The checks of `judge` in order: failed requests, latency limits, speed,
+accuracy. A candidate that fails one of the first three is skipped, since the safe candidates are the slow ones and nothing
+of the significance level has been spent on it. The first that fails the accuracy test ends the ladder: a fixed sequence
+needs no correction. Of those that pass all checks, the one that was measured fastest is chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from sere_autotune.certify import latency
-from sere_autotune.study.schema import MeasuredBlock, Verdict
-from sere_autotune.trial import stats
-from sere_autotune.trial.measures import STATISTICS, Answer, Pairs, pair
+from sere_autotune.certify import accuracy, latency
+from sere_autotune.study.schema import MeasuredBlock, SpeedVerdict, Verdict
+from sere_autotune.trial.measures import STATISTICS
+
+SPEED_ALPHA = 0.05  # chance that any candidate of a ladder is called faster though none is
+# An undecided speed is judged a second time with more pairs; each of two judgements at 0.6 alpha keeps alpha together (Pocock 1977).
+_EACH_OF_TWO = 0.6
+_PART_OF_LIMIT = 0.1  # share of the accuracy limit that items which one routing did not answer may make up
 
 
-def judge(
-    blocks: Sequence[MeasuredBlock],
-    limits: Sequence[tuple[str, str, float]],
-    max_drop: float,
-    alpha: float,
-    max_failures: float,
-) -> Verdict:
-    """Decide on one candidate from all its blocks: latency limits first, then the score test at the declared n."""
-    pairs = paired_items(blocks)
-    p = stats.noninferiority_p(pairs.losses, pairs.gains, pairs.n, max_drop)
+@dataclass(frozen=True)
+class Rules:
+    """What a candidate is judged by; the same for every candidate of a ladder."""
+
+    limits: Sequence[tuple[str, str, float]]  # (metric, statistic, milliseconds)
+    max_drop: float  # share
+    alpha: float  # of the accuracy test
+    max_failures: float  # share of requests
+    candidates: int = 1  # on the ladder; each gets an equal part of SPEED_ALPHA
+    loads: Sequence[str] = ("",)  # names of the load levels
+    tasks: Mapping[str, str] = field(default_factory=dict)  # item digest -> name of its task
+
+    @property
+    def speed_alpha(self) -> float:
+        """Significance level of one judgement of one candidate's speed."""
+        return SPEED_ALPHA * _EACH_OF_TWO / self.candidates
+
+
+def judge(blocks: Sequence[MeasuredBlock], rules: Rules) -> Verdict:
+    """Decide on one candidate from all its blocks, of exact routing and of itself."""
+    pairs = accuracy.paired(blocks)
     chosen = [b for b in blocks if b.routing == "chosen"]
     exact = [b for b in blocks if b.routing == "exact"]
-    verdicts = [v for limit in limits for v in latency.judge_limit(limit, exact, chosen)]
-    failures = sum(b.failures for b in chosen) / max(1, sum(b.requests for b in chosen))
-    broken = [v for v in verdicts if v["verdict"] != "pass"]
-    if failures > max_failures:
-        verdict, reason = "slo", f"{failures:.2%} of requests failed, {max_failures:.2%} allowed"
+    p, effect, upper = accuracy.noninferiority(pairs, rules.max_drop)
+    parts = accuracy.parts(pairs, rules.max_drop, rules.loads, rules.tasks)
+    limits = [found for limit in rules.limits for found in latency.judge_limit(limit, exact, chosen)]
+    speed = judge_speed(exact, chosen, rules.speed_alpha)
+    broken = [found for found in limits if found["verdict"] != "pass"]
+    harmed = [part for part in parts if part.harmed]
+    n = len(pairs.items)
+    drop = (pairs.losses - pairs.gains) / max(n, 1)
+    if failing := _failures(pairs, exact, chosen, rules):
+        verdict, reason = "failures", failing
     elif broken:
         verdict, reason = "slo", broken[0]["text"]
-    elif p > alpha:
-        drop = (pairs.losses - pairs.gains) / max(pairs.n, 1)
-        verdict, reason = "accuracy", f"{-drop * 100:+.2f} points, p = {p:.2g} against {alpha:.2g}"
+    elif speed.verdict != "faster":
+        words = {"slower": "slower than exact routing", "undecided": "not shown to be faster"}[speed.verdict]
+        verdict, reason = speed.verdict, f"{words}: {speed}"
+    elif harmed:
+        worst = max(harmed, key=lambda part: part.drop)
+        verdict, reason = (
+            "accuracy",
+            f"{-worst.drop * 100:+.2f} points {_where(worst.kind, worst.name)}, shown to be over the limit",
+        )
+    elif p > rules.alpha:
+        verdict, reason = "accuracy", f"{-drop * 100:+.2f} points, p = {p:.2g} against {rules.alpha:.2g}"
     else:
-        verdict, reason = "passed", f"p = {p:.2g} on {pairs.n:,} items"
+        verdict, reason = "passed", f"p = {p:.2g} on {n:,} items"
     active = [(b.active_before, b.active_after) for b in chosen if b.active_before is not None and b.active_after is not None]
     return Verdict(
         verdict=verdict,
         reason=reason,
         p_value=p,
-        alpha=alpha,
-        items=pairs.n,
+        alpha=rules.alpha,
+        items=n,
         losses=pairs.losses,
         gains=pairs.gains,
-        differ=pairs.differ,
-        exact_accuracy=pairs.exact_right / max(pairs.n, 1),
-        chosen_accuracy=pairs.chosen_right / max(pairs.n, 1),
-        upper_bound=stats.drop_upper_bound(pairs.losses, pairs.gains, pairs.n, 1 - alpha) if pairs.n else 1.0,
-        slo=verdicts,
+        differ=sum(item.differ for item in pairs.items),
+        left_out=pairs.left_out,
+        design_effect=effect,
+        exact_accuracy=sum(item.exact for item in pairs.items) / max(n, 1),
+        chosen_accuracy=sum(item.chosen for item in pairs.items) / max(n, 1),
+        upper_bound=upper(1 - rules.alpha),
+        speed=speed,
+        parts=parts,
+        slo=limits,
         speedup={name: ratio for name in STATISTICS if (ratio := latency.speedup(exact, chosen, name)) is not None},
         latency_ms={"exact": latency.table(exact), "chosen": latency.table(chosen)},
         active_before=float(np.mean([a[0] for a in active])) if active else None,
@@ -65,21 +101,63 @@ def judge(
     )
 
 
-def paired_items(blocks: Sequence[MeasuredBlock]) -> Pairs:
-    """Counts over distinct items, blocks in the order of pairs: a repeated item is no new evidence."""
-    answers: dict[str, dict[str, Answer]] = {"exact": {}, "chosen": {}}
-    for block in sorted(blocks, key=lambda b: (b.pair, b.level)):
-        for item, right, said in zip(block.items, block.right, block.said, strict=True):
-            answers[block.routing].setdefault(item, Answer(right == "1", said))
-    return pair(answers["exact"], answers["chosen"])
+def _where(kind: str, name: str) -> str:
+    return f"at {name}" if kind == "load" else f"in {name}"
 
 
-def walk(verdicts: Sequence[str]) -> tuple[int | None, bool]:
-    """(index of the chosen candidate or None, whether the ladder has ended) after these verdicts, safe to fast."""
-    chosen = None
+def _failures(
+    pairs: accuracy.Paired, exact: Sequence[MeasuredBlock], chosen: Sequence[MeasuredBlock], rules: Rules
+) -> str | None:
+    """What is wrong with failed requests, in words; None where nothing is.
+
+    Failures that both routings share are no fault of the candidate. Items that one routing alone did not answer left the
+    pairs, perhaps because they were the hard ones, so they may make up a small part of the accuracy limit only.
+    """
+    requests = sum(b.requests for b in chosen)
+    more = (sum(b.failures for b in chosen) - sum(b.failures for b in exact)) / max(1, requests)
+    alone = max(more, pairs.chosen_failed / max(1, len(pairs.items) + pairs.left_out))
+    if alone > rules.max_failures:
+        return f"{alone:.2%} of requests failed that exact routing answers, {rules.max_failures:.2%} allowed"
+    counted = len(pairs.items) + pairs.left_out
+    allowed = math.ceil(counted * rules.max_drop * _PART_OF_LIMIT)
+    for who, number in (("exact routing", pairs.exact_failed), ("the policy", pairs.chosen_failed)):
+        if number > allowed:
+            return f"{who} alone failed on {number:,} of {counted:,} items; {allowed:,} may be left out of the accuracy test"
+    if pairs.both_failed > counted / 10:
+        return f"{pairs.both_failed:,} of {counted:,} items failed with and without the policy"
+    return None
+
+
+def judge_speed(exact: Sequence[MeasuredBlock], chosen: Sequence[MeasuredBlock], alpha: float) -> SpeedVerdict:
+    """Whether mean TPOT is lower under the candidate, by one-sided t limits over the pairs of blocks.
+
+    The mean is what the search minimises and what a canary compares; a percentile may be a latency limit, never a gain.
+
+    Args:
+        alpha: significance level of each of the two limits.
+    """
+    found = latency.speedup(exact, chosen, "mean", confidence=1 - 2 * alpha)
+    if found is None:
+        return SpeedVerdict("undecided", math.nan, None, None, 0, alpha)
+    low, high = found.low, found.high
+    verdict = "faster" if low is not None and low > 1 else "slower" if high is not None and high < 1 else "undecided"
+    return SpeedVerdict(verdict, found.value, low, high, found.pairs, alpha)
+
+
+def walk(verdicts: Sequence[Verdict]) -> tuple[int | None, bool]:
+    """The end of the ladder so far.
+
+    Args:
+        verdicts: on the first candidates of the ladder, safe to fast.
+
+    Returns:
+        Index of the chosen candidate, which is the one measured fastest of those that passed, or None; and whether the
+        ladder has ended.
+    """
+    passed: list[tuple[float, int]] = []
     for index, verdict in enumerate(verdicts):
-        if verdict == "passed":
-            chosen = index
-        elif verdict == "accuracy":
-            return chosen, True
-    return chosen, False
+        if verdict.verdict == "passed" and verdict.speed is not None:
+            passed.append((verdict.speed.value, index))
+        elif verdict.verdict == "accuracy":
+            return (max(passed)[1] if passed else None), True
+    return (max(passed)[1] if passed else None), False

@@ -8,18 +8,30 @@ from sere_ext.contract.policy import Policy
 
 from sere_autotune.outcome import Ending, NearestMiss, Outcome, nearest_miss
 from sere_autotune.result.profile import condition, headline
+from sere_autotune.search.kinds import removed_kinds
 from sere_autotune.search.ladder import MIN_SPEEDUP
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import Candidate, Verdict
 from sere_autotune.words import percent
+
+# What would have to give, by the verdict on the candidate that came closest.
+_GIVE = {
+    "failures": "the load, until the engine answers every request",
+    "slo": "the latency limit, or the load",
+    "slower": "the load (larger batches gain more), or accuracy.maxDropPoints",
+    "undecided": "certify.pairs or search.deviceHours, for more pairs of blocks, or the load (larger batches gain more)",
+    "accuracy": "accuracy.maxDropPoints, or more items to tell such a drop from the limit",
+    "crashed": "search.policies, to leave that kind out, or the engine's options",
+}
 
 
 def chosen(run: Run, index: int, candidate: Candidate, verdict: Verdict) -> Outcome:
     """The ending with a certificate."""
     name = headline(run.spec)
     ratio = verdict.speedup.get(name)
+    assert ratio is not None and verdict.speed is not None
     message = (
-        f"{candidate.describe}: {ratio.value if ratio else float('nan'):.2f}x TPOT {name} at {condition(run.spec)}, "
+        f"{candidate.describe}: {ratio.value:.2f}x TPOT {name} at {condition(run.spec)}, shown to be faster (mean {verdict.speed}), "
         f"{-verdict.drop * 100:+.2f} points, certified at {percent(run.spec.accuracy.confidence)} on {verdict.items:,} held-out items"
     )
     return Outcome(Ending.CHOSEN, message, counts(run), chosen=index)
@@ -27,7 +39,8 @@ def chosen(run: Run, index: int, candidate: Candidate, verdict: Verdict) -> Outc
 
 def advisory(run: Run, ladder: Sequence[Candidate], verdicts: Sequence[Verdict]) -> Outcome | None:
     """The ending of a run that may go on without a certificate: the last candidate within the limits as measured."""
-    fit = [i for i, v in enumerate(verdicts) if v.verdict != "slo" and v.drop <= run.max_drop]
+    usable = {"passed", "accuracy", "undecided"}
+    fit = [i for i, v in enumerate(verdicts) if v.verdict in usable and v.drop <= run.max_drop]
     if not fit:
         return None
     index = fit[-1]
@@ -57,13 +70,19 @@ def nearest(run: Run) -> NearestMiss | None:
 
 def infeasible(run: Run, ladder: Sequence[Candidate], verdicts: Sequence[Verdict]) -> Outcome:
     """The ending without a policy: what came closest, and what would have to give."""
-    slow = _slow(run)
-    if verdicts:
-        miss = _miss(run, ladder[len(verdicts) - 1], verdicts[-1])
+    slow, gone = _slow(run), removed_kinds(run.study.complete())
+    if not verdicts and gone.keys() >= set(run.spec.search.policies):
+        causes = "; ".join(f"{kind.value}: {why}" for kind, why in gone.items())
+        text = f"the engine refuses or dies of every kind of policy ({causes})"
+        miss = NearestMiss("no policy", "crash", 0.0, text, "search.policies, or the engine's options")
+    elif verdicts:
+        # A candidate that lacks nothing but pairs of blocks came closest; else the last, with which the ladder ended.
+        best = next((i for i, v in enumerate(verdicts) if v.verdict == "undecided"), len(verdicts) - 1)
+        miss = _miss(run, ladder[best], verdicts[best])
     elif slow or (found := nearest(run)) is None:
-        best = min(slow)[1] if slow else "no policy"
-        text = f"{best} keeps every limit but is not at least {MIN_SPEEDUP - 1:.0%} faster than exact routing"
-        miss = NearestMiss(best, "speed", 0.0, text, "accuracy.maxDropPoints, or the load (larger batches gain more)")
+        name = min(slow)[1] if slow else "no policy"
+        text = f"{name} keeps every limit but is not at least {MIN_SPEEDUP - 1:.0%} faster than exact routing"
+        miss = NearestMiss(name, "speed", 0.0, text, "accuracy.maxDropPoints, or the load (larger batches gain more)")
     else:
         miss = found
     message = f"nothing is feasible; closest: {miss.text}; what would have to give: {miss.give}; exact routing stays"
@@ -72,10 +91,7 @@ def infeasible(run: Run, ladder: Sequence[Candidate], verdicts: Sequence[Verdict
 
 def _miss(run: Run, candidate: Candidate, verdict: Verdict) -> NearestMiss:
     """What a candidate that was measured lacks."""
-    give = {
-        "slo": "the latency limit, or the load",
-        "accuracy": "accuracy.maxDropPoints, or more items to tell such a drop from the limit",
-    }[verdict.verdict]
+    give = _GIVE[verdict.verdict]
     by = max(0.0, verdict.upper_bound - run.max_drop)
     return NearestMiss(candidate.describe, verdict.verdict, by, f"{candidate.describe}: {verdict.reason}", give)
 

@@ -78,6 +78,7 @@ def build_profile(
 
     evidence = Evidence(
         certified=result.verdict == "passed" and not advisory,
+        speed_verdict=result.speed.verdict if result.speed else None,
         tpot_ms=_paired(result, "tpot", name, limits.get("tpot", (name, None))[1]),
         tpot_mean_ms=_paired(result, "tpot", "mean", None),
         ttft_ms=optional("ttft"),

@@ -25,7 +25,6 @@ def lines(summary: dict[str, Any]) -> str:
     candidate = summary["ladder"][summary["chosen"] - 1]
     result, name = candidate["result"], summary["headline"]
     ratio = result["speedup"][name]
-    low_high = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio["low"] is not None else ""
     limit = {(row["metric"], row["statistic"]): row["limitMs"] for row in summary["limits"]}
     found = [
         f"Chosen   {candidate['describe']}       candidate {summary['chosen']} of {len(summary['ladder'])}, {hours}",
@@ -35,7 +34,9 @@ def lines(summary: dict[str, Any]) -> str:
     for metric, statistic in shown:
         exact, chosen = (result["latency_ms"][routing][metric][statistic] for routing in ("exact", "chosen"))
         bound = limit.get((metric, statistic))
-        extra = f"{ratio['value']:.2f}x{low_high} at {summary['condition']}, {ratio['pairs']} pairs" if metric == "tpot" else ""
+        extra = (
+            f"{ratio['value']:.2f}x{_limits(ratio)} at {summary['condition']}, {ratio['pairs']} pairs" if metric == "tpot" else ""
+        )
         left = f"{metric.upper()} {statistic}"
         found.append(f"{left:<11} {exact:>6.1f} ms  {chosen:>6.1f} ms  {f'{bound:g} ms' if bound else '':<9} {extra}".rstrip())
     accuracy = summary["accuracy"]
@@ -44,6 +45,11 @@ def lines(summary: dict[str, Any]) -> str:
         f"accuracy    {result['exact_accuracy']:>7.2%}    {result['chosen_accuracy']:>7.2%}    -{accuracy['maxDropPoints']:<8g} "
         f"{sure} on {result['items']:,} held-out items"
     )
+    speed = result["speed"]
+    found.append(
+        f"speed       {speed['verdict']}: mean TPOT {speed['value']:.2f}x{_limits(speed)}, one-sided at {percent(1 - speed['alpha'])}"
+    )
+    found += [f"  {part}" for part in parts(result)]
     if result["active_before"] is not None:
         found.append(
             f"experts     {result['active_before']:>6.1f}     {result['active_after']:>6.1f}              active per layer and step"
@@ -51,6 +57,23 @@ def lines(summary: dict[str, Any]) -> str:
     if candidate["describe"] not in {trial["policy"] for trial in summary["trials"]}:
         found.append(f"Picked   by a model of all {len(summary['trials'])} trials, none of which was this policy")
     return "\n".join([*found, *_not_taken(summary), report, f"Serve    {summary['serve']}"])
+
+
+def _limits(ratio: dict[str, Any]) -> str:
+    return f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio["low"] is not None else ""
+
+
+def parts(result: dict[str, Any]) -> list[str]:
+    """The drop at each load and in each task, one line each; [] where there is one of both.
+
+    Args:
+        result: of one candidate, as the summary has it.
+    """
+    return [
+        f"{part['kind']} {part['name']}: {(part['gains'] - part['losses']) / max(part['items'], 1) * 100 + 0.0:+.2f} points on "
+        f"{part['items']:,} items" + (", shown to be over the limit" if part["harmed"] else "")
+        for part in result["parts"]
+    ]
 
 
 def _not_taken(summary: dict[str, Any]) -> list[str]:

@@ -7,8 +7,9 @@ import dataclasses
 from sere_ext.contract.policy import Policy
 
 from sere_autotune.search.rank import measure, rank, window
+from sere_autotune.search.sizing import certificate_size
 from sere_autotune.study.run import Run
-from sere_autotune.study.schema import LADDER, Candidate
+from sere_autotune.study.schema import LADDER, PACE, Candidate
 from sere_autotune.trial.measures import objective
 from sere_autotune.trial.stats import power
 
@@ -32,9 +33,27 @@ def given_ladder(run: Run, policy: Policy) -> list[Candidate]:
     n = max(1, sum(level.items for level in levels))
     d = (sum(level.losses + level.gains for level in levels) + 0.5) / n
     drop = max(0.0, sum(level.losses - level.gains for level in levels) / n)
-    chance = power(run.cert_items, d, drop, run.max_drop, run.alpha)
     speed = objective(exact) / objective(levels, [level.latency_ms["tpot"]["p50"] for level in exact])
+    pace = run.study.get(PACE)
+    assert pace is not None
+    size, per_block = certificate_size(
+        run.spec, pace, run.traffic.labelled_share, run.cert_items, discordance=d, drop=drop, speedup=speed, alpha=run.alpha,
+        left_s=run.left_s(), candidates=1,
+    )  # fmt: skip
+    chance = power(size, d, drop, run.max_drop, run.alpha)
     # One small measurement says little of the drop: the certificate decides, so the policy is never refused from this.
-    ladder = [Candidate(policy.to_json_dict(), policy.describe(), 1.0, min(drop, run.max_drop / 2), d, speed, max(chance, 0.5))]
+    ladder = [
+        Candidate(
+            policy.to_json_dict(),
+            policy.describe(),
+            1.0,
+            min(drop, run.max_drop / 2),
+            d,
+            speed,
+            max(chance, 0.5),
+            size,
+            per_block,
+        )
+    ]
     run.study.put(LADDER, ladder)
     return ladder

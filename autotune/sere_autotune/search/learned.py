@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from sere_autotune.search.kinds import removed_kinds
 from sere_autotune.search.ladder import FRACTIONS, Pick, pick_ladder
 from sere_autotune.search.observations import observations
 from sere_autotune.search.posterior import MonotoneModel
+from sere_autotune.search.sizing import certificate_size
 from sere_autotune.study.run import Run
-from sere_autotune.study.schema import LADDER, NOISE, SEARCH_ENDED, Candidate, NoiseFloor
+from sere_autotune.study.schema import LADDER, NOISE, PACE, SEARCH_ENDED, Candidate, NoiseFloor
 from sere_autotune.trial import stats
 from sere_autotune.tuning.space import EXACT, Space, Table
 
@@ -36,8 +38,11 @@ def noise_discordance(run: Run) -> float:
 
 
 def fitted_model(run: Run, space: Space, seed: int) -> MonotoneModel:
-    model = MonotoneModel(space.choices(), len(space.edges), space.top_k, noise_discordance(run))
-    model.fit(observations(run.study, space), seed)
+    """The model of all trials so far, over the choices whose kind the search has not given up."""
+    gone = removed_kinds(run.study.complete())
+    choices = [choice for choice in space.choices() if choice.kind not in gone]
+    model = MonotoneModel(choices, len(space.edges), space.top_k, noise_discordance(run))
+    model.fit([seen for seen in observations(run.study, space) if seen.choice.kind not in gone], seed)
     return model
 
 
@@ -76,25 +81,30 @@ def freeze_ladder(run: Run) -> list[Candidate]:
     noise = noise_discordance(run)
     allowed = _allowed(run, space, model)
     picks = pick_ladder(model, run.max_drop, run.spec.search.rungs, noise, allowed, items=run.cert_items, alpha=run.alpha)
-    ladder = [_candidate(run, space, model, fraction, pick) for fraction, pick in picks]
+    ladder = [_candidate(run, space, model, fraction, pick, len(picks)) for fraction, pick in picks]
     if ladder or not run.study.get(SEARCH_ENDED):  # a search cut short may go on with a raised budget
         run.study.put(LADDER, ladder)
     return ladder
 
 
-def _candidate(run: Run, space: Space, model: MonotoneModel, fraction: float, pick: Pick) -> Candidate:
+def _candidate(run: Run, space: Space, model: MonotoneModel, fraction: float, pick: Pick, candidates: int) -> Candidate:
     policy = space.policy(pick.table)
     index = [model.choices.index(choice) for choice in pick.table]
     drops = np.mean([model.drop(b)[:, i] for b, i in enumerate(index)], axis=0)
     excess = np.mean([model.excess(b)[:, i] for b, i in enumerate(index)], axis=0)
+    pace = run.study.get(PACE)
+    assert pace is not None
+    items, per_block = certificate_size(
+        run.spec, pace, run.traffic.labelled_share, run.cert_items, discordance=pick.discordance, drop=pick.drop,
+        speedup=pick.speedup, alpha=run.alpha, left_s=run.left_s(), candidates=candidates,
+    )  # fmt: skip
     some = np.linspace(0, len(drops) - 1, 24).astype(int)
     chance = [
-        stats.power(run.cert_items, noise_discordance(run) + float(excess[i]), float(drops[i]), run.max_drop, run.alpha)
-        for i in some
+        stats.power(items, noise_discordance(run) + float(excess[i]), float(drops[i]), run.max_drop, run.alpha) for i in some
     ]
     return Candidate(
         policy=policy.to_json_dict(), describe=policy.describe(), fraction=fraction, drop=pick.drop,
-        discordance=pick.discordance, speedup=pick.speedup, power=float(np.mean(chance)),
+        discordance=pick.discordance, speedup=pick.speedup, power=float(np.mean(chance)), items=items, per_block=per_block,
     )  # fmt: skip
 
 
@@ -113,6 +123,6 @@ def _allowed(run: Run, space: Space, model: MonotoneModel) -> Any:
         broken = [k for k, by in trial.constraints.items() if by > 0 and k != "accuracy" and not k.startswith("tpot.")]
         if broken or trial.user_attrs.get("crash"):
             for b, choice in enumerate(space.table(trial.params)):
-                if choice != EXACT:
+                if choice != EXACT and choice in choices:
                     allowed[b, choices.index(choice)] = False
     return allowed

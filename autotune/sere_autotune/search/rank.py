@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 from sere_ext.contract.errors import PolicyError, SereError, UnsupportedError
-from sere_ext.contract.policy import EXACT_POLICY, Policy
+from sere_ext.contract.policy import EXACT_POLICY, Kind, Policy
 
 from sere_autotune import planner
 from sere_autotune.outcome import BudgetExhaustedError
+from sere_autotune.search.baseline import check_baseline
+from sere_autotune.search.kinds import removed_kinds
 from sere_autotune.search.learned import propose
 from sere_autotune.search.sampler import make_sampler
 from sere_autotune.study.run import Run
@@ -21,7 +23,6 @@ from sere_autotune.trial.items import Item
 from sere_autotune.trial.measures import LevelResult, answers, constraints, objective, summarise
 from sere_autotune.tuning.space import Space, Table, auto_buckets
 
-_CRASHES_IN_A_ROW = 3
 _CRASH_FACTOR = 10.0  # a crashed trial's objective, times exact routing's: finite, so that samplers learn from it
 
 
@@ -78,7 +79,8 @@ def rank(run: Run) -> None:
     study.heal()
     study.put(SEARCH_ENDED, "")
     study.enqueue_first(run.space(), search.trials)
-    crashes = 0
+    if study.complete():
+        _check_baseline(run)
     run.report.stage("search", search.trials, len(study.complete()))
     for old in study.complete():
         space = run.space()
@@ -92,17 +94,46 @@ def rank(run: Run) -> None:
             break
         if not done and run.left_s() < 10:
             raise BudgetExhaustedError(f"{run.budget.which(time.monotonic())} ran out before the first trial; raise it")
+        gone = removed_kinds(study.complete())
+        if done and gone.keys() >= set(search.policies):
+            _check_alive(run, gone)
+            break
         space = run.space()
         trial, table = study.ask(space, lambda number, space=space: make_sampler(  # type: ignore[misc]
             search.sampler, space, lambda seed: propose(run, space, seed), search.seed, number))  # fmt: skip
-        crashes = _evaluate(run, trial, table, crashes)
+        if any(choice.kind in gone for choice in table):
+            study.skip(trial)  # planned before, or by a sampler that knows nothing of it
+            continue
+        _evaluate(run, trial, table)
         if not done:
+            _check_baseline(run)
             _after_exact(run)
         study.note_spent(run.budget)
 
 
-def _evaluate(run: Run, trial: Any, table: Table, crashes: int) -> int:
-    """Measure one trial and tell it. Returns crashes in a row."""
+def _check_alive(run: Run, gone: dict[Kind, str]) -> None:
+    """Tell an engine that no kind of policy works on from one that is broken.
+
+    Raises:
+        SereError: it fails under exact routing too.
+    """
+    try:
+        items = window(run.search, 0, 16)
+        measure(run, EXACT_POLICY, items, number=0, seconds=run.spec.search.trial_seconds, reject=False)
+    except EngineCrashError as error:
+        causes = "; ".join(f"{kind.value}: {why}" for kind, why in gone.items())
+        raise SereError(
+            f"the engine keeps failing, under exact routing too ({error}; {causes}); see its log with SERE_ENGINE_LOGS=1"
+        ) from error
+
+
+def _evaluate(run: Run, trial: Any, table: Table) -> None:
+    """Measure one trial and tell it.
+
+    Raises:
+        BudgetExhaustedError: a budget ran out before anything was answered.
+        SereError: the engine fails under exact routing.
+    """
     space, search, study = run.space(), run.spec.search, run.study
     policy = space.policy(table)
     exact = policy == EXACT_POLICY
@@ -114,19 +145,21 @@ def _evaluate(run: Run, trial: Any, table: Table, crashes: int) -> int:
     began = time.monotonic()
     try:
         levels = measure(run, policy, items, number=trial.number, seconds=seconds, reject=not exact)
-    except (
-        EngineCrashError,
-        UnsupportedError,
-        PolicyError,
-    ) as error:  # the last two: a kind that this model's router cannot have
-        if exact or crashes + 1 >= _CRASHES_IN_A_ROW:
+    except (EngineCrashError, UnsupportedError, PolicyError) as error:
+        if exact:
             raise SereError(f"the engine keeps failing ({error}); see its log with SERE_ENGINE_LOGS=1") from error
         keys = [f"{metric}.{name}" for metric, name, _ in limits] + ["accuracy", "failures"]
         worst = max((t.value or 0.0 for t in study.complete()), default=1e3)
-        crash: dict[str, Any] = {"policy": policy.to_json_dict(), "describe": policy.describe(), "crash": str(error)}
+        before = removed_kinds(study.complete())
+        crash: dict[str, Any] = {
+            "policy": policy.to_json_dict(), "describe": policy.describe(), "crash": str(error),
+            "refused": not isinstance(error, EngineCrashError),  # a kind that this model's router cannot have
+        }  # fmt: skip
         study.tell(trial, worst * _CRASH_FACTOR, dict.fromkeys(keys, 1.0), crash)
         run.report.trial({"number": trial.number, "policy": policy.describe(), "crash": str(error)})
-        return crashes + 1
+        for kind in removed_kinds(study.complete()).keys() - before.keys():
+            run.report.step(f"kind {kind.value} is left out from here: {error}", 0.0)
+        return
     if not any(level.requests for level in levels):
         raise BudgetExhaustedError(f"{run.budget.which(time.monotonic())} ran out in the middle of a trial; raise it")
     base = study.exact_tpot_ms(space)
@@ -137,7 +170,6 @@ def _evaluate(run: Run, trial: Any, table: Table, crashes: int) -> int:
     }  # fmt: skip
     study.tell(trial, objective(levels, base), violations, record)
     run.report.trial(_row(trial.number, space, table, levels, violations, base))
-    return 0
 
 
 def _row(
@@ -153,6 +185,23 @@ def _row(
         "broken": [key for key, by in violations.items() if by > 0],
         "stopped": next((level.stopped for level in levels if level.stopped), None),
     }  # fmt: skip
+
+
+def _check_baseline(run: Run) -> None:
+    """Refuse before anything is searched where exact routing answers too badly for a limit to mean something.
+
+    Raises:
+        CannotCertifyError: it does, and the run is not one that goes on without a certificate.
+    """
+    for level in range(len(run.spec.workload.load.levels)):
+        try:
+            warning = check_baseline(run.study.exact_answers(level), run.search, run.max_drop)
+        except planner.CannotCertifyError as error:
+            if not run.advisory:
+                raise
+            warning = str(error)
+        if warning:
+            run.report.step(f"warning: {warning}", 0.0)
 
 
 def _after_exact(run: Run) -> None:

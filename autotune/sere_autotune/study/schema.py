@@ -57,7 +57,9 @@ class Candidate:
     drop: float  # share of items
     discordance: float  # share of items, noise floor included
     speedup: float
-    power: float  # probability that its certificate passes
+    power: float  # probability that its certificate passes on `items`
+    items: int  # distinct held-out items that its certificate uses with each routing; declared here
+    per_block: int  # labelled items of each block
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,14 +74,6 @@ class Opening:
 
 
 @dataclass(frozen=True)
-class BlockPlan:
-    """How a candidate's certificate is measured; declared before its first block."""
-
-    items: int  # distinct held-out items per routing
-    per_block: int  # labelled items of one block
-
-
-@dataclass(frozen=True)
 class MeasuredBlock:
     """One certification block: exact routing or the candidate, at one load level, in one pair of blocks."""
 
@@ -87,7 +81,7 @@ class MeasuredBlock:
     level: int  # index into the load levels
     routing: str  # "exact" | "chosen"
     items: list[str]  # digests of the labelled items, in dispatch order
-    right: str  # one character per item: "1" right, "0" wrong
+    right: str  # one character per item: "1" right, "0" wrong, "x" where the request failed
     said: list[str]  # short digest of each item's answer
     latency_ms: dict[str, list[float]]  # metric -> one value per timed request
     seconds: float  # from the first counted dispatch to the last counted answer
@@ -111,21 +105,59 @@ class Interval:
     pairs: int
 
 
+@dataclass(frozen=True)
+class SpeedVerdict:
+    """Whether a candidate is faster than exact routing: by the mean TPOT of each pair of blocks."""
+
+    verdict: str  # "faster" | "slower" | "undecided"
+    value: float  # exact / candidate
+    low: float | None  # one-sided limits, each at `alpha`; None where one pair is all there is
+    high: float | None
+    pairs: int
+    alpha: float
+
+    def __str__(self) -> str:
+        limits = f" [{self.low:.2f}, {self.high:.2f}]" if self.low is not None and self.high is not None else ""
+        return f"{self.value:.2f}x{limits}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The drop at one load or in one task, and whether harm is shown there."""
+
+    kind: str  # "load" | "task"
+    name: str
+    items: int
+    losses: int
+    gains: int
+    p_value: float  # of the test that the drop is at most the limit; small values show harm
+    harmed: bool  # shown over all loads and tasks together (Holm)
+
+    @property
+    def drop(self) -> float:
+        """A share of items; positive is a loss."""
+        return (self.losses - self.gains) / max(self.items, 1)
+
+
 @dataclass
 class Verdict:
     """What certification found of one candidate."""
 
-    verdict: str  # "passed" | "slo" | "accuracy"
+    verdict: str  # "passed" | "failures" | "slo" | "slower" | "undecided" | "accuracy" | "crashed"
     reason: str
-    p_value: float
-    alpha: float
-    items: int
-    losses: int
-    gains: int
-    differ: int
-    exact_accuracy: float
-    chosen_accuracy: float
-    upper_bound: float  # of the drop, share
+    p_value: float = 1.0
+    alpha: float = 0.0
+    items: int = 0
+    losses: int = 0
+    gains: int = 0
+    differ: int = 0
+    left_out: int = 0  # items that one of the two routings, or both, did not answer
+    design_effect: float = 1.0  # of losses less gains, over blocks
+    exact_accuracy: float = 0.0
+    chosen_accuracy: float = 0.0
+    upper_bound: float = 1.0  # of the drop, share
+    speed: SpeedVerdict | None = None
+    parts: list[Part] = field(default_factory=list)  # one for each load and task where there are several
     slo: list[dict[str, Any]] = field(default_factory=list)
     speedup: dict[str, Interval] = field(default_factory=dict)  # TPOT statistic -> ratio
     latency_ms: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # routing -> metric -> statistic
@@ -176,10 +208,6 @@ OUTCOME: Key[Outcome] = Key("outcome", Outcome)
 def exact_answers_key(level: int) -> Key[dict[str, tuple[bool, str]]]:
     """Exact routing's answers to the search items at a load level: item digest -> (right, text)."""
     return Key(f"exactAnswers.{level}", dict[str, tuple[bool, str]])
-
-
-def plan_key(candidate: int) -> Key[BlockPlan]:
-    return Key(f"plan.{candidate}", BlockPlan)
 
 
 def block_key(candidate: int, pair: int, level: int, routing: str) -> Key[MeasuredBlock]:

@@ -155,6 +155,10 @@ class TuningStudy:
             trial.set_user_attr(key, entry)
         self.study.tell(trial, value)
 
+    def skip(self, trial: optuna.Trial) -> None:
+        """Give up a trial that was asked for and is not to be measured; it does not count."""
+        self.study.tell(trial, state=TrialState.FAIL)
+
     def complete(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 

@@ -98,10 +98,10 @@ class Pairs:
 
 
 def answers(sent: Sequence[Sent]) -> dict[str, Answer]:
-    """First answer per item, in dispatch order."""
+    """First answer per item, in dispatch order. A failed request is no answer: it leaves the pairs, whichever routing it is of."""
     found: dict[str, Answer] = {}
     for s in sent:
-        if s.item is not None and s.correct is not None:
+        if s.item is not None and s.correct is not None and s.error is None:
             found.setdefault(s.item, Answer(s.correct, s.text))
     return found
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from scipy import stats as sps
 Floats = NDArray[np.float64]
 
 
-def noninferiority_p(losses: int, gains: int, n: int, limit: float) -> float:
+def noninferiority_p(losses: float, gains: float, n: float, limit: float) -> float:
     """p-value of H0 "the true drop is `limit` or more" for paired binary outcomes, n fixed beforehand.
 
     Tango's score test, with the probability that no loss at all is seen under H0 as its floor: with few
@@ -29,7 +30,7 @@ def noninferiority_p(losses: int, gains: int, n: int, limit: float) -> float:
     Args:
         losses: items right under exact routing and wrong under the candidate.
         gains: items wrong under exact routing and right under the candidate.
-        n: distinct items, each once per arm.
+        n: distinct items, each once under each routing. All three may be fractions, divided by a design effect.
         limit: largest drop that may be lost, in (0, 1).
 
     Returns:
@@ -40,17 +41,30 @@ def noninferiority_p(losses: int, gains: int, n: int, limit: float) -> float:
     return float(_p_values(np.array([losses]), np.array([gains]), n, limit)[0])
 
 
-def _p_values(losses: NDArray[np.int64], gains: NDArray[np.int64], n: int, limit: float) -> Floats:
+def score_cdf(losses: float, gains: float, n: float, limit: float) -> float:
+    """Lower tail of Tango's score statistic at a drop of `limit`: near 0 where the drop is well below, near 1 where above it.
+
+    Args:
+        losses, gains, n: counts, which may be fractions where they were divided by a design effect.
+    """
+    return float(_score_cdf(np.array([losses]), np.array([gains]), n, limit)[0])
+
+
+def _score_cdf(losses: NDArray[Any], gains: NDArray[Any], n: float, limit: float) -> Floats:
     a = 2.0 * n
     b = -losses - gains + (2.0 * n - losses + gains) * limit
     c = -gains * limit * (1.0 - limit)
     share_of_gains = (np.sqrt(b * b - 4.0 * a * c) - b) / (2.0 * a)  # restricted maximum likelihood under H0
     variance = n * (2.0 * share_of_gains + limit * (1.0 - limit))
     z = (losses - gains - n * limit) / np.sqrt(variance)
-    return np.maximum(sps.norm.cdf(z), (1.0 - limit) ** n)
+    return np.asarray(sps.norm.cdf(z), dtype=float)
 
 
-def drop_upper_bound(losses: int, gains: int, n: int, confidence: float) -> float:
+def _p_values(losses: NDArray[Any], gains: NDArray[Any], n: float, limit: float) -> Floats:
+    return np.maximum(_score_cdf(losses, gains, n, limit), (1.0 - limit) ** n)
+
+
+def drop_upper_bound(losses: float, gains: float, n: float, confidence: float) -> float:
     """The smallest limit that these counts certify: the upper end of the one-sided interval of the drop."""
     low, high = max((losses - gains) / n, 0.0), 1.0 - 1e-9
     if noninferiority_p(losses, gains, n, high) > 1.0 - confidence:

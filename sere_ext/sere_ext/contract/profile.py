@@ -95,6 +95,10 @@ class Evidence(Record):
     ttft_ms: Annotated[Paired | None, Field(description="time to the first token, ms")] = None
     e2el_ms: Annotated[Paired | None, Field(description="time from request to last token, ms")] = None
     speedup: Annotated[Ratio, Field(description="of tpotMs")]
+    speed_verdict: Annotated[
+        Literal["faster", "slower", "undecided"] | None,
+        Field(description="of mean TPOT over all pairs of blocks; only a profile shown to be faster is promoted by itself"),
+    ] = None
     speedup_mean: Annotated[Ratio | None, Field(description="of tpotMeanMs")] = None
     accuracy: Annotated[AccuracyEvidence, Field(description="on held-out items, under load")]
     active_experts: Annotated[Paired | None, Field(description="mean per layer and step")] = None
@@ -105,6 +109,13 @@ class Evidence(Record):
     workload: Annotated[str, Field(description="the traffic, in words")] = ""
     study: Annotated[str, Field(description="where the study is")] = ""
     created: Annotated[str, Field(description="RFC 3339")] = ""
+
+    @property
+    def shortfall(self) -> str | None:
+        """What a profile lacks to be promoted without a person's approval, in words; None where it lacks nothing."""
+        if not self.certified:
+            return "advisory, not certified"
+        return None if self.speed_verdict == "faster" else "not shown to be faster than exact routing"
 
 
 class ChatMessage(Record):

@@ -18,10 +18,13 @@ from planted import PlantedEngine, Quiet, run, spec_for, truth, write_items
 from rich.console import Console
 from sere_autotune.outcome import BudgetExhaustedError, Ending
 from sere_autotune.progress import Progress
+from sere_autotune.search.sizing import certificate_size
 from sere_autotune.study import meter
 from sere_autotune.study.budget import Budget
+from sere_autotune.study.schema import Pace
 from sere_autotune.study.study import TuningStudy, fingerprint
-from sere_autotune.trial.engine import EngineFacts
+from sere_autotune.trial.engine import EngineCrashError, EngineFacts
+from sere_autotune.trial.stats import power
 from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.errors import SereError, UnsupportedError, UsageError
 from sere_ext.contract.policy import Kind, Policy
@@ -298,3 +301,161 @@ def test_an_accuracy_rejection_ends_the_trial_early(tmp_path: Path, items: Path)
     harsh = [t for t in finished.summary["trials"] if t["policy"].startswith("topk 1")]
     assert harsh
     assert all(t["stopped"].startswith("accuracy") and t["items"] < 400 and t["violations"]["accuracy"] > 0 for t in harsh)
+
+
+@pytest.mark.parametrize(("crashes", "refuses"), [([Kind.OEA], []), ([], [Kind.OEA])], ids=["dies of it", "refuses it"])
+def test_a_kind_costs_that_kind_and_never_the_study(
+    tmp_path: Path, items: Path, crashes: list[Kind], refuses: list[Kind]
+) -> None:
+    """The first three trials are planned with the first kind: three failures in a row, which used to end the study."""
+
+    class Engine(PlantedEngine):
+        def apply(self, policy: Policy) -> None:
+            if any(bucket.kind in refuses for bucket in policy.buckets):
+                raise UnsupportedError("layer 0 gives no scores")
+            super().apply(policy)
+
+    report = Quiet()
+    spec = spec_for(tmp_path / "out", items, search__policies=["oea", "topk"], search__trials=12, accuracy__maxDropPoints=5)
+    finished = run(spec, Engine(crashes=crashes), report)
+    assert finished.outcome.ending is Ending.CHOSEN, finished.outcome.message
+    assert {bucket["kind"] for bucket in finished.profile["spec"]["policy"]["buckets"]} == {"topk"}
+    crashed = [trial for trial in finished.summary["trials"] if trial["crash"]]
+    assert len(crashed) == (1 if refuses else 2), "one refusal is enough, two crashes are"
+    assert len(finished.summary["trials"]) == 12
+    assert [step for step in report.steps if step.startswith("kind oea is left out from here")]
+
+
+def test_an_engine_that_no_kind_works_on_ends_the_run_with_the_causes(tmp_path: Path, items: Path) -> None:
+    finished = run(spec_for(tmp_path / "out", items), PlantedEngine(crashes=[Kind.OEA, Kind.TOPK]))
+    assert finished.outcome.exit_code == 3
+    assert "the engine refuses or dies of every kind of policy" in finished.outcome.message
+    assert "topk: planted" in finished.outcome.message and "oea: planted" in finished.outcome.message
+
+    class Gone(PlantedEngine):
+        def block(self, *args: Any, **kwargs: Any) -> Any:
+            if self.blocks >= 2:  # exact routing and the noise floor
+                raise EngineCrashError("out of memory")
+            return super().block(*args, **kwargs)
+
+    with pytest.raises(SereError, match="keeps failing, under exact routing too"):
+        run(spec_for(tmp_path / "other" / "out", items), Gone())
+
+
+def test_a_candidate_that_crashes_gets_that_verdict_and_the_ladder_goes_on(tmp_path: Path, items: Path) -> None:
+    class Fragile(PlantedEngine):
+        """Dies of the first policy that is certified, whichever it is."""
+
+        victim = ""
+        certifying = False
+
+        def block(self, *args: Any, **kwargs: Any) -> Any:
+            if self.certifying and self.policy.buckets:
+                self.victim = self.victim or self.policy.digest
+                if self.policy.digest == self.victim:
+                    raise EngineCrashError("illegal memory access")
+            return super().block(*args, **kwargs)
+
+    engine = Fragile()
+
+    class Stages(Quiet):
+        def stage(self, name: str, total: int, done: int = 0) -> None:
+            engine.certifying = name.startswith("certify")
+            super().stage(name, total, done)
+
+    spec = spec_for(tmp_path / "out", items, search__trials=12, accuracy__maxDropPoints=5)
+    finished = run(spec, engine, Stages())
+    assert [row["verdict"] for row in finished.summary["ladder"]][:2] == ["crashed", "passed"]
+    assert finished.outcome.ending is Ending.CHOSEN and finished.outcome.chosen is not None and finished.outcome.chosen > 0
+    assert "illegal memory access" in finished.summary["ladder"][0]["result"]["reason"]
+    again = run(spec, PlantedEngine())
+    assert again.outcome == finished.outcome
+
+
+class Slow(PlantedEngine):
+    """Answers as planted, each policy at the given speed in certification whatever the search saw."""
+
+    def __init__(self, speed: float) -> None:
+        super().__init__()
+        self.speed, self.certifying = speed, False
+
+    def block(self, *args: Any, **kwargs: Any) -> Any:
+        report = super().block(*args, **kwargs)
+        if self.certifying and self.policy.buckets:
+            scale = planted_speed(self.policy) / self.speed
+            sent = [replace(s, e2el_ms=s.ttft_ms + (s.e2el_ms - s.ttft_ms) * scale) for s in report.block.sent]
+            report = replace(report, block=replace(report.block, sent=sent))
+        return report
+
+
+def planted_speed(policy: Policy) -> float:
+    return truth(policy)[2]
+
+
+@pytest.mark.parametrize(("speed", "word"), [(0.9, "slower than exact routing: 0.90x ["), (1.0, "not shown to be faster: ")])
+def test_a_policy_that_is_not_faster_is_not_chosen(tmp_path: Path, items: Path, speed: float, word: str) -> None:
+    """The search took it for faster; 17 of 20 studies in a world where nothing is faster used to end with a policy."""
+    engine = Slow(speed)
+
+    class Stages(Quiet):
+        def stage(self, name: str, total: int, done: int = 0) -> None:
+            engine.certifying = name.startswith("certify")
+            super().stage(name, total, done)
+
+    report = Stages()
+    finished = run(spec_for(tmp_path / "out", items, accuracy__maxDropPoints=2), engine, report)
+    assert finished.outcome.exit_code == 3
+    assert word in finished.outcome.message
+    assert not (tmp_path / "out" / "profile.json").exists()
+    more = [name for name in report.steps if name.endswith("more pairs")]
+    assert bool(more) == (speed == 1.0), "an undecided speed gets more pairs, a slower policy none"
+    pairs = {row["result"]["speed"]["pairs"] for row in finished.summary["ladder"] if row["result"]}
+    assert pairs == ({6} if more else {3})
+
+
+@pytest.mark.parametrize(
+    ("answer", "given", "metric"),
+    [
+        ("The answer is {n}", "{n}", "exact"),  # spelt otherwise than the model answers, or another column of the file
+        ('["{n}"]', "{n}", "exact"),  # lists and booleans as text
+        ("{n}", "", "exact"),  # a stop string that empties the answers, maxTokens 1
+        ("{n}", "<|assistant|>", "contains"),  # a template that the model was not given
+    ],
+)
+def test_an_evaluation_that_exact_routing_fails_certifies_nothing(tmp_path: Path, answer: str, given: str, metric: str) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"item {n}", "answer": answer.format(n=n)}) + "\n" for n in range(3000)))
+
+    class Engine(PlantedEngine):
+        def block(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            report = super().block(requests, *args, **kwargs)
+            texts = [given.format(n=request.prompt.split()[-1]) for request in requests]
+            sent = [
+                replace(s, text=text, correct=request.item.correct(text))
+                for s, text, request in zip(report.block.sent, texts, requests, strict=False)
+            ]
+            return replace(report, block=replace(report.block, sent=sent))
+
+    engine = Engine()
+    spec = spec_for(tmp_path / "out", path, accuracy__tasks=[{"file": str(path), "metric": metric}])
+    finished = run(spec, engine)
+    assert finished.outcome.exit_code == 5
+    assert engine.blocks == 1, "refused before anything is searched"
+    assert "exact routing is right on 0 of 500 search items" in finished.outcome.message
+    assert finished.outcome.message.count(" wants ") == 3
+    policy = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 3}]})
+    alone = run(
+        spec_for(tmp_path / "one" / "out", path, accuracy__tasks=[{"file": str(path), "metric": metric}]), Engine(), only=policy
+    )
+    assert alone.outcome.exit_code == 5
+
+
+def test_the_declared_items_are_those_whose_chance_was_printed_and_all_where_they_fit(tmp_path: Path, items: Path) -> None:
+    finished = run(spec_for(tmp_path / "out", items), PlantedEngine())
+    row = finished.summary["ladder"][0]
+    assert row["items"] == row["result"]["items"] == finished.summary["accuracy"]["certItems"] == 5000
+    short = certificate_size(
+        spec_for(tmp_path / "o", items), Pace(4.0, 3.0, 60.0), 1.0, 5000, discordance=0.01, drop=0.001, speedup=1.2, alpha=0.05,
+        left_s=600.0, candidates=3,
+    )[0]  # fmt: skip
+    assert power(short, 0.01, 0.001, 0.01, 0.05) >= 0.95 and short < 5000

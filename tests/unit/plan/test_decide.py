@@ -323,10 +323,12 @@ def test_a_stale_profile_means_exact_at_once() -> None:
     ("profile", "rollout"),
     [
         (profile_body(POLICY, certified=False), {}),
+        (profile_body(POLICY, speed=None), {}),
+        (profile_body(POLICY, speed="undecided"), {}),
         (profile_body(POLICY, golden=0), {}),
         (profile_body(POLICY), {"approval": "Manual"}),
     ],
-    ids=["advisory", "no golden prompts", "manual"],
+    ids=["advisory", "no word on speed", "not shown to be faster", "no golden prompts", "manual"],
 )
 def test_what_needs_a_person_waits_for_one(profile: dict[str, Any], rollout: dict[str, Any]) -> None:
     world = World(2, routing=PROFILE, rollout={"canary": {"minRequests": 100}, **rollout})

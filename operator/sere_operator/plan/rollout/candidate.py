@@ -203,9 +203,9 @@ def _analyse(attempt: Attempt) -> Step:
         return reject(attempt.base, attempt.spec, attempt.known, now, verdict.message)
     if verdict.outcome is Outcome.INCONCLUSIVE:
         return attempt.back(verdict.message)
-    certified = wanted.profile is None or wanted.profile.evidence.certified
-    if attempt.spec.rollout.approval is Approval.MANUAL or not certified:
-        return _ask(attempt, verdict.message if certified else f"{verdict.message}; the profile is advisory, not certified")
+    lacks = wanted.profile.evidence.shortfall if wanted.profile is not None else None
+    if attempt.spec.rollout.approval is Approval.MANUAL or lacks is not None:
+        return _ask(attempt, verdict.message if lacks is None else f"{verdict.message}; the profile is {lacks}")
     event = Event("Normal", "CanaryPassed", verdict.message)
     return _promote(attempt, verdict.message, events=(event,))
 

@@ -1,0 +1,75 @@
+"""Whether the evaluation can tell anything: exact routing must answer well enough to have something to lose. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from sere_autotune.planner import CannotCertifyError
+from sere_autotune.trial.items import Item
+from sere_autotune.trial.measures import Answer
+
+# Exact routing must be right on this many times the accuracy limit, so that losing the limit is losing a tenth of what is
+# right at most; half of all items is always enough.
+_TIMES_THE_LIMIT = 10
+_ENOUGH = 0.5
+_SHOWN = 3
+_LONGEST = 80
+
+
+def check_baseline(answers: Mapping[str, Answer], items: Sequence[Item], max_drop: float) -> str | None:
+    """Refuse an evaluation that exact routing fails, whatever the cause: a metric, column, stop string or template.
+
+    Where exact routing is right on few items, a policy that breaks the model has next to nothing to lose, and any policy
+    would be certified.
+
+    Args:
+        answers: exact routing's, by item digest.
+        items: among which those were asked.
+        max_drop: the accuracy limit, a share.
+
+    Returns:
+        A warning where exact routing is right on less than half, else None.
+
+    Raises:
+        CannotCertifyError: exact routing is right on too few items, or on no more than one constant answer would be.
+    """
+    asked = [item for item in items if item.digest in answers]
+    if not asked:
+        return None
+    right = sum(answers[item.digest].correct for item in asked)
+    share = right / len(asked)
+    least = min(_TIMES_THE_LIMIT * max_drop, _ENOUGH)
+    constant, times = Counter(item.answer.strip() for item in asked).most_common(1)[0]
+    told = f"exact routing is right on {right:,} of {len(asked):,} search items ({share:.1%})"
+    if share < least:
+        raise CannotCertifyError(
+            f"{told}; a limit of {max_drop * 100:g} points can be shown where it is right on {least:.0%} or more, since a policy cannot "
+            f"lose what is not there. {_examples(answers, asked)} Check metric, pattern, maxTokens, stop and the items' answers, "
+            "then begin anew with --fresh"
+        )
+    if len(asked) >= 20 and times > 1 and right <= times:
+        raise CannotCertifyError(
+            f"{told}, and always answering {constant[:_LONGEST]!r} would be right on {times:,}: these items cannot tell a policy that "
+            f"breaks the model from one that does not. {_examples(answers, asked)} Give items with other answers, then begin anew "
+            "with --fresh"
+        )
+    if share < _ENOUGH:
+        return f"{told}, less than half: check metric, pattern, maxTokens and stop. {_examples(answers, asked)}"
+    return None
+
+
+def _examples(answers: Mapping[str, Answer], asked: Sequence[Item]) -> str:
+    """Three items that were answered wrong, with the wanted and the given answer."""
+    wrong = [item for item in asked if not answers[item.digest].correct][:_SHOWN]
+    shown = [
+        f"{_short(item.prompt, tail=True)} wants {_short(item.answer)} and got {_short(answers[item.digest].text)}"
+        for item in wrong
+    ]
+    return f"For example: {'; '.join(shown)}." if shown else ""
+
+
+def _short(text: str, *, tail: bool = False) -> str:
+    if len(text) > _LONGEST:
+        text = "..." + text[-_LONGEST:] if tail else text[:_LONGEST] + "..."
+    return repr(text)
