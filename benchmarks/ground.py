@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,8 @@ def tuner_flags(folder: Path, out: str, limit_points: float) -> dict[str, Any]:
     items = folder / "items.jsonl"
     if not items.exists():
         make_items(ROWS_MOE, items, "eval", 10_000, seed=7)
-    (folder / "sere-ledger.json").unlink(missing_ok=True)  # a benchmark's items are not evidence for anybody
+    shutil.rmtree(folder / "state", ignore_errors=True)  # a benchmark's items are not evidence for anybody
+    os.environ["XDG_STATE_HOME"] = str(folder / "state")
     return {
         "--model": model, "--similarity": similarity, "--out": folder / out, "--engine-max-model-len": 128,
         "--engine-extra-args": '["--dtype","float32","--enforce-eager","--max-num-seqs","32"]',

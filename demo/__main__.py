@@ -127,6 +127,9 @@ def stage_engine(args: argparse.Namespace) -> dict[str, Any]:
         import shutil
 
         shutil.rmtree(BUILD / "run", ignore_errors=True)
+    os.environ["XDG_STATE_HOME"] = str(
+        BUILD / "run" / "state"
+    )  # --fresh forgets it: a demonstration's items are nobody's evidence
     status = run("sere", "tune", "-f", tuning, check=False)
     if status:
         report = BUILD / "run" / "report.html"

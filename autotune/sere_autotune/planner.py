@@ -11,6 +11,7 @@ from typing import Any
 from sere_ext.contract.errors import SereError
 
 from sere_autotune.calibration import Source
+from sere_autotune.study.ledger import spent_alpha
 from sere_autotune.study.schema import Pace
 from sere_autotune.trial.stats import items_needed, smallest_limit
 from sere_autotune.tuning.spec import TuningSpec, flag_value
@@ -85,19 +86,21 @@ def make_plan(
     *,
     source: Source,
     searches: bool = True,
+    warning: str | None = None,
 ) -> Plan:
     """Judge whether the limit can certify, and estimate the time.
 
     Args:
         items: distinct labelled items; cert_items of them are held out.
         noise: discordant share of exact against exact, from an earlier study; None if never measured.
-        openings: earlier studies that opened these held-out items.
+        openings: earlier studies that opened the most opened one of the held-out items.
         pace: of an earlier study on this model, None before the first.
         source: where the similarity artefact comes from.
         searches: False where a given policy is certified and nothing is searched.
+        warning: about the items, to be shown with the plan.
     """
     limit = spec.accuracy.max_drop_points / 100
-    alpha = spec.accuracy.alpha / 2**openings
+    alpha = spent_alpha(spec.accuracy.alpha, openings)
     usable = min(cert_items, spec.certify.items or cert_items)
     levels = len(spec.workload.load.levels)
     grid: Sequence[float] = (noise, 0.05) if noise is not None else (0.01, 0.02, 0.05)
@@ -115,7 +118,8 @@ def make_plan(
         can_certify=not problem, problem=problem,
         start_s=pace.start_s if pace else ASSUMED_START_S, trials=spec.search.trials if searches else 0,
         rungs=spec.search.rungs, search_s=search_seconds(spec, pace) if searches else 0.0, certify_s=spec.search.rungs * candidate_seconds(spec, pace, levels),
-        pace_known=pace is not None, notes=_notes(spec, items - cert_items, pace) if searches else [],
+        pace_known=pace is not None,
+        notes=([warning] if warning else []) + (_notes(spec, items - cert_items, pace) if searches else []),
     )  # fmt: skip
 
 

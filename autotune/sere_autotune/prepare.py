@@ -12,8 +12,9 @@ from sere_ext.contract.similarity import language_config, model_config_digest, n
 
 from sere_autotune import calibration, planner, preflight
 from sere_autotune.study.ledger import Ledger
-from sere_autotune.study.study import fingerprint
-from sere_autotune.trial.items import Item, load_items, set_digest, split
+from sere_autotune.study.study import study_id
+from sere_autotune.trial.duplicates import near_duplicates
+from sere_autotune.trial.items import Item, load_items, split
 from sere_autotune.tuning.spec import TuningSpec
 
 
@@ -66,11 +67,21 @@ def prepare(spec: TuningSpec, only: Policy | None = None) -> Prepared:
             f"{spec.similarity} was made for {similarity.model_name} ({similarity.model_type}, {similarity.num_experts} experts), "
             f"not for {spec.model}; make one with `sere calibrate {spec.model} --data FILE`"
         )
-    ledger = Ledger(Path(spec.out))
-    noise, pace = ledger.known(digest)
-    openings = ledger.openings(digest, set_digest(held_out), _study_name(spec, held_out, digest))
+    ledger = Ledger(digest, Path(spec.out))
+    noise, pace = ledger.known()
+    openings = ledger.openings(opened_items(spec, held_out), study_id(Path(spec.out)))
     source = calibration.find(spec, digest, only)
-    plan = planner.make_plan(spec, len(items), len(held_out), noise, openings, pace, source=source, searches=only is None)
+    plan = planner.make_plan(
+        spec,
+        len(items),
+        len(held_out),
+        noise,
+        openings,
+        pace,
+        source=source,
+        searches=only is None,
+        warning=near_duplicates(items),
+    )
     return Prepared(spec, items, mine, held_out, digest, source, plan)
 
 
@@ -100,5 +111,6 @@ def experts_per_token(config: dict[str, object]) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def _study_name(spec: TuningSpec, cert: Sequence[Item], config_digest: str) -> str:
-    return f"{Path(spec.out).resolve()} {fingerprint(spec, set_digest(cert), config_digest)[:19]}"
+def opened_items(spec: TuningSpec, held_out: Sequence[Item]) -> list[str]:
+    """Digests of the held-out items that a certificate may use, which certification opens."""
+    return [item.digest for item in held_out[: spec.certify.items or len(held_out)]]

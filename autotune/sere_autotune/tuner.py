@@ -15,17 +15,17 @@ from sere_ext.contract.policy import Policy
 from sere_autotune import calibration, planner
 from sere_autotune.certify.stage import certify
 from sere_autotune.outcome import BudgetExhaustedError, Ending, Outcome
-from sere_autotune.prepare import Prepared
+from sere_autotune.prepare import Prepared, opened_items
 from sere_autotune.result import ending, results
 from sere_autotune.search import learned
 from sere_autotune.search import rank as search
 from sere_autotune.search.given import given_ladder
 from sere_autotune.study.budget import Budget
-from sere_autotune.study.ledger import Ledger
+from sere_autotune.study.ledger import Ledger, spent_alpha
 from sere_autotune.study.meter import Meter
 from sere_autotune.study.run import Engine, Reporter, Run
 from sere_autotune.study.schema import ENGINE, OUTCOME, PACE, SEARCH_ENDED, SECONDS, SIMILARITY
-from sere_autotune.study.study import TuningStudy, fingerprint, forget
+from sere_autotune.study.study import TuningStudy, fingerprint, forget, study_id
 from sere_autotune.trial.items import set_digest
 from sere_autotune.trial.traffic import Traffic
 from sere_autotune.tuning.spec import TuningSpec
@@ -66,7 +66,7 @@ def tune(
     budget = Budget.of(spec.search, spec.engine.tensor_parallel_size)
     budget.began = time.monotonic()
     study.restore(budget)
-    ledger = Ledger(out)
+    ledger = Ledger(prepared.config_digest, out)
     try:
         stored = study.get(OUTCOME)
         # What a finished study found does not change; only a spent budget can be raised, or a certificate be gone without.
@@ -84,7 +84,9 @@ def tune(
         with contextlib.closing(Meter(study, budget)) as meter:
             engine = make_engine(spec, str(similarity) if similarity else None, meter.engine)
             run = Run(spec, study, engine, budget, Traffic(spec.workload, prepared.items), prepared.search, prepared.cert, report)
-            run.advisory, run.cert_items, run.alpha = advisory, prepared.plan.cert_items, prepared.plan.alpha
+            run.advisory, run.cert_items = advisory, prepared.plan.cert_items
+            earlier = ledger.openings(opened_items(spec, prepared.cert), study_id(out))
+            run.alpha = spent_alpha(spec.accuracy.alpha, earlier)
             run.similarity_digest = digest
             try:
                 outcome = _run(run, ledger, prepared, only)
@@ -150,13 +152,13 @@ def _run(run: Run, ledger: Ledger, prepared: Prepared, only: Policy | None) -> O
             with _timed(run, "search"):
                 search.rank(run)
                 ladder = learned.freeze_ladder(run)
-        ledger.note(prepared.config_digest, learned.noise_discordance(run), study.get(PACE))
+        ledger.note(learned.noise_discordance(run), study.get(PACE))
         if not ladder and (why := study.get(SEARCH_ENDED)):
             raise BudgetExhaustedError(f"the search ended with {why}; raise it")
         if not ladder:
             return ending.infeasible(run, [], [])
         with _timed(run, "certification"):
-            chosen, verdicts = certify(run, ladder, ledger, prepared.config_digest)
+            chosen, verdicts = certify(run, ladder, ledger)
     except BudgetExhaustedError as error:
         return Outcome(
             Ending.BUDGET, f"{error}; nothing was certified, exact routing stays", ending.counts(run), ending.nearest(run)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,9 +84,10 @@ def tune(folder: Path, name: str, arguments: list[str], report: Report, until_s:
     from sere_autotune.study.study import forget
 
     forget(folder / name)  # here, so that what is found after the time has ended is this run's
-    (folder / "sere-ledger.json").unlink(missing_ok=True)  # a benchmark's items are not evidence for anybody
+    shutil.rmtree(folder / "state", ignore_errors=True)  # a benchmark's items are not evidence for anybody
+    env = os.environ | {"XDG_STATE_HOME": str(folder / "state")}
     report.say("sere tune " + " ".join(arguments))
-    with subprocess.Popen([*TUNE, *arguments], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*TUNE, *arguments], stdout=subprocess.PIPE, text=True, env=env) as process:
         try:
             said, _ = process.communicate(timeout=max(until_s - report.seconds(), 0))
         except subprocess.TimeoutExpired:

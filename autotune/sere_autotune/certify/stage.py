@@ -24,7 +24,6 @@ from sere_autotune.search.baseline import check_baseline
 from sere_autotune.study.ledger import Ledger, spent_alpha
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import (
-    FINGERPRINT,
     LADDER_ENDED,
     OPENING,
     PACE,
@@ -35,9 +34,10 @@ from sere_autotune.study.schema import (
     block_key,
     verdict_key,
 )
+from sere_autotune.study.study import study_id
 from sere_autotune.trial import stats
 from sere_autotune.trial.engine import BlockReport, EngineCrashError
-from sere_autotune.trial.items import Item, set_digest
+from sere_autotune.trial.items import Item
 from sere_autotune.trial.measures import METRICS, answers, values
 from sere_autotune.words import duration
 
@@ -49,7 +49,7 @@ class _CandidateCrashError(SereError):
     """The engine died or hung in every attempt at a block under a candidate."""
 
 
-def certify(run: Run, ladder: Sequence[Candidate], ledger: Ledger, model_digest: str) -> tuple[int | None, list[Verdict]]:
+def certify(run: Run, ladder: Sequence[Candidate], ledger: Ledger) -> tuple[int | None, list[Verdict]]:
     """Walk the ladder. Returns the chosen candidate's index, or None, and the verdicts on those that were measured.
 
     Raises:
@@ -60,8 +60,7 @@ def certify(run: Run, ladder: Sequence[Candidate], ledger: Ledger, model_digest:
     opening = study.get(OPENING)
     if opening is None:
         _check_power(run, ladder)
-        name = study.get(FINGERPRINT) or ""
-        earlier = ledger.open(model_digest, set_digest(run.cert), f"{run.study.out.resolve()} {name[:19]}")
+        earlier = ledger.open([item.digest for item in run.cert[: run.cert_items]], study_id(study.out) or "")
         opening = Opening(earlier, spent_alpha(run.spec.accuracy.alpha, earlier))
         study.put(OPENING, opening)
     rules = Rules(

@@ -1,7 +1,12 @@
-"""What earlier studies leave for later ones, beside their folders: opened CERT sets, noise floors, measured pace.
+"""Which held-out items earlier studies opened, for each model; and the noise floor and pace that the last study measured.
 
-A CERT set that was opened before is no longer fresh, so a later study on it spends less: alpha / 2^j for the j-th
-earlier study. Kept in `sere-ledger.json` in the folder above `out`.
+An item that was opened before is no longer fresh: whoever tunes again after a look at its result has a second chance. So
+each study on items that were opened before may spend less of the significance level, and what all studies together may
+spend is the level that is claimed. The ledger counts items, not files, folders or sets: another `out`, `--fresh`,
+`sere certify` after `sere tune` and a file with one line more all open the same items again.
+
+There is one ledger per user and model, in `$XDG_STATE_HOME/sere` (`~/.local/state/sere`). Where no such folder can be
+written, as in some containers, it lies beside `out`.
 """
 
 from __future__ import annotations
@@ -10,21 +15,42 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sere_autotune.study.schema import Pace
 
+_KEPT = 0.25  # of the level that is left, what a study leaves for the ones after it
+
+
+def state_folder() -> Path:
+    """Where a user's programs keep what outlives a run (XDG base directory specification)."""
+    named = os.environ.get("XDG_STATE_HOME")
+    return (Path(named) if named else Path.home() / ".local" / "state") / "sere"
+
 
 class Ledger:
-    """One JSON file, changed under an advisory lock and replaced as a whole."""
+    """One JSON file for a model, changed under an advisory lock and replaced as a whole.
 
-    def __init__(self, out: Path) -> None:
-        self.path = out.resolve().parent / "sere-ledger.json"
+    Args:
+        model: digest of the model's configuration.
+        out: the study's folder, beside which the ledger lies if the user's own folder cannot be written.
+    """
 
-    def _read(self) -> dict[str, Any]:
+    def __init__(self, model: str, out: Path) -> None:
+        name = f"openings-{model.removeprefix('sha256:')[:16]}.json"
+        try:
+            folder = state_folder()
+            folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(folder, os.W_OK)
+        except (OSError, RuntimeError):  # a read-only home, or none
+            writable = False
+        self.path = folder / name if writable else out.resolve().parent / f"sere-{name}"
+
+    def read(self) -> dict[str, Any]:
+        """{"studies": {id: earlier openings}, "opened": {item digest: openings}, "noise": ..., "pace": ...}."""
         try:
             found = json.loads(self.path.read_text())
             return found if isinstance(found, dict) else {}
@@ -36,36 +62,55 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            content = self._read()
+            content = self.read()
             yield content
             partial = self.path.with_suffix(".part")
-            partial.write_text(json.dumps(content, indent=1) + "\n")
+            partial.write_text(json.dumps(content) + "\n")
             os.replace(partial, self.path)
 
-    def openings(self, model: str, cert: str, study: str) -> int:
-        """How many other studies opened this CERT set for this model before."""
-        seen = self._read().get("opened", {}).get(f"{model} {cert}", [])
-        return seen.index(study) if study in seen else len(seen)
+    def openings(self, items: Sequence[str], study: str | None) -> int:
+        """How many other studies opened the most opened one of these items before.
 
-    def open(self, model: str, cert: str, study: str) -> int:
-        """Note that `study` opens the set, once however often it is resumed. Returns the earlier openings."""
+        Args:
+            items: digests of the held-out items.
+            study: id of the study that asks; None where there is none yet.
+        """
+        return _openings(self.read(), items, study)
+
+    def open(self, items: Sequence[str], study: str) -> int:
+        """Note that `study` opens the items, once however often it is resumed. Returns the earlier openings."""
         with self._changed() as content:
-            seen = content.setdefault("opened", {}).setdefault(f"{model} {cert}", [])
-            if study not in seen:
-                seen.append(study)
-            return int(seen.index(study))
+            earlier = _openings(content, items, study)
+            studies, opened = content.setdefault("studies", {}), content.setdefault("opened", {})
+            if study not in studies:
+                studies[study] = earlier
+                for item in items:
+                    opened[item] = opened.get(item, 0) + 1
+            return earlier
 
-    def known(self, model: str) -> tuple[float | None, Pace | None]:
-        """The last study's discordant share of exact against exact and its pace, for a model; None where there was no study."""
-        found = self._read().get("models", {}).get(model) or {}
+    def known(self) -> tuple[float | None, Pace | None]:
+        """The last study's discordant share of exact against exact and its pace; None where there was no study."""
+        found = self.read()
         pace = found.get("pace")
         return found.get("noise"), Pace(**pace) if pace else None
 
-    def note(self, model: str, noise: float, pace: Pace | None) -> None:
+    def note(self, noise: float, pace: Pace | None) -> None:
+        """Keep what a study measured, for the plans of later ones."""
         with self._changed() as content:
-            content.setdefault("models", {})[model] = {"noise": noise, "pace": asdict(pace) if pace else None}
+            content.update(noise=noise, pace=asdict(pace) if pace else None)
+
+
+def _openings(content: dict[str, Any], items: Sequence[str], study: str | None) -> int:
+    if study is not None and study in content.get("studies", {}):
+        return int(content["studies"][study])
+    opened = content.get("opened", {})
+    return max((int(opened.get(item, 0)) for item in items), default=0)
 
 
 def spent_alpha(alpha: float, openings: int) -> float:
-    """alpha / 2^j: what may be spent on a CERT set that j earlier studies opened."""
-    return alpha / 2.0**openings
+    """What a study may spend of the level `alpha` after `openings` earlier studies of the same items.
+
+    Three quarters for the first and a quarter of the one before for each later study; the sum over all studies is `alpha`,
+    so that it is also the chance that any of them certifies a policy that breaks the limit.
+    """
+    return round(alpha * (1 - _KEPT) * _KEPT**openings, 12)

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from sere_autotune.tuning.spec import TuningSpec
 T = TypeVar("T")
 
 JOURNAL = "study.journal"
+_ID = "study.id"
 
 # What may change between a run and its continuation: budgets and places, not what is measured.
 _BUDGETS = {"trials", "device_hours", "wall_minutes"}
@@ -87,6 +89,8 @@ class TuningStudy:
             )
         if mark is not None and old is None:
             self.put(FINGERPRINT, mark)
+        if mark is not None and study_id(out) is None:
+            (out / _ID).write_text(uuid.uuid4().hex + "\n")
 
     def close(self) -> None:
         if self._lock is not None:
@@ -180,12 +184,20 @@ class TuningStudy:
         return [level.latency_ms["tpot"]["p50"] for level in self.levels(exact)] if exact else []
 
 
+def study_id(out: Path) -> str | None:
+    """What tells the study of a folder from every other, also from an earlier one there; None before it has begun."""
+    try:
+        return (out / _ID).read_text().strip() or None
+    except OSError:
+        return None
+
+
 def forget(out: Path) -> None:
     """Remove a study and what was written from it (`--fresh`). Raises UsageError while another tuner works there."""
     if not out.exists():
         return
     TuningStudy(out, None).close()
-    for name in (JOURNAL, "profile.json", "report.html", "summary.json"):
+    for name in (JOURNAL, _ID, "profile.json", "report.html", "summary.json"):
         (out / name).unlink(missing_ok=True)
     for stale in out.glob(JOURNAL + "*.lock"):
         os.unlink(stale)

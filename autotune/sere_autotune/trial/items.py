@@ -22,7 +22,7 @@ class Item:
     """One distinct labelled prompt.
 
     Attributes:
-        digest: of the prompt alone; the unit of the split and of every count.
+        digest: of the normalised prompt; the unit of the split and of every count.
         prompt: the text, or the last user's message of a conversation.
         answer: the right one.
         messages: the conversation that is sent by the chat template; () sends the prompt as plain text.
@@ -55,12 +55,17 @@ def _last_number(text: str) -> float | None:
 
 
 def load_items(accuracy: AccuracySpec) -> list[Item]:
-    """All tasks' items in the order of their digests, which is the order of a fixed shuffle; repeated prompts once.
+    """All tasks' items in the order of their digests, which is the order of a fixed shuffle; each unit of evidence once.
+
+    Prompts that differ in case, blanks and punctuation alone are one item, if they want the same answer. Items that
+    name the same `group` (questions on one text, variants of one exercise) stand or fall together, so they are no
+    independent evidence: the first of them by digest stands for the group.
 
     Raises:
         UsageError: a file or line that cannot be read, that lacks prompt or answer, or that repeats a prompt with another answer.
     """
     found: dict[str, Item] = {}
+    groups, raw = dict[str, str](), dict[str, str]()  # digest -> group, and -> the prompt as it was written
     for index, task in enumerate(accuracy.tasks):
         field = f"accuracy.tasks.{index}.file"
         columns = task.fields or ItemFields()
@@ -68,17 +73,43 @@ def load_items(accuracy: AccuracySpec) -> list[Item]:
             prompt = prompt_of(row, field, columns.prompt)
             messages = prompt.messages or (({"role": "user", "content": prompt.text},) if accuracy.chat else ())
             asked = json.dumps(messages, sort_keys=True) if len(prompt.messages) > 1 else prompt.text
-            digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
-            item = Item(digest, prompt.text, answer_of(row, field, columns.answer), task, messages, row.place)
+            answer = answer_of(row, field, columns.answer)
+            digest = _digest(normalised(asked))
+            if digest in found and found[digest].answer != answer and raw[digest] != asked:
+                digest = _digest(asked)  # alike in form, and another question all the same
+            item = Item(digest, prompt.text, answer, task, messages, row.place)
             known = found.setdefault(digest, item)
             if known.answer != item.answer:
                 raise UsageError(
                     f"{field}: {item.place} has the prompt of {known.place} with another answer ({item.answer[:40]!r}, there "
                     f"{known.answer[:40]!r}); remove one of the two lines"
                 )
+            raw.setdefault(digest, asked)
+            if (group := row.values.get("group")) is not None:
+                groups.setdefault(digest, f"{index} {group}")
     if not found:
         raise UsageError(f"accuracy.tasks: no items in {', '.join(task.file for task in accuracy.tasks)}")
-    return [found[digest] for digest in sorted(found)]
+    kept: list[Item] = []
+    seen: set[str] = set()
+    for digest in sorted(found):
+        group = groups.get(digest)
+        if group is None or group not in seen:
+            kept.append(found[digest])
+        if group is not None:
+            seen.add(group)
+    return kept
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_BORDER = re.compile(r"""(?<!\w)[.,;:!?"'`()]+|[.,;:!?"'`()]+(?!\w)""")  # never within a word or number: 1.5, 1,000, don't
+
+
+def normalised(prompt: str) -> str:
+    """A prompt without what does not make it another question: case, blanks, and punctuation at the borders of words."""
+    return " ".join(_BORDER.sub(" ", prompt).casefold().split())
 
 
 def search_count(total: int, asked: int | None) -> int:

@@ -246,13 +246,6 @@ def test_two_tuners_in_one_folder_are_refused(tmp_path: Path, items: Path) -> No
     held.close()
 
 
-def test_a_cert_set_opened_before_spends_half_of_alpha(tmp_path: Path, items: Path) -> None:
-    run(spec_for(tmp_path / "one", items, accuracy__maxDropPoints=2), PlantedEngine())
-    second = run(spec_for(tmp_path / "two", items, accuracy__maxDropPoints=2, search__seed=1), PlantedEngine())
-    assert second.summary["accuracy"]["alpha"] == pytest.approx(0.025)
-    assert second.summary["accuracy"]["earlierOpenings"] == 1
-
-
 def test_certify_alone_takes_a_policy(tmp_path: Path, items: Path) -> None:
     good = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 3}]})
     bad = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 1}]})

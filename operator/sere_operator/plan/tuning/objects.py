@@ -49,7 +49,7 @@ def tuning_file(spec: SereTuningJobSpec, storage: pods.Storage, folder: str = "r
     """tuning.yaml as `sere tune` reads it, with every URI turned into the path at which it is mounted.
 
     Args:
-        folder: of this run's study; the folder above it holds what runs share (`sere-ledger.json`).
+        folder: of this run's study; the folder above it holds what runs share (the ledger of opened items).
     """
     tuning, accuracy = spec.tuning, spec.accuracy
     engine: Object = {"tensorParallelSize": spec.engine.tensor_parallel_size, "extraArgs": list(spec.engine.extra_args)}
@@ -145,7 +145,7 @@ def job_spec(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaul
         "imagePullPolicy": defaults.image_pull_policy,
         "command": ["sere"],
         "args": ["tune", "-f", f"{TUNING_DIR}/tuning.yaml", "--publish", target],
-        "env": pods.environment(spec.model, spec.engine.env, {}),
+        "env": pods.environment(spec.model, spec.engine.env, {"XDG_STATE_HOME": f"{RUN_DIR}/state"}),
         "securityContext": pods.CONTAINER_SECURITY,
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": storage.mounts,

@@ -1,0 +1,308 @@
+"""How often a certificate is false: studies simulated through the product's own verdicts, most of them in adverse worlds.
+
+A study is false if it ends with a policy whose true drop is over the limit (`falseCertificates`) or whose true mean TPOT
+is not below exact routing's (`falseFaster`). Block by block the answers and latencies are drawn; pairing, tests, ladder,
+ledger and baseline check are the product's. Some whole studies run through `tuner.tune` on a planted engine as well.
+
+`make bench-verdicts` writes benchmarks/results/verdicts.json and fails where a share is not shown to be at most 5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sere_autotune.certify.verdict import Rules, judge, walk
+from sere_autotune.planner import CannotCertifyError
+from sere_autotune.search.baseline import check_baseline
+from sere_autotune.study.ledger import Ledger, spent_alpha
+from sere_autotune.study.schema import MeasuredBlock, Verdict
+from sere_autotune.trial.items import Item, load_items
+from sere_autotune.trial.measures import Answer
+from sere_autotune.trial.stats import clopper_pearson
+from sere_autotune.tuning.spec import AccuracySpec
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "verdicts.json"
+ALLOWED = 0.05
+ALPHA = 0.05  # of the family of all studies on the same items
+LIMIT = 0.01
+PAIRS = 10
+REQUESTS = 24  # timed requests of a block, for its latencies
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The truth about one candidate."""
+
+    drop: float  # share of items
+    speed: float = 1.3  # exact / candidate mean TPOT
+
+    @property
+    def harmful(self) -> bool:
+        return self.drop > LIMIT + 1e-12
+
+    @property
+    def faster(self) -> bool:
+        return self.speed > 1.0
+
+
+@dataclass(frozen=True)
+class World:
+    """What the studies of one row of the table meet."""
+
+    ladder: tuple[Policy, ...]
+    items: int = 3000
+    gained: float = 0.003  # share of items that a candidate gains beside its losses
+    noise: float = 0.08  # standard deviation of a block's log TPOT
+    drift: float = 0.0  # of log TPOT from one block to the next
+    exact_failures: float = 0.0  # share of exact routing's requests
+    correlation: float = 0.0  # standard deviation of the log of a block's loss rate
+    loads: tuple[float, ...] = (1.0,)  # weight of the drop at each load level
+    group: int = 1  # records that are variants of one question, and named so
+    earlier: int = 0  # studies on the same items before, each with the same ladder
+
+
+OVER = LIMIT + 0.0001  # just over the limit, where a false certificate is likeliest
+HARMFUL = (Policy(OVER, 1.2), Policy(OVER, 1.3), Policy(OVER, 1.4))
+SAME = (Policy(0.0, 1.0), Policy(0.0, 1.0), Policy(0.0, 1.0))
+WORLDS: dict[str, World] = {
+    "good policies": World((Policy(0.0005, 1.1), Policy(0.0025, 1.25), Policy(0.005, 1.4))),
+    "at the limit": World(HARMFUL),
+    "at the limit, many answers differ": World(HARMFUL, gained=0.02),
+    "half over the limit": World((Policy(0.015), Policy(0.015), Policy(0.02))),
+    "no policy is faster": World(SAME),
+    "no policy is faster, noisy machine": World(SAME, noise=0.3),
+    "policies are slower": World((Policy(0.0, 0.97), Policy(0.0, 0.95), Policy(0.0, 0.9))),
+    "drift of 2 % a block, no policy is faster": World(SAME, drift=0.02),
+    "drift of 2 % a block, at the limit": World(HARMFUL, drift=0.02),
+    "exact routing fails on 0.5 %": World(HARMFUL, exact_failures=0.005),
+    "exact routing fails on 0.05 %": World(HARMFUL, exact_failures=0.0005),
+    "answers correlated in blocks": World(HARMFUL, correlation=0.6),
+    "five variants of each question": World(HARMFUL, items=15_000, group=5),
+    "harm at one load of three": World((Policy(OVER),), loads=(3.0, 0.0, 0.0)),
+    "five studies on the same items": World(HARMFUL, earlier=4),
+}
+
+
+def outcomes(rng: np.random.Generator, world: World) -> Callable[[Policy], tuple[Bools, Bools]]:
+    """Answers of one study's items: a candidate's answers to them, always the same; fragile items are lost first."""
+    n = world.items // world.group
+    fragile = rng.random(n)
+    right = rng.random(n) < 0.8
+    levels = np.repeat(np.tile(np.array(world.loads), PAIRS), -(-n // (PAIRS * len(world.loads))))[:n]
+    block = np.repeat(np.arange(PAIRS * len(world.loads)), -(-n // (PAIRS * len(world.loads))))[:n]
+    wave = np.exp(rng.normal(0, world.correlation, block.max() + 1) - world.correlation**2 / 2)
+
+    def of(policy: Policy) -> tuple[Bools, Bools]:
+        lost = (policy.drop + world.gained) * levels * wave[block]
+        return right, np.where(right, fragile >= lost / 0.8, fragile < world.gained / 0.2)
+
+    return of
+
+
+def blocks(
+    rng: np.random.Generator,
+    world: World,
+    policy: Policy,
+    names: Sequence[str],
+    answers: tuple[Bools, Bools],
+    pairs: Sequence[int],
+) -> list[MeasuredBlock]:
+    """Both routings' blocks of some pairs. The pairs after the first PAIRS repeat the items."""
+    found = []
+    levels = len(world.loads)
+    per_block = -(-len(names) // (PAIRS * levels))
+    clock = 0
+    for pair in pairs:
+        for level in range(levels):
+            start = ((pair % PAIRS) * levels + level) * per_block
+            for routing in rng.permutation(["exact", "chosen"]):
+                right = answers[routing == "chosen"][start : start + per_block]
+                items = list(names[start : start + per_block])
+                marks = np.where(right, "1", "0")
+                if routing == "exact" and world.exact_failures:
+                    marks = np.where(rng.random(len(marks)) < world.exact_failures, "x", marks)
+                speed = policy.speed if routing == "chosen" else 1.0
+                middle = 20.0 / speed * np.exp(world.drift * clock + rng.normal(0, world.noise))
+                times = list(middle * np.exp(rng.normal(0, 0.1, REQUESTS)))
+                clock += 1
+                found.append(MeasuredBlock(
+                    pair, level, str(routing), items, "".join(marks), ["" for _ in items], {"tpot": times, "ttft": times, "e2el": times},
+                    10.0, len(items), int((marks == "x").sum()), 16.0,
+                ))  # fmt: skip
+    return found
+
+
+def certify(
+    rng: np.random.Generator, world: World, names: Sequence[str], alpha: float, answer: Callable[[Policy], Any]
+) -> Policy | None:
+    """The ladder of one study, as certify/stage.py walks it. Returns the chosen policy."""
+    loads = [f"load {index}" for index in range(len(world.loads))]
+    rules = Rules([("tpot", "p95", 1000.0)], LIMIT, alpha, 0.0, candidates=len(world.ladder), loads=loads)
+    verdicts: list[Verdict] = []
+    for policy in world.ladder:
+        measured = blocks(rng, world, policy, names, answer(policy), range(PAIRS))
+        verdict = judge(measured, rules)
+        if verdict.verdict == "undecided":
+            more = blocks(rng, world, policy, names, answer(policy), range(PAIRS, 2 * PAIRS))
+            verdict = judge([*measured, *more], rules)
+        verdicts.append(verdict)
+        if walk(verdicts)[1]:
+            break
+    chosen = walk(verdicts)[0]
+    return None if chosen is None else world.ladder[chosen]
+
+
+def grouped(folder: Path, world: World) -> list[str]:
+    """Names of the items that count, as the product reads a file of variants."""
+    path = folder / "items.jsonl"
+    lines = (json.dumps({"prompt": f"item {i}", "answer": str(i), "group": i // world.group}) + "\n" for i in range(world.items))
+    path.write_text("".join(lines))
+    return [item.digest for item in load_items(AccuracySpec.model_validate({"tasks": [str(path)]}))]
+
+
+def simulate(name: str, world: World, studies: int, seed: int) -> dict[str, int]:
+    """Counts over the studies of one world; a family of studies on the same items counts as one."""
+    count = {"studies": studies, "chosen": 0, "falseCertificates": 0, "falseFaster": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        names = grouped(Path(folder), world) if world.group > 1 else [f"item{i}" for i in range(world.items)]
+        for index in range(studies):
+            rng = np.random.default_rng([seed, index, *name.encode()])
+            os.environ["XDG_STATE_HOME"] = str(Path(folder) / str(index))
+            ledger = Ledger("sha256:simulated", Path(folder) / "out")
+            answer = outcomes(rng, world)
+            chosen: list[Policy] = []
+            for study in range(1 + world.earlier):
+                earlier = ledger.open(names, f"{study}") if world.earlier else 0
+                found = certify(rng, world, names, spent_alpha(ALPHA, earlier), answer)
+                chosen += [found] if found is not None else []
+            count["chosen"] += bool(chosen)
+            count["falseCertificates"] += any(policy.harmful for policy in chosen)
+            count["falseFaster"] += any(not policy.faster for policy in chosen)
+    return count
+
+
+def baseline(studies: int, seed: int) -> dict[str, int]:
+    """Evaluations that exact routing fails: a certificate there says nothing, so each that is not refused counts as false."""
+    from sere_autotune.tuning.spec import TaskSpec
+
+    count = {"studies": studies, "chosen": 0, "falseCertificates": 0, "falseFaster": 0}
+    task = TaskSpec(file="items.jsonl")
+    for index in range(studies):
+        rng = np.random.default_rng([seed, index])
+        share = (0.0, 0.01, 0.05)[index % 3]
+        items = [Item(f"{i}", f"item {i}", f"The answer is {i}", task) for i in range(500)]
+        answers = {item.digest: Answer(bool(rng.random() < share), item.prompt) for item in items}
+        try:
+            check_baseline(answers, items, LIMIT)
+        except CannotCertifyError:
+            continue
+        count["chosen"] += 1
+        count["falseCertificates"] += 1
+    return count
+
+
+def whole(studies: int, seed: int) -> dict[str, dict[str, int]]:
+    """Whole studies through `tuner.tune` on a planted engine: search, ladder, certificate, in three worlds."""
+    sys.path.insert(0, str(ROOT / "tests" / "kit"))
+    import planted
+
+    truth = planted.truth
+    rows: dict[str, dict[str, int]] = {}
+    worlds = {
+        "whole: as planted": truth,
+        "whole: every policy 0.05 points over the limit": (lambda policy: (OVER + 0.0024, 0.002, truth(policy)[2]) if policy.buckets else (0.0, 0.0, 1.0)),
+        "whole: every policy is slower": (lambda policy: (0.001, 0.001, 0.97) if policy.buckets else (0.0, 0.0, 1.0)),
+    }  # fmt: skip
+    for name, world in worlds.items():
+        count = {"studies": studies, "chosen": 0, "falseCertificates": 0, "falseFaster": 0}
+        for index in range(studies):
+            with tempfile.TemporaryDirectory() as folder:
+                os.environ["XDG_STATE_HOME"] = folder
+                path = Path(folder) / "items.jsonl"
+                lines = (json.dumps({"prompt": f"study {seed} {index} item {i}", "answer": str(i)}) + "\n" for i in range(4000))
+                path.write_text("".join(lines))
+                spec = planted.spec_for(Path(folder) / "out", path, search__seed=index, certify__pairs=PAIRS)
+                planted.truth = world
+                try:
+                    profile = planted.run(spec, planted.PlantedEngine()).profile
+                finally:
+                    planted.truth = truth
+            if profile is None:
+                continue
+            from sere_ext.contract.policy import Policy as Routing
+
+            lost, gained, speed = world(Routing.parse(profile["spec"]["policy"]))
+            count["chosen"] += 1
+            count["falseCertificates"] += lost - gained > LIMIT
+            count["falseFaster"] += speed <= 1.0
+        rows[name] = count
+    return rows
+
+
+def summary(rows: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """The result: both shares over all studies with their upper limits, and each world's row."""
+    total = sum(row["studies"] for row in rows.values())
+
+    def share(kind: str) -> dict[str, Any]:
+        count = sum(row[kind] for row in rows.values())
+        return {"studies": total, "count": count, "upperLimit": round(clopper_pearson(count, total)[1], 5)}
+
+    limits = {
+        name: {**row, **{f"{kind}UpperLimit": round(clopper_pearson(row[kind], row["studies"])[1], 4) for kind in ("falseCertificates", "falseFaster")}}
+        for name, row in rows.items()
+    }  # fmt: skip
+    return {
+        "allowed": ALLOWED, "confidence": 0.95, "falseCertificates": share("falseCertificates"), "falseFaster": share("falseFaster"),
+        "worlds": limits,
+    }  # fmt: skip
+
+
+def run(studies: int, whole_studies: int, seed: int, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """All worlds.
+
+    Args:
+        studies: simulated studies of each world.
+        whole_studies: studies through the whole tuner in each of its worlds.
+    """
+    rows = {}
+    for name, world in WORLDS.items():
+        families = max(2, studies // (1 + world.earlier) if world.earlier else studies)
+        rows[name] = simulate(name, world, families, seed)
+        say(f"{name}: {rows[name]}")
+    rows["exact routing is right on 0 to 5 %"] = baseline(studies, seed)
+    if whole_studies:
+        rows |= whole(whole_studies, seed)
+    return summary(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--studies", type=int, default=140, help="of each world")
+    parser.add_argument("--whole", type=int, default=16, help="whole studies through the tuner, of each of three worlds")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    began = time.monotonic()
+    result = run(args.studies, args.whole, args.seed, lambda text: print(text, flush=True))
+    result = {"seconds": round(time.monotonic() - began), "seed": args.seed, **result}
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps({key: result[key] for key in ("seconds", "falseCertificates", "falseFaster")}, indent=2))
+    if max(result[kind]["upperLimit"] for kind in ("falseCertificates", "falseFaster")) > ALLOWED:
+        raise SystemExit(f"a share is not shown to be at most {ALLOWED:.0%}")
+
+
+if __name__ == "__main__":
+    main()

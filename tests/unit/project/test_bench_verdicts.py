@@ -1,0 +1,25 @@
+"""`make bench-verdicts`: a tiny run of it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from sere_autotune.study.schema import SpeedVerdict, Verdict
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+import verdicts
+
+
+def test_a_tiny_run_counts_every_world_and_tells_false_from_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("good policies", "half over the limit", "policies are slower", "five studies on the same items")
+    monkeypatch.setattr(verdicts, "WORLDS", {name: verdicts.WORLDS[name] for name in names})
+    result = verdicts.run(studies=2, whole_studies=0, seed=0)
+    assert set(result["worlds"]) == {*names, "exact routing is right on 0 to 5 %"}
+    assert result["worlds"]["good policies"]["chosen"] == 2
+    assert result["falseCertificates"]["studies"] == result["falseFaster"]["studies"] == 10
+    assert result["falseCertificates"]["upperLimit"] > result["falseCertificates"]["count"] / 10
+    monkeypatch.setattr(
+        verdicts, "judge", lambda blocks, rules: Verdict("passed", "", speed=SpeedVerdict("faster", 1.1, 1.0, 1.2, 10, 0.03))
+    )
+    told = verdicts.run(studies=2, whole_studies=0, seed=0)
+    assert told["falseCertificates"]["count"] == told["falseFaster"]["count"] + 2 == 4, "a judge that passes everything is seen"
