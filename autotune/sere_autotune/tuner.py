@@ -21,6 +21,7 @@ from sere_autotune.search import learned
 from sere_autotune.search import rank as search
 from sere_autotune.search.given import given_ladder
 from sere_autotune.study.budget import Budget
+from sere_autotune.study.journal import FULL, DiskFullError
 from sere_autotune.study.ledger import Ledger, spent_alpha
 from sere_autotune.study.meter import Meter
 from sere_autotune.study.run import Engine, Reporter, Run
@@ -54,6 +55,7 @@ def tune(
 
     Raises:
         CannotCertifyError: refused before anything was spent.
+        DiskFullError: there is no room in `out`; what was finished is kept.
         SereError: broken input, or an engine that does not start.
     """
     spec, out = prepared.spec, prepared.out
@@ -94,6 +96,10 @@ def tune(
                 engine.stop()
         study.put(OUTCOME, outcome)
         return results.finish(run, outcome, similarity)
+    except OSError as error:
+        if error.errno in FULL:
+            raise DiskFullError(out, error) from error
+        raise
     finally:
         study.close()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
 from sere_autotune.study.budget import Budget
+from sere_autotune.study.journal import DiskFullError
 from sere_autotune.study.study import TuningStudy
 
 BEAT_S = 10.0  # what a kill loses at most
@@ -27,7 +29,8 @@ class Meter:
             self._budget.engine_started(now)
         else:
             self._budget.engine_stopped(now)
-        self._study.note_spent(self._budget)
+        with contextlib.nullcontext() if running else contextlib.suppress(DiskFullError):  # an engine must end all the same
+            self._study.note_spent(self._budget)
         if running:
             self._stopped.clear()
             self._thread = threading.Thread(target=self._beat, name="meter", daemon=True)
@@ -36,7 +39,8 @@ class Meter:
     def close(self) -> None:
         """Write down the last time; nothing is written after it."""
         self._rest()
-        self._study.note_spent(self._budget)
+        with contextlib.suppress(DiskFullError):  # whoever closes knows already, or is ending for another reason
+            self._study.note_spent(self._budget)
 
     def _rest(self) -> None:
         if self._thread is not None:
@@ -46,4 +50,5 @@ class Meter:
 
     def _beat(self) -> None:
         while not self._stopped.wait(BEAT_S):
-            self._study.note_spent(self._budget)
+            with contextlib.suppress(DiskFullError):  # the next trial or block says so, in the main thread
+                self._study.note_spent(self._budget)

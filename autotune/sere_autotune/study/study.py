@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.policy import canonical_json
 
 from sere_autotune.study.budget import Budget
+from sere_autotune.study.journal import Journal
 from sere_autotune.study.schema import ENQUEUED, FINGERPRINT, SPENT, Key, Spent, exact_answers_key
 from sere_autotune.trial.measures import Answer, LevelResult
 from sere_autotune.tuning.space import Space, Table
@@ -64,8 +64,11 @@ class TuningStudy:
             UsageError: another tuner has the folder open, or it holds a study of something else.
         """
         self.out = out
-        out.mkdir(parents=True, exist_ok=True)
-        self._lock: io.TextIOWrapper | None = (out / ".lock").open("w")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self._lock: io.TextIOWrapper | None = (out / ".lock").open("w")
+        except OSError as error:
+            raise UsageError(f"out: {out} cannot be used as the study's folder ({error.strerror}); name another") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -75,7 +78,7 @@ class TuningStudy:
         for stale in out.glob(JOURNAL + "*.lock"):
             stale.unlink(missing_ok=True)  # of a killed writer: we hold the folder
         self.study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(path))), study_name="sere", direction="minimize", load_if_exists=True
+            storage=JournalStorage(Journal(path)), study_name="sere", direction="minimize", load_if_exists=True
         )
         # This process is the only writer, so copies stay true: of what the journal holds, and of what was decoded from it.
         self._stored: dict[str, Any] = self.study.user_attrs
