@@ -128,7 +128,7 @@ def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, f
     console = Console(stderr=True, highlight=False)
     if only is not None:
         spec = spec.model_copy(update={"search": spec.search.model_copy(update={"rungs": 1})})
-    prepared = prepare.prepare(spec, only)
+    prepared = prepare.prepare(spec, only, publisher)
     if dry_run:
         return _dry_run(prepared, advisory, as_json)
     if not prepared.plan.can_certify and not advisory:

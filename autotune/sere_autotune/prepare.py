@@ -11,7 +11,7 @@ from sere_ext.contract.policy import Policy
 from sere_ext.contract.similarity import language_config, model_config_digest, names_folder, read_meta
 
 from sere_autotune import calibration, planner, preflight
-from sere_autotune.study.ledger import Ledger
+from sere_autotune.study.ledger import Ledger, Shared
 from sere_autotune.study.study import study_id
 from sere_autotune.trial.duplicates import near_duplicates
 from sere_autotune.trial.items import Item, load_items, split
@@ -29,17 +29,19 @@ class Prepared:
     config_digest: str
     source: calibration.Source
     plan: planner.Plan
+    ledger: Ledger
 
     @property
     def out(self) -> Path:
         return Path(self.spec.out)
 
 
-def prepare(spec: TuningSpec, only: Policy | None = None) -> Prepared:
+def prepare(spec: TuningSpec, only: Policy | None = None, shared: Shared | None = None) -> Prepared:
     """Read and check all input, and make the plan.
 
     Args:
         only: the policy to certify, where nothing is to be searched.
+        shared: where a cluster keeps which held-out items were opened; None outside.
 
     Raises:
         UsageError: a missing or bad file, a prompt that does not fit, a similarity artefact of another model, too few items, a
@@ -67,7 +69,7 @@ def prepare(spec: TuningSpec, only: Policy | None = None) -> Prepared:
             f"{spec.similarity} was made for {similarity.model_name} ({similarity.model_type}, {similarity.num_experts} experts), "
             f"not for {spec.model}; make one with `sere calibrate {spec.model} --data FILE`"
         )
-    ledger = Ledger(digest, Path(spec.out))
+    ledger = Ledger(digest, Path(spec.out), shared)
     noise, pace = ledger.known()
     openings = ledger.openings(opened_items(spec, held_out), study_id(Path(spec.out)))
     source = calibration.find(spec, digest, only)
@@ -82,7 +84,7 @@ def prepare(spec: TuningSpec, only: Policy | None = None) -> Prepared:
         searches=only is None,
         warning=near_duplicates(items),
     )
-    return Prepared(spec, items, mine, held_out, digest, source, plan)
+    return Prepared(spec, items, mine, held_out, digest, source, plan, ledger)
 
 
 def read_config(spec: TuningSpec) -> dict[str, object]:

@@ -68,7 +68,7 @@ def tune(
     budget = Budget.of(spec.search, spec.engine.tensor_parallel_size)
     budget.began = time.monotonic()
     study.restore(budget)
-    ledger = Ledger(prepared.config_digest, out)
+    ledger = prepared.ledger
     try:
         stored = study.get(OUTCOME)
         # What a finished study found does not change; only a spent budget can be raised, or a certificate be gone without.

@@ -6,6 +6,8 @@ artefact lies in ConfigMaps beside it (`sere_ext.contract.shards`), written befo
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import os
 import time
@@ -16,7 +18,7 @@ from typing import Any
 
 import httpx2
 from sere_ext.contract.errors import SereError, UsageError
-from sere_ext.contract.shards import MAX_FILE_BYTES, config_maps, encoded, uri
+from sere_ext.contract.shards import MAX_FILE_BYTES, OPENINGS_NAME, config_maps, encoded, uri
 
 from sere_autotune.result.results import Finished
 
@@ -136,6 +138,27 @@ class Publisher:
             self._persist(body)
         return uri(bodies)
 
+    def read_openings(self, model: str) -> dict[str, Any]:
+        """What earlier tuning runs of this namespace noted of a model's held-out items (`study.ledger`); {} where there is nothing.
+
+        Applied without data by a field manager that owns none, the ConfigMap is made if it is missing and comes back as it is.
+        """
+        found = self._persist(
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": OPENINGS_NAME}}, "sere-openings-reader"
+        )
+        packed = (found.get("data") or {}).get(model)
+        try:
+            content = json.loads(gzip.decompress(base64.b64decode(packed))) if packed else {}
+        except (OSError, EOFError, ValueError) as error:
+            raise PublishError(f"key {model} of ConfigMap {OPENINGS_NAME} cannot be read ({error}); delete the key") from error
+        return content if isinstance(content, dict) else {}
+
+    def write_openings(self, model: str, content: dict[str, Any]) -> None:
+        """Note them for the runs that follow. Each model's key has a field manager of its own, so no run removes another's."""
+        packed = base64.b64encode(gzip.compress(json.dumps(content).encode(), mtime=0)).decode()
+        body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": OPENINGS_NAME}, "data": {model: packed}}
+        self._persist(body, f"sere-openings-{model}")
+
     def failed(self, message: str, exit_code: int, outcome: str = "Failed") -> None:
         body = {"outcome": outcome, "message": message, "exitCode": exit_code, "trials": {}}
         self._persist(self._result({"outcome.json": json.dumps(body)}))
@@ -143,13 +166,13 @@ class Publisher:
     def _result(self, data: dict[str, str]) -> dict[str, Any]:
         return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": self.target.name}, "data": data}
 
-    def _persist(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _persist(self, body: dict[str, Any], manager: str = FIELD_MANAGER) -> dict[str, Any]:
         """Apply, with patience; the object as it is then."""
         deadline = time.monotonic() + _FINAL_PATIENCE_S
         pause = 1.0
         while True:
             try:
-                return self._apply(body)
+                return self._apply(body, manager)
             except httpx2.HTTPError as error:
                 if time.monotonic() > deadline:
                     raise PublishError(f"the API server at {self.access.url} cannot be reached: {error}") from error
@@ -159,13 +182,13 @@ class Publisher:
             time.sleep(pause)
             pause = min(pause * 2, 30)
 
-    def _apply(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _apply(self, body: dict[str, Any], manager: str = FIELD_MANAGER) -> dict[str, Any]:
         name, namespace = body["metadata"]["name"], self.target.namespace
         # Without the proxies of the environment: those are for weights from outside, and know no address of the cluster.
         with httpx2.Client(trust_env=False, verify=self.access.ca, timeout=20) as client:
             answer = client.patch(
                 f"{self.access.url}/api/v1/namespaces/{namespace}/configmaps/{name}",
-                params={"fieldManager": FIELD_MANAGER, "force": "true"},
+                params={"fieldManager": manager, "force": "true"},
                 content=json.dumps(body).encode(),
                 headers={"Content-Type": "application/apply-patch+yaml", "Authorization": f"Bearer {self.access.token()}"},
             )

@@ -6,7 +6,7 @@ spend is the level that is claimed. The ledger counts items, not files, folders 
 `sere certify` after `sere tune` and a file with one line more all open the same items again.
 
 There is one ledger per user and model, in `$XDG_STATE_HOME/sere` (`~/.local/state/sere`). Where no such folder can be
-written, as in some containers, it lies beside `out`.
+written, as in some containers, it lies beside `out`. In a cluster the openings are published as well, and read back there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sere_autotune.study.schema import Pace
 
@@ -31,16 +31,25 @@ def state_folder() -> Path:
     return (Path(named) if named else Path.home() / ".local" / "state") / "sere"
 
 
+class Shared(Protocol):
+    """Where a cluster keeps the openings, since the files of a tuning pod end with the pod. Keys are short model digests."""
+
+    def read_openings(self, model: str) -> dict[str, Any]: ...
+    def write_openings(self, model: str, content: dict[str, Any]) -> None: ...
+
+
 class Ledger:
     """One JSON file for a model, changed under an advisory lock and replaced as a whole.
 
     Args:
         model: digest of the model's configuration.
         out: the study's folder, beside which the ledger lies if the user's own folder cannot be written.
+        shared: also read from and written to; an opening that cannot be written there raises before any item is opened.
     """
 
-    def __init__(self, model: str, out: Path) -> None:
-        name = f"openings-{model.removeprefix('sha256:')[:16]}.json"
+    def __init__(self, model: str, out: Path, shared: Shared | None = None) -> None:
+        self._model, self._shared = model.removeprefix("sha256:")[:16], shared
+        name = f"openings-{self._model}.json"
         try:
             folder = state_folder()
             folder.mkdir(parents=True, exist_ok=True)
@@ -53,9 +62,14 @@ class Ledger:
         """{"studies": {id: earlier openings}, "opened": {item digest: openings}, "noise": ..., "pace": ...}."""
         try:
             found = json.loads(self.path.read_text())
-            return found if isinstance(found, dict) else {}
         except (OSError, ValueError):
-            return {}
+            found = {}
+        mine: dict[str, Any] = found if isinstance(found, dict) else {}
+        theirs = self._shared.read_openings(self._model) if self._shared is not None else {}
+        opened = dict(theirs.get("opened", {}))
+        for item, count in mine.get("opened", {}).items():
+            opened[item] = max(count, opened.get(item, 0))
+        return {**mine, "studies": {**theirs.get("studies", {}), **mine.get("studies", {})}, "opened": opened}
 
     @contextlib.contextmanager
     def _changed(self) -> Iterator[dict[str, Any]]:
@@ -86,6 +100,8 @@ class Ledger:
                 studies[study] = earlier
                 for item in items:
                     opened[item] = opened.get(item, 0) + 1
+                if self._shared is not None:
+                    self._shared.write_openings(self._model, {"studies": studies, "opened": opened})
             return earlier
 
     def known(self) -> tuple[float | None, Pace | None]:

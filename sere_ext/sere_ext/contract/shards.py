@@ -26,6 +26,7 @@ SHARD_BYTES = 900 * 1024  # with its header; leaves room for a ConfigMap's other
 POLICY_SHARDS = 16  # places in a pod's policy volume: for two artefacts of up to 8, one in force and one on its way
 SHARD_MAGIC = b"sere-similarity-shard 1\n"
 _HEADER_BYTES = 512
+OPENINGS_NAME = "sere-openings"  # ConfigMap of a namespace: which held-out items tuning runs opened, one key for each model
 MAX_FILE_BYTES = POLICY_SHARDS * (SHARD_BYTES - _HEADER_BYTES)  # of an artefact that pods can be given
 _KEY = re.compile(r"shard-(\d{3})-of-(\d{3})")
 

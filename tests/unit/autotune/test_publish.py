@@ -14,6 +14,7 @@ import pytest
 from sere_autotune.outcome import Ending, Outcome
 from sere_autotune.result.publish import Access, Publisher, PublishError, Target
 from sere_autotune.result.results import Finished
+from sere_autotune.study.ledger import Ledger
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.shards import MAX_FILE_BYTES, join, places
 
@@ -25,6 +26,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.requests: list[tuple[str, dict[str, str], dict]] = []
         self.statuses: list[int] = []
+        self.data: dict[str, dict[str, str]] = {}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -35,7 +37,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.requests.append((self.path, dict(self.headers), body))
         status = self.server.statuses.pop(0) if self.server.statuses else 200
         metadata = {**body["metadata"], "ownerReferences": OWNERS}
-        answer = json.dumps({"message": "told why", "metadata": metadata}).encode()
+        kept = self.server.data.setdefault(body["metadata"]["name"], {})
+        if status < 300:
+            kept |= body.get("data", {})
+        answer = json.dumps({"message": "told why", "metadata": metadata, "data": kept}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
@@ -164,3 +169,29 @@ def test_the_right_to_publish_is_tried_before_anything_is_spent(server: Server, 
     with pytest.raises(PublishError, match="refused for good"):
         commands._main(None, None, False, False, False, False, "configmap/models/qwen3-tuning")  # type: ignore[arg-type]
     assert json.loads(server.requests[0][2]["data"]["progress.json"])["stage"] == "starting"
+
+
+def test_opened_items_are_noted_in_the_namespace_and_read_back_by_the_next_pod(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pods, each with an empty disk of its own, and a study that is resumed on the second one."""
+    items = [f"{i:016x}" for i in range(8000)]
+
+    def pod(name: str) -> Ledger:
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / name))
+        return Ledger("sha256:" + "ab" * 32, tmp_path / name / "out", publisher(server))
+
+    first, second = pod("first"), pod("second")
+    assert first.openings(items, None) == 0
+    assert first.open(items, "one") == 0
+    assert second.openings(items, None) == 1
+    assert second.openings(items, "one") == 0
+    assert second.open(items[:10], "two") == 1
+    assert pod("third").openings(items, None) == 2
+    assert len(server.data["sere-openings"]["ab" * 8]) < 200_000, "8,000 items fit many times over"
+    managers = {path.split("fieldManager=")[1] for path, *_ in server.requests}
+    assert managers == {"sere-openings-reader&force=true", f"sere-openings-{'ab' * 8}&force=true"}
+    server.statuses += [200, 403]
+    with pytest.raises(PublishError):
+        first.open(items, "three")
+    assert pod("fourth").openings(items, None) == 2, "what cannot be noted is not opened"

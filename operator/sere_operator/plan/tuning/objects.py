@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-from sere_ext.contract.shards import POLICY_SHARDS, config_map_name
+from sere_ext.contract.shards import OPENINGS_NAME, POLICY_SHARDS, config_map_name
 from sere_ext.contract.tuning import SearchBudget
 
 from sere_operator.api import meta
@@ -94,7 +94,8 @@ def build(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaults)
     # Of this run alone: one of the same name that was deleted and made again begins anew.
     folder = f"{name}-{str(owner['metadata']['uid'])[:8]}"
     text = json.dumps(tuning_file(spec, storage, folder), indent=2)  # JSON is YAML
-    rules = [{"apiGroups": [""], "resources": ["configmaps"], "resourceNames": result_names(name), "verbs": ["create", "patch"]}]
+    names = [*result_names(name), OPENINGS_NAME]
+    rules = [{"apiGroups": [""], "resources": ["configmaps"], "resourceNames": names, "verbs": ["create", "patch"]}]
     run = run_name(name)
     rbac = "rbac.authorization.k8s.io"
     return [
