@@ -34,6 +34,7 @@ def explain(deployment: Object, pods: Sequence[Object], config_map: Object | Non
     """
     return [
         *_what_runs(deployment, config_map),
+        *_why_pods_fail(pods),
         *_why_not_better(deployment),
         *_tuning(deployment, job),
         *_pods(deployment, pods),
@@ -119,25 +120,62 @@ def _tuning(deployment: Object, job: Object | None) -> list[str]:
     return sentences
 
 
+def _why_pods_fail(pods: Sequence[Object]) -> list[str]:
+    """One sentence per cause of pods that cannot run, in the kubelet's or the scheduler's words, with the pods' names."""
+    causes: dict[str, list[str]] = {}
+    for pod in pods:
+        cause = None if pod_ready(pod) else failure_of(pod)
+        if cause is not None:
+            causes.setdefault(cause, []).append(pod["metadata"]["name"])
+    sentences = []
+    for cause, names in causes.items():
+        who = f"Pod {names[0]}" if len(names) == 1 else f"{len(names)} pods ({names[0]} and others)"
+        where = f" Its last log lines: `kubectl logs {names[0]} --previous`." if "exit code" in cause else ""
+        sentences.append(f"{who} cannot run: {cause.rstrip('.')}.{where}")
+    return sentences
+
+
+def failure_of(pod: Object) -> str | None:
+    """Why a pod does not run, None where nothing says that it cannot: it may still be loading the model."""
+    status = pod.get("status") or {}
+    scheduled = find_condition(status.get("conditions") or [], "PodScheduled")
+    if scheduled is not None and scheduled.get("status") == "False":
+        return f"no node takes it: {scheduled.get('message') or scheduled.get('reason')}"
+    for container in (*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])):
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        ended = (container.get("lastState") or {}).get("terminated") or (container.get("state") or {}).get("terminated")
+        if ended and ended.get("exitCode"):
+            words = " ".join(str(ended.get("message") or ended.get("reason") or "").split())[-300:]
+            restarts = container.get("restartCount", 0)
+            return f"{waiting.get('reason') or 'it ended'}, exit code {ended['exitCode']}, {restarts} restarts: {words}"
+        if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+            return f"{waiting['reason']}: {waiting.get('message') or container.get('image')}"
+    return None
+
+
 def _pods(deployment: Object, pods: Sequence[Object]) -> list[str]:
     if not pods:
         return ["There is no pod."]
-    own = {p["metadata"]["name"]: (p["metadata"].get("annotations") or {}).get(meta.POLICY_ANNOTATION) for p in pods}
-    told = [f"{pod} is told to run {digest}" for pod, digest in sorted(own.items()) if digest]
     ready = sum(pod_ready(pod) for pod in pods)
     sentences = [f"{ready} of {len(pods)} pods pass their readiness probe."]
-    return [*sentences, *(f"Pod {text}, whatever the others run." for text in told)]
+    for pod in sorted(pods, key=lambda pod: str(pod["metadata"]["name"])):
+        digest = (pod["metadata"].get("annotations") or {}).get(meta.POLICY_ANNOTATION)
+        if digest:
+            sentences.append(f"Pod {pod['metadata']['name']} has orders to run policy {digest}, whatever the others run.")
+    return sentences
 
 
 def _judged(deployment: Object) -> list[str]:
     generation = deployment["metadata"].get("generation", 0)
     seen = (deployment.get("status") or {}).get("observedGeneration")
     if seen is None:
-        return ["The operator has not looked at it yet; check that it runs."]
+        return ["No operator has judged this resource yet; check that one runs and manages this namespace."]
     if seen < generation:
+        owner = (deployment.get("status") or {}).get("operator")
+        who = f"operator {owner}" if owner else "the operator"
         return [
-            f"The operator has not judged the current spec (generation {generation}, judged {seen}): "
-            "it is at work or down. What runs goes on."
+            f"The current spec (generation {generation}) has not been judged yet, only generation {seen}: {who} is at work on it "
+            "or does not run. What runs goes on."
         ]
     return []
 

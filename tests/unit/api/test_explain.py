@@ -124,11 +124,56 @@ def test_tuning_under_way() -> None:
 
 def test_pods_on_a_policy_of_their_own() -> None:
     sentences = explain(deployment(), [pod("a", policy=NEWER), pod("b")], MAP, None)
-    assert f"Pod a is told to run {NEWER}, whatever the others run." in sentences
+    assert f"Pod a has orders to run policy {NEWER}, whatever the others run." in sentences
     assert explain(deployment(), [], MAP, None)[-1] == "There is no pod."
 
 
 def test_an_operator_that_is_behind_or_absent() -> None:
-    assert told(deployment(generation=3))[-1].startswith("The operator has not judged the current spec (generation 3, judged 1)")
+    behind = told(deployment(generation=3, operator="sere-system/sere-operator"))[-1]
+    assert behind.startswith("The current spec (generation 3) has not been judged yet, only generation 1: operator sere-system/")
     fresh = {**deployment(), "status": {}}
-    assert told(fresh, None)[-1] == "The operator has not looked at it yet; check that it runs."
+    assert told(fresh, None)[-1] == "No operator has judged this resource yet; check that one runs and manages this namespace."
+
+
+def failing(name: str, state: dict[str, Any], last: dict[str, Any] | None = None, **status: Any) -> dict[str, Any]:
+    container = {"image": "e:9", "restartCount": 4, "state": state, "lastState": last or {}}
+    made = pod(name, ready=False)
+    made["status"] |= {"containerStatuses": [container], **status}
+    return made
+
+
+CRASH = failing(
+    "a", {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 40s restarting failed container"}},
+    {"terminated": {"exitCode": 1, "reason": "Error", "message": "OSError: /mnt/pvc/models/qwen3\n  is no folder"}},
+)  # fmt: skip
+IMAGE = failing("b", {"waiting": {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "e:9"'}})
+NODE = pod("c", ready=False)
+NODE["status"]["conditions"].append(
+    {"type": "PodScheduled", "status": "False", "message": "0/3 nodes: Insufficient nvidia.com/gpu."}
+)
+
+
+@pytest.mark.parametrize(
+    ("pods", "sentence"),
+    [
+        (
+            [CRASH],
+            "Pod a cannot run: CrashLoopBackOff, exit code 1, 4 restarts: OSError: /mnt/pvc/models/qwen3 is no folder. "
+            "Its last log lines: `kubectl logs a --previous`.",
+        ),
+        ([IMAGE], 'Pod b cannot run: ImagePullBackOff: Back-off pulling image "e:9".'),
+        ([NODE], "Pod c cannot run: no node takes it: 0/3 nodes: Insufficient nvidia.com/gpu."),
+        ([NODE, {**NODE, "metadata": {"name": "d"}}], "2 pods (c and others) cannot run: no node takes it: 0/3 nodes: Insufficient nvidia.com/gpu."),
+    ],
+    ids=["crash", "image", "node", "two of one cause"],
+)  # fmt: skip
+def test_why_pods_cannot_run_comes_right_after_what_runs(pods: list[dict[str, Any]], sentence: str) -> None:
+    conditions = [condition("PolicyApplied", "False", "PolicyPending", "1 of 1 pods do not show exact yet")]
+    sentences = explain(deployment(conditions=conditions), pods, MAP, None)
+    assert sentences[1] == sentence
+
+
+def test_a_pod_that_loads_its_model_is_not_called_failing() -> None:
+    for state in ({"waiting": {"reason": "ContainerCreating"}}, {"running": {}}):
+        assert not [s for s in explain(deployment(), [failing("a", state)], MAP, None) if "cannot run" in s]
+    assert "cannot run" not in " ".join(explain(deployment(), [pod("a")], MAP, None))
