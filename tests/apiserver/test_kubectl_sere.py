@@ -88,7 +88,7 @@ def policies(client: DynamicClient, namespace: str) -> dict[str, str]:
 @pytest.mark.usefixtures("served")
 def test_exact_reaches_the_resource_the_pods_and_pods_to_come(client: DynamicClient, namespace: str, plugin: Sere) -> None:
     done = plugin("exact", "qwen3-static", "--wait", "0")
-    assert (done.returncode, done.stdout) == (0, "kill switch on for qwen3-static: 2 pod(s) told\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "kill switch on for qwen3-static: 2 pod(s) ordered\n"), done.stderr
     assert annotations(client, namespace, "SereDeployment", "qwen3-static")[meta.OVERRIDE_ANNOTATION] == "exact"
     nonces = set()
     for name in ("one", "two"):
@@ -106,7 +106,7 @@ def test_exact_reaches_the_resource_the_pods_and_pods_to_come(client: DynamicCli
 def test_exact_off_takes_everything_back(client: DynamicClient, namespace: str, plugin: Sere) -> None:
     plugin("exact", "qwen3-static", "--wait", "0")
     done = plugin("exact", "qwen3-static", "--off", "--wait", "0")
-    assert (done.returncode, done.stdout) == (0, "kill switch lifted for qwen3-static: 2 pod(s) told\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "kill switch lifted for qwen3-static: 2 pod(s) ordered\n"), done.stderr
     assert meta.OVERRIDE_ANNOTATION not in annotations(client, namespace, "SereDeployment", "qwen3-static")
     assert meta.OVERRIDE_ANNOTATION not in annotations(client, namespace, "Pod", "one")
     assert "override" not in policies(client, namespace)

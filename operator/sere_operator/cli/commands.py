@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
     @operator.command("run")
     def run() -> None:
-        """Run the operator until it is told to stop. Settings are environment variables; the chart sets them."""
+        """Run the operator until a signal ends it. Settings are environment variables; the chart sets them."""
         import_module("sere_operator.runtime.main").main()
 
     @operator.command("crds")

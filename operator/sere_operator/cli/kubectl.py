@@ -1,8 +1,8 @@
 """`kubectl sere`: what runs and why, the kill switch, rollback. Works with the operator down.
 
 Every command reads and writes the API server alone. What a command changes is what the pods themselves read (their
-annotations, the policy ConfigMap), so it takes effect without the operator; the annotation on the resource tells the
-operator that it was meant.
+annotations, the policy ConfigMap), so it takes effect without the operator; the annotation on the resource keeps the
+operator from undoing it.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def exact(
         if _try(problems, step):
             asked.append(pod)
     what = "lifted" if off else "on"
-    typer.echo(f"kill switch {what} for {name}: {len(asked)} pod(s) told")
+    typer.echo(f"kill switch {what} for {name}: {len(asked)} pod(s) ordered")
     if wait and asked:
         _confirm(cluster, asked, not off, wait)
     if problems:
@@ -178,7 +178,7 @@ def _follows(state: Object, override: bool) -> bool:
 
 
 def _confirm(cluster: Cluster, pods: list[str], override: bool, seconds: float) -> None:
-    """Ask the pods until all say so. A cluster where they cannot be asked is said, not taken for an answer."""
+    """Ask the pods until all of them confirm. Pods that cannot be asked are named as not confirmed."""
     until, open_pods, last = time.monotonic() + seconds, set(pods), ""
     while open_pods and time.monotonic() < until:
         for pod in sorted(open_pods):

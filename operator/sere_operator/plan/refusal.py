@@ -16,7 +16,7 @@ from sere_operator.plan.patch import merge_patch, merged
 from sere_operator.plan.snapshot import Event, Plan, Resource
 
 RETRY_S = 30.0  # until a refused write is tried again without an event
-# What can be refused without making the writes after it wrong. Without its ConfigMaps a pod must not be told of a policy, and
+# What can be refused without making the writes after it wrong. Without its ConfigMaps a pod must not get the order to run a policy, and
 # a tuning job must not spend anything before its tuner may publish.
 INDEPENDENT = frozenset({"Deployment", "Service", "PodDisruptionBudget", "HorizontalPodAutoscaler", meta.TUNING_JOB_KIND})
 
@@ -41,7 +41,7 @@ class Refusal:
 def refused(resource: Resource, plan: Plan, refusals: Sequence[Refusal]) -> Plan:
     """What is left of a plan after refusals: its status, with the condition that users wait for False, and one Warning.
 
-    Where the plan ended with a refusal its own status is dropped, since that tells of writes that were not done.
+    Where the plan ended with a refusal its own status is dropped, since it describes writes that were not done.
     """
     kind = ConditionType.COMPLETE if resource.object.get("kind") == meta.TUNING_JOB_KIND else ConditionType.READY
     message = "; ".join(map(str, refusals))[:1024]

@@ -56,7 +56,7 @@ class Answers:
             grace_s: how long the answer is waited for. It is not, where the last answer took longer.
             wake: called once when an answer comes that this call did not wait for. The next call returns that answer.
             stand_in: whether an answer of up to KEEP_S ago may be returned while a newer one is on its way.
-            aside: entered while this call waits, so that the caller's turn can go to another.
+            aside: entered while this call waits, so that the caller's place can go to another.
         """
         known = self._questions.setdefault(question, _Question())
         now = self.clock()
@@ -79,7 +79,7 @@ class Answers:
         value = None
         try:
             value = await call()
-        except Exception as error:  # pods are not ours: whatever they say, it is no answer
+        except Exception as error:  # pods are not ours: whatever goes wrong with one, it is no answer
             log.warning("pod", error=repr(error)[:300])  # without the question, which may hold a key
         known.value, known.at = value, self.clock()
         known.slow = known.at - known.began > grace_s

@@ -1,4 +1,4 @@
-"""Since when the operator has looked at a resource without a gap: time that it slept through is evidence against nobody."""
+"""Since when a resource has been reconciled without a gap. What happened in a gap is no evidence against anybody's pods."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 
 from sere_operator.runtime.reconciler import Key
 
-GAP_S = 10.0  # a look that begins so long after it was due: this process was starved, or its look failed
+GAP_S = 10.0  # a reconciliation that begins so long after it was due: this process was starved, or the one before failed
 
 
 @dataclass
 class Attention:
-    """Looks per resource, in memory: a new process has looked at nothing yet."""
+    """When each resource was reconciled, in memory: a new process has reconciled nothing yet."""
 
     clock: Callable[[], float] = time.monotonic
     _since: dict[Key, float] = field(default_factory=dict)
     _due: dict[Key, float] = field(default_factory=dict)
 
     def begin(self, key: Key) -> float:
-        """A look begins. Returns the seconds for which looks have followed each other as planned."""
+        """A reconciliation begins. Returns the seconds for which one has followed the other as planned."""
         now = self.clock()
         if now > self._due.get(key, now) + GAP_S or key not in self._since:
             self._since[key] = now
@@ -28,7 +28,7 @@ class Attention:
         return now - self._since[key]
 
     def end(self, key: Key, next_s: float | None) -> None:
-        """A look has ended well; the next is due in `next_s` seconds. None: there will be none."""
+        """A reconciliation has succeeded; the next is due in `next_s` seconds. None: there will be none."""
         if next_s is None:
             self._since.pop(key, None)
             self._due.pop(key, None)

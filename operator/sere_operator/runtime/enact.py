@@ -18,7 +18,7 @@ from sere_operator.runtime.client import Client
 log = structlog.get_logger(__name__)
 
 
-# HTTP statuses by which the API server refuses an object as it is; 500 is how it tells of a webhook that is down.
+# HTTP statuses by which the API server refuses an object as it is; 500 is its answer where a webhook is down.
 REFUSALS = frozenset({400, 403, 405, 413, 422, 500})
 
 
@@ -48,7 +48,7 @@ async def enact(client: Client, resource: Resource, plan: Plan, leads: Callable[
             await write()
         except ApiError as error:
             if kind == "Pod" and error.status in (404, 409):
-                continue  # gone, or another pod of that name: the next look sees it
+                continue  # gone, or another pod of that name: the next reconciliation sees it
             if error.status not in REFUSALS:
                 raise
             refusals.append(Refusal(kind, name, error.words))

@@ -56,7 +56,7 @@ class Wakes:
         else:
             self._off.discard(key)
         self._reconciler.wake(key)
-        if kind == meta.TUNING_JOB_KIND:  # its SereDeployment waits for what it says
+        if kind == meta.TUNING_JOB_KIND:  # its SereDeployment waits for its result
             self.child(body["metadata"].get("labels") or {}, namespace)
 
     def child(self, labels: Any, namespace: str) -> None:

@@ -32,8 +32,8 @@ class Health:
         for name, text, value in (
             ("sere_operator_leading", "1 where this process holds the Lease", lambda: float(self.leading)),
             ("sere_operator_resources", "resources known", lambda: float(len(self.reconciler.entries))),
-            ("sere_operator_reconciliations_total", "looks that ended well", lambda: float(self.reconciler.reconciled)),
-            ("sere_operator_reconciliation_errors_total", "looks that failed", lambda: float(self.reconciler.failed)),
+            ("sere_operator_reconciliations_total", "reconciliations that succeeded", lambda: float(self.reconciler.reconciled)),
+            ("sere_operator_reconciliation_errors_total", "reconciliations that failed", lambda: float(self.reconciler.failed)),
             (
                 "sere_operator_writes_total",
                 "writes to the API server",

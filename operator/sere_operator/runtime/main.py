@@ -1,4 +1,4 @@
-"""The operator process: wait for the Lease, then watch and reconcile until told to stop or the Lease is lost.
+"""The operator process: wait for the Lease, then watch and reconcile until a signal ends it or the Lease is lost.
 
 Run by `sere operator run` or `python -m sere_operator.runtime.main`.
 """
@@ -35,7 +35,7 @@ from sere_operator.runtime.lease import Elector, LeaseSettings, LostLeaseError, 
 from sere_operator.runtime.observe import observe, observe_tuning
 from sere_operator.runtime.pacing import Rollouts
 from sere_operator.runtime.probe import Prober
-from sere_operator.runtime.reconciler import Key, Reconciler, Turn
+from sere_operator.runtime.reconciler import Key, Place, Reconciler
 from sere_operator.runtime.settings import Settings
 from sere_operator.runtime.switch import KillSwitch
 
@@ -73,7 +73,7 @@ class Operator:
         self.switch_client = Client(Api(in_cluster_or_kubeconfig(), meta.FIELD_MANAGER, timeout_s=5.0), threads=8)
         self.switch = Reconciler(KillSwitch(self.switch_client, lambda: self.elector.leads).work, workers=settings.workers)
         self.attention = Attention()
-        self._told: dict[Key, str] = {}  # what was last said about refused tokens
+        self._token_problems: dict[Key, str] = {}  # the last Warning about refused tokens, by resource
         self.healing = Healing()
         self.rollouts = Rollouts(settings.engine_rollouts)
         self._challenged: dict[str, float] = {}  # by uid: when another operator's ownership was last asked about
@@ -83,17 +83,17 @@ class Operator:
         self.elector = Elector(self.client, lease, settings.identity)
         self._stop = asyncio.Event()
 
-    async def work(self, key: Key, turn: Turn) -> float | None:
-        """One look at one resource. Returns the seconds until the next, None if it is gone."""
+    async def work(self, key: Key, place: Place) -> float | None:
+        """Reconcile one resource. Returns the seconds until it is due again, None if it is gone."""
         watched_s = self.attention.begin(key)
-        next_s = await self._look(key, watched_s, turn)
+        next_s = await self._reconcile(key, watched_s, place)
         self.attention.end(key, next_s)
         return next_s
 
-    async def _look(self, key: Key, watched_s: float, turn: Turn) -> float | None:
+    async def _reconcile(self, key: Key, watched_s: float, place: Place) -> float | None:
         kind, namespace, name = key
         api_key, problem = await self._api_key(key)
-        prober = self.prober.for_resource(partial(self.reconciler.wake, key), turn.aside, api_key)
+        prober = self.prober.for_resource(partial(self.reconciler.wake, key), place.aside, api_key)
         defaults = self.settings.defaults
         if kind == meta.TUNING_JOB_KIND:
             run = await observe_tuning(self.client, prober, namespace, name, defaults)
@@ -105,11 +105,11 @@ class Operator:
             snapshot = await observe(self.client, prober, namespace, name, defaults)
             if snapshot is None:
                 self.rollouts.forget(key)
-                self._told.pop(key, None)
+                self._token_problems.pop(key, None)
                 return None
             plan = decide(replace(snapshot, watched_s=watched_s), defaults)
             seen, plan = snapshot, self.rollouts.paced(key, snapshot, plan)
-            self._tell(key, plan, problem or "; ".join(prober.refusals))
+            self._warn_of_tokens(key, plan, problem or "; ".join(prober.refusals))
         plan = self._claimed(seen, plan) or self.healing.paced(key, marked(seen, plan, self.settings.instance))
         if plan.writes:
             log.info(
@@ -144,11 +144,11 @@ class Operator:
         except (LookupError, TypeError, ValueError):
             return None, f"Secret {name} has no key {field}, which spec.engine.apiKeySecret names"
 
-    def _tell(self, key: Key, plan: Plan, problem: str) -> None:
-        """One Warning about tokens that are refused, again only in other words."""
-        if problem and self._told.get(key) != problem:
+    def _warn_of_tokens(self, key: Key, plan: Plan, problem: str) -> None:
+        """Add one Warning about tokens that pods refuse; another one only when the reason changes."""
+        if problem and self._token_problems.get(key) != problem:
             plan.events.append(Event("Warning", "TokenRefused", problem))
-        self._told[key] = problem
+        self._token_problems[key] = problem
 
     def _claimed(self, seen: Resource, plan: Plan) -> Plan | None:
         """What is written instead of the plan where another operator looks after the resource."""

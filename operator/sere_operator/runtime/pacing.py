@@ -1,6 +1,6 @@
 """How many models' pods are replaced at a time because of the operator itself, such as by an upgrade with another default image.
 
-Without this an upgrade replaces every engine of the cluster within seconds. What a user edits is never held up: it replaces the
+Without this an upgrade replaces every engine of the cluster within seconds. What a user edits never waits: it replaces the
 pods of one model, and the user knows of it.
 """
 
@@ -25,7 +25,7 @@ RETRY_S = 15.0
 
 @dataclass
 class Rollouts:
-    """Which Deployments are replacing pods, as the looks at them show it; in memory, for a new process sees them again.
+    """Which Deployments are replacing pods, as the last reconciliation of each saw it. In memory: a new process sees them again.
 
     limit  Deployments at a time, 1 or more
     """

@@ -1,6 +1,6 @@
-"""One loop per resource: look, decide, write, and look again when woken or when the plan asks for it.
+"""One loop per resource: observe, decide, write, and again when it is woken or when its plan asks for it.
 
-Level-based: a wake-up carries no content. Whatever is missed is found by the next look, so events may be lost, doubled
+Level-based: a wake-up carries no content. Whatever was missed is found by the next reconciliation, so events may be lost, doubled
 or late without harm. A resource is never worked on twice at a time.
 """
 
@@ -21,7 +21,7 @@ from sere_operator.runtime.enact import NotLeadingError
 log = structlog.get_logger(__name__)
 
 Key = tuple[str, str, str]  # kind, namespace, name
-Work = Callable[[Key, "Turn"], Awaitable[float | None]]  # seconds until the next time, None: gone, forget it
+Work = Callable[[Key, "Place"], Awaitable[float | None]]  # seconds until the next time, None: gone, forget it
 
 MAX_BACKOFF_S = 60.0
 
@@ -36,7 +36,7 @@ class _Entry:
     due: float = 0.0
 
 
-class Turn:
+class Place:
     """One of the places for work that goes on at the same time, held by one piece of work."""
 
     def __init__(self, places: asyncio.Semaphore) -> None:
@@ -121,7 +121,7 @@ class Reconciler:
 
     async def _once(self, key: Key, entry: _Entry) -> float | None:
         try:
-            delay = await self.work(key, Turn(self._places))
+            delay = await self.work(key, Place(self._places))
         except NotLeadingError:
             raise
         except Exception as error:  # one resource's trouble must not stop the others
@@ -130,7 +130,7 @@ class Reconciler:
             backoff = min(MAX_BACKOFF_S, 0.5 * 2 ** min(entry.failures, 8)) * random.uniform(0.8, 1.2)
             known = isinstance(error, ApiError)
             if known and error.status == 409:  # type: ignore[attr-defined]
-                backoff = 0.2  # somebody was quicker; look again
+                backoff = 0.2  # somebody wrote in between; observe again
             log.warning(
                 "reconcile", kind=key[0], namespace=key[1], name=key[2], error=str(error) or repr(error), exc_info=not known
             )

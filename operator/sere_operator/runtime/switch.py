@@ -17,7 +17,7 @@ from sere_operator.kube import ApiError
 from sere_operator.plan.snapshot import Object, PodPatch
 from sere_operator.runtime.client import Client
 from sere_operator.runtime.enact import NotLeadingError
-from sere_operator.runtime.reconciler import Key, Turn
+from sere_operator.runtime.reconciler import Key, Place
 
 log = structlog.get_logger(__name__)
 
@@ -43,8 +43,8 @@ class KillSwitch:
     def __init__(self, client: Client, leads: Callable[[], bool]) -> None:
         self._client, self._leads = client, leads
 
-    async def work(self, key: Key, _: Turn) -> None:
-        """Turn re-routing off in every pod of this SereDeployment, if its annotation says so.
+    async def work(self, key: Key, _: Place) -> None:
+        """Place re-routing off in every pod of this SereDeployment, if its annotation says so.
 
         Raises:
             NotLeadingError: the Lease is not held any more.

@@ -9,11 +9,11 @@ import pytest
 from sere_operator.runtime import health, main
 from sere_operator.runtime.handlers import Wakes
 from sere_operator.runtime.health import STALE_WATCH_S, Health
-from sere_operator.runtime.reconciler import Key, Reconciler, Turn
+from sere_operator.runtime.reconciler import Key, Place, Reconciler
 from sere_operator.runtime.settings import Settings
 
 
-async def nothing(key: Key, turn: Turn) -> float | None:
+async def nothing(key: Key, place: Place) -> float | None:
     return None
 
 

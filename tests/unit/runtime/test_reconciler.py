@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 from sere_operator.runtime.enact import NotLeadingError
-from sere_operator.runtime.reconciler import Key, Reconciler, Turn
+from sere_operator.runtime.reconciler import Key, Place, Reconciler
 
 A: Key = ("SereDeployment", "ns", "a")
 B: Key = ("SereDeployment", "ns", "b")
@@ -23,7 +23,7 @@ async def run_for(reconciler: Reconciler, seconds: float) -> None:
 async def test_wakes_are_merged_and_one_during_the_work_is_not_lost() -> None:
     runs, at_once = 0, 0
 
-    async def work(key: Key, turn: Turn) -> float | None:
+    async def work(key: Key, place: Place) -> float | None:
         nonlocal runs, at_once
         at_once += 1
         assert at_once == 1, "one resource was worked on twice at a time"
@@ -45,7 +45,7 @@ async def test_wakes_are_merged_and_one_during_the_work_is_not_lost() -> None:
 async def test_it_looks_again_after_the_time_that_the_plan_asks_for() -> None:
     runs = []
 
-    async def work(key: Key, turn: Turn) -> float | None:
+    async def work(key: Key, place: Place) -> float | None:
         runs.append(asyncio.get_running_loop().time())
         return 0.05
 
@@ -60,7 +60,7 @@ async def test_a_failure_is_tried_again_with_backoff_and_others_go_on() -> None:
     times: dict[str, list[float]] = {"a": [], "b": []}
     enough = asyncio.Event()
 
-    async def work(key: Key, turn: Turn) -> float | None:
+    async def work(key: Key, place: Place) -> float | None:
         times[key[2]].append(asyncio.get_running_loop().time())
         if len(times["a"]) >= 2 and len(times["b"]) >= 3:
             enough.set()
@@ -79,7 +79,7 @@ async def test_a_failure_is_tried_again_with_backoff_and_others_go_on() -> None:
 
 
 async def test_what_is_gone_is_forgotten_and_a_lost_lease_ends_all() -> None:
-    async def work(key: Key, turn: Turn) -> float | None:
+    async def work(key: Key, place: Place) -> float | None:
         if key == B:
             raise NotLeadingError
         return None

@@ -14,7 +14,7 @@ from sere_ext.contract.profile import GoldenPrompt
 from sere_operator.runtime.answers import Answers
 from sere_operator.runtime.fetch import MIB, NoAnswerError, fetch, new_client
 from sere_operator.runtime.probe import Prober, parse_metrics
-from sere_operator.runtime.reconciler import Key, Reconciler, Turn
+from sere_operator.runtime.reconciler import Key, Place, Reconciler
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -204,11 +204,11 @@ async def test_golden_prompts_run_aside_and_count_only_while_the_policy_is_in_fo
 async def test_work_that_waits_aside_gives_its_place_to_others() -> None:
     done, both, all_done = [], asyncio.Event(), asyncio.Event()
 
-    async def work(key: Key, turn: Turn) -> float | None:
+    async def work(key: Key, place: Place) -> float | None:
         if key[2].startswith("sick"):
 
             async def wait() -> None:
-                async with turn.aside():
+                async with place.aside():
                     await both.wait()
 
             await asyncio.gather(wait(), wait(), wait())

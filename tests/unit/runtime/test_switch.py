@@ -9,7 +9,7 @@ import pytest
 from sere_operator.runtime.client import Client
 from sere_operator.runtime.enact import NotLeadingError
 from sere_operator.runtime.handlers import Wakes
-from sere_operator.runtime.reconciler import Key, Reconciler, Turn
+from sere_operator.runtime.reconciler import Key, Place, Reconciler
 from sere_operator.runtime.switch import KillSwitch
 
 KEY: Key = ("SereDeployment", "ns", "m")
@@ -41,7 +41,7 @@ class Cluster:
 
 
 async def run(cluster: Cluster, leads: bool = True) -> None:
-    await KillSwitch(cast("Client", cluster), lambda: leads).work(KEY, Turn(asyncio.Semaphore(1)))
+    await KillSwitch(cast("Client", cluster), lambda: leads).work(KEY, Place(asyncio.Semaphore(1)))
 
 
 async def test_every_pod_that_does_not_have_it_yet_is_switched_off_also_of_a_spec_that_cannot_be_read() -> None:
@@ -73,7 +73,7 @@ async def test_without_the_lease_nothing_is_written() -> None:
 
 
 async def test_it_is_woken_by_the_annotation_and_by_pods_that_come_later() -> None:
-    async def nothing(key: Key, turn: Turn) -> float | None:
+    async def nothing(key: Key, place: Place) -> float | None:
         return None
 
     looks, switch = Reconciler(nothing), Reconciler(nothing)
