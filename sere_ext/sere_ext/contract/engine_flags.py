@@ -34,6 +34,7 @@ OWNED_FLAGS: Final[dict[str, str]] = {
     "--middleware": "the operator's probes would pass through it",
     "--api-key": "an argument shows the key to everyone who may read pods; name its Secret in spec.engine.apiKeySecret, or set VLLM_API_KEY",
     "--api-server-count": "the canary counts the latencies of one API server",
+    "-asc": "the canary counts the latencies of one API server",
     "--headless": "the engine must answer the operator's probes",
     "--ssl-keyfile": _ENCRYPTED,
     "--ssl-certfile": _ENCRYPTED,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from matrices import symmetric
 from planted import PlantedEngine, run, spec_for, write_items
+from sere_autotune import calibration, commands
 from sere_autotune.calibration import Origin, make_publishable
 from sere_autotune.prepare import read_config
+from sere_autotune.tuning.file import to_yaml
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.profile import Profile
 from sere_ext.contract.similarity import SimilarityMeta, model_config_digest, read_meta
@@ -116,3 +119,23 @@ def test_what_is_published_is_what_was_certified_also_where_only_the_second_star
     write_similarity(own, meta.model_copy(update={"tokens": 8}), plain.matrices)
     with pytest.raises(UsageError, match="was measured with"):  # a finished study is told again, with its own artefact alone
         run(spec, PlantedEngine(), artefact_limit=10**6)
+
+
+def test_trust_in_the_models_code_is_handed_to_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the option of `sere tune` and by the engine's own argument; and nothing is read from standard input."""
+    spec = spec_for(tmp_path / "out", write_items(tmp_path / "items.jsonl", 60))
+    (tmp_path / "out").mkdir()
+    calls: list[tuple[list[str], Any]] = []
+
+    def ran(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        calls.append((command, options["stdin"]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(calibration.subprocess, "run", ran)
+    file = tmp_path / "tuning.yaml"
+    file.write_text(to_yaml(spec))
+    for trust, given in ((False, {}), (True, {}), (False, {"engine_extraargs": "[--trust_remote_code]"})):
+        source = calibration.Source(Origin.CALIBRATED, tmp_path / "s.safetensors")
+        calibration.provide(source, commands._read_spec(file, given, trust), [])
+    assert ["--trust-remote-code" in command for command, _ in calls] == [False, True, True]
+    assert {stdin for _, stdin in calls} == {subprocess.DEVNULL}

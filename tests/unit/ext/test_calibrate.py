@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -464,3 +464,37 @@ def test_calibration_texts(tmp_path: Path) -> None:
             read_texts(jsonl)
     with pytest.raises(UsageError, match="the calibration data: cannot read"):
         read_texts(tmp_path / "missing.jsonl")
+
+
+def changed_weights(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """The small model with other tensors in its file."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(MODEL, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["a scale that is not read", "a weight that is not there"])
+def test_weights_that_were_not_loaded_are_an_error(tmp_path: Path, kind: str) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        if kind.startswith("a scale"):
+            tensors[next(name for name in tensors if "expert" in name) + "_scale"] = torch.ones(1)
+        else:
+            del tensors[next(name for name in tensors if ".gate." in name)]
+
+    model = changed_weights(tmp_path / "model", change)
+    (tmp_path / "a.jsonl").write_text('{"text": "1+1=2"}\n')
+    with pytest.raises(UsageError, match=r"weights of experts or routers are not those .* calibrate the unquantised model"):
+        calibrate(str(model), tmp_path / "a.jsonl", tmp_path / "out.safetensors", Options(sequences=1))
+
+
+def test_damaged_weights_are_one_sentence(tmp_path: Path) -> None:
+    shutil.copytree(MODEL, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "1+1=2"}\n')
+    with pytest.raises(UsageError, match="cannot load the model") as refused:
+        calibrate(str(tmp_path / "model"), tmp_path / "a.jsonl", tmp_path / "out.safetensors", Options(sequences=1))
+    assert "\n" not in str(refused.value)

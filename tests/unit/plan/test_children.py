@@ -13,7 +13,7 @@ from sere_ext.contract.shards import encoded, join
 from sere_ext.control.watch import desired
 from sere_operator.api.common import SpecError, parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
-from sere_operator.plan.objects import children
+from sere_operator.plan.objects import children, pods
 from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.objects.revision import revision
 from sere_operator.plan.objects.volume import PolicyEntry, policy_config_map, shard_config_maps
@@ -105,6 +105,25 @@ def test_a_claim_is_mounted_once_and_read_only() -> None:
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
     assert mounts["/mnt/pvc/models"]["readOnly"] is True
     assert (mounts["/v"]["readOnly"], mounts["/v"]["subPath"]) == (True, "s")
+
+
+def test_claims_whose_names_differ_by_a_dot_stay_two_volumes() -> None:
+    storage = pods.Storage()
+    claims = ("a.b", "a-b", "a" * 70 + ".x", "a" * 70 + "-x")
+    paths = {storage.claim(claim): claim for claim in claims}
+    assert len({volume["name"] for volume in storage.volumes}) == len(claims)
+    assert all(len(volume["name"]) <= 63 and "." not in volume["name"] for volume in storage.volumes)
+    by_name = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in storage.volumes}
+    assert {mount["mountPath"]: by_name[mount["name"]] for mount in storage.mounts} == paths
+
+
+def test_a_folder_of_a_claim_is_the_folder_of_its_own_mount() -> None:
+    wanted = spec(
+        model={"uri": "pvc://models/a"}, volumes=[{"name": "v", "claimName": "models", "mountPath": "/v", "subPath": "s"}]
+    )
+    (container,) = children.pod_template("m", wanted, Defaults())["spec"]["containers"]
+    folders = {mount["mountPath"]: mount.get("subPath") for mount in container["volumeMounts"]}
+    assert (folders["/mnt/pvc/models"], folders["/v"]) == (None, "s")
 
 
 def test_the_policy_config_maps_are_what_the_plug_in_reads() -> None:

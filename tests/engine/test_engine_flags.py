@@ -1,0 +1,20 @@
+"""The flags that `extraArgs` may not hold, against the parser of the vLLM that is installed."""
+
+from __future__ import annotations
+
+from sere_autotune.trial.engine import _serve_arguments
+from sere_ext.contract.engine_flags import OWNED_FLAGS, owned_flag
+
+
+def test_owned_flags_are_vllms_and_no_other_flag_is_taken_for_one() -> None:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = _serve_arguments()(FlexibleArgumentParser())
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    ours = {flag for flag in OWNED_FLAGS if flag not in known} - {"--max-num-active-seqs", "--headless"}
+    assert ours == set(), "flags that this vLLM does not know"
+    same = {flag: {*action.option_strings} for action in parser._actions for flag in action.option_strings}
+    wrong = {flag for flag in known if (taken := owned_flag(flag)) and taken not in same[flag]}
+    assert wrong <= {f"--no-{flag.removeprefix('--')}" for flag in OWNED_FLAGS}, "flags that only begin like one of ours"
+    short = {flag for flag in known if owned_flag(flag) is None and same[flag] & set(OWNED_FLAGS)}
+    assert short == set(), "other names of our flags"
