@@ -51,9 +51,9 @@ class LayerState:
     top_k: int
     renormalise: bool
     scoring: int | None  # kernel.SOFTMAX or SIGMOID; None if the router's scores cannot be recomputed from logits
-    slot: int = -1  # the operators' number of this layer, given by `ops.bind`
     freed: int = kernel.REPEAT  # or kernel.MINUS_ONE: what the experts' kernel takes for an unused slot
     real: Any = field(default_factory=lambda: np.full(1, ALL_REAL, np.int32))  # real rows of the running step; shared by layers
+    slot: int = field(init=False, default=-1)  # the operators' number of this layer, given by `ops.bind`
     table: Any = field(default_factory=lambda: np.zeros((MAX_BUCKETS, kernel.COLUMNS), np.int32))
     limits: Any = field(init=False)  # uint16 [MAX_BUCKETS, E], see csrc/reroute_core.h
     neighbours: Any = field(init=False)  # uint16 [E, E - 1]
