@@ -55,8 +55,9 @@ def widened(recipe: Recipe, folder: Path, factor: int = 0) -> tuple[Path, Path]:
     Args:
         factor: of the widening; 0 takes the recipe's own.
     """
-    from sere_ext.contract.similarity import model_config_digest
-    from sere_ext.similarity.file import model_config_dict, read_similarity, write_similarity
+    from sere_ext.contract.model_config import model_config_digest
+    from sere_ext.similarity.file import read_similarity, write_similarity
+    from sere_ext.similarity.hub import model_config_dict
 
     factor = factor or recipe.widening
     model, similarity = folder / f"model-{factor}", folder / f"similarity-{factor}.safetensors"

@@ -74,22 +74,22 @@ def soak(model: Path, folder: Path, switches: int, arguments: list[str]) -> dict
     with serving(model, folder / "serve.log", *FEW_BLOCKS, *arguments, SERE_CONTROL_TOKEN=TOKEN) as server:
         answers = [complete(server.url, model, f"prompt {n}") for n in range(4)]
         state = get_state(server.url)
-        ranks = len(state["ranks"])
+        ranks = len(state.ranks)
         with Load(server.url, model) as load:
             for turn in range(WARM_UP_SWITCHES):  # everything is used once
                 put_policy(server.url, turns[turn % len(turns)], similarity=str(similarity), token=TOKEN)
             marks = [(load.done, server.resident_mib())]
             time.sleep(LOAD_ONLY_SECONDS)
             marks.append((load.done, server.resident_mib()))
-            first, began = get_state(server.url)["generation"], time.monotonic()
+            first, began = get_state(server.url).generation, time.monotonic()
             for turn in range(1, switches + 1):
                 wanted, clean = turns[turn % len(turns)], turn % CLEAN_EVERY == 0
                 at = time.perf_counter()
                 state = put_policy(server.url, wanted, similarity=str(similarity), clean=clean, token=TOKEN)
                 ms["clean" if clean else "plain"].append((time.perf_counter() - at) * 1e3)
-                seen = {(rank["policyDigest"], rank["generation"]) for rank in state["ranks"]}
-                if seen != {(wanted.digest, first + turn)} or len(state["ranks"]) != ranks:
-                    wrong.append(f"switch {turn} to {wanted.digest}: {state['ranks']}")
+                seen = {(rank.policy_digest, rank.generation) for rank in state.ranks}
+                if seen != {(wanted.digest, first + turn)} or len(state.ranks) != ranks:
+                    wrong.append(f"switch {turn} to {wanted.digest}: {state.ranks}")
                 digests[wanted.digest] += 1
                 if turn % max(switches // 4, 1) == 0:
                     marks.append((load.done, server.resident_mib()))

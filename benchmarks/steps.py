@@ -46,22 +46,21 @@ class Steps:
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Serve one request of the module's docstring."""
-        digest, before = "exact", {}
+        before: dict[Any, Any] = {}
         if self.plugged:
             from sere_ext.contract.policy import Policy
-            from sere_ext.control.switch import switch_llm
+            from sere_ext.contract.state import by_key
+            from sere_ext.control.switch import llm_states, switch_llm
 
             policy = Policy.parse(json.dumps({"buckets": [request["bucket"]]}))
-            before = switch_llm(self.llm, policy)[0]["counters"]
-            digest = policy.digest
+            before = by_key(switch_llm(self.llm, policy)[0].counters)
         self.parts.clear()
         tpots = [self.wave(wave, request["tokens"]) for wave in request["waves"]]
         found: dict[str, Any] = {"tpotMs": tpots, "counters": None}
         if self.plugged:
-            bucket = request["bucket"]
-            name = f"{digest}|{bucket['minTokens']}-{bucket['maxTokens']}"
-            after = self.llm.collective_rpc("sere_state")[0]["counters"][name]
-            found["counters"] = {key: value - before.get(name, {}).get(key, 0) for key, value in after.items()}
+            key = (policy.digest, None, policy.buckets[0].label)
+            gained = by_key(llm_states(self.llm)[0].counters)[key].since(before.get(key)).to_json_dict()
+            found["counters"] = {name: value for name, value in gained.items() if isinstance(value, int)}
         if request.get("parts"):
             found["parts"] = dict(self.parts)
         return found

@@ -106,8 +106,8 @@ async def measure(model: Path, pairs: int, block_s: float) -> dict[str, Any]:
     logs = [math.log(on / off) for on, off in found]
     half = 1.96 * statistics.stdev(logs) / math.sqrt(pairs)
     step_s = statistics.median(off for _, off in found)
-    layers = len(state["model"]["moeLayers"])
-    op_us = operator_us(state["model"]["numExperts"], state["model"]["topK"])
+    layers = len(state.model.moe_layers)
+    op_us = operator_us(state.model.num_experts, state.model.top_k)
     shares = {
         "operatorUnderExactRouting": op_us * 1e-6 * layers / step_s,
         "hookPerStep": recorder.seconds / recorder.calls / step_s,

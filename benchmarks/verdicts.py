@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sere_autotune.certify.verdict import Rules, judge, walk
-from sere_autotune.planner import CannotCertifyError
 from sere_autotune.search.baseline import check_baseline
 from sere_autotune.study.ledger import Ledger, spent_alpha
 from sere_autotune.study.schema import MeasuredBlock, Verdict
@@ -31,6 +30,7 @@ from sere_autotune.trial.items import Item, load_items
 from sere_autotune.trial.measures import Answer
 from sere_autotune.trial.stats import clopper_pearson
 from sere_autotune.tuning.spec import AccuracySpec
+from sere_ext.contract.errors import CannotCertifyError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "verdicts.json"

@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from sere_ext.contract.policy import EXACT
+from sere_ext.contract.state import EngineState
 
 from demo import kube, site
 from demo.preflight import RefusedError
@@ -130,8 +132,8 @@ def roll_out(prompts: list[str]) -> dict[str, Any]:
             if found.get("reason") == "Rejected":
                 raise SystemExit(f"the canary was rejected: {found.get('message')}")
             pods = kube.pods(NAME, NAMESPACE)
-            running = {kube.get_json(SITE.pod(pod) + "/sere")["policyDigest"] for pod in pods}
-            return bool(pods) and found.get("status") == "True" and "exact" not in running
+            running = {EngineState.parse(kube.get_json(SITE.pod(pod) + "/sere")).policy_digest for pod in pods}
+            return bool(pods) and found.get("status") == "True" and EXACT not in running
 
         kube.wait_for("the policy on every pod", applied, 600, every_s=0.5)
         seconds = time.monotonic() - began

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from sere_ext.contract.names import ENGINE_PORT
+
 from demo import kube
 from demo.kube import Object
 
@@ -36,7 +38,7 @@ class OneNode:
         return with_environment(kube.small_engine(spec))
 
     def pod(self, pod: Object) -> str:
-        return f"http://{pod['status']['podIP']}:8000"
+        return f"http://{pod['status']['podIP']}:{ENGINE_PORT}"
 
     def service(self, name: str) -> str:
         spec = kube.existing("service", name, self.namespace)["spec"]

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
+from sere_ext.contract.names import ENGINE_PORT
 
 from demo import kube, one_node, preflight
 from demo.kube import KubectlError, Object
@@ -87,7 +88,7 @@ class UserCluster:
         return one_node.with_environment(spec) if self._mounts_environment else spec
 
     def pod(self, pod: Object) -> str:
-        return f"{self._api()}/pods/{pod['metadata']['name']}:8000/proxy"
+        return f"{self._api()}/pods/{pod['metadata']['name']}:{ENGINE_PORT}/proxy"
 
     def service(self, name: str) -> str:
         port = kube.existing("service", name, self.namespace)["spec"]["ports"][0]["port"]

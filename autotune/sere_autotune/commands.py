@@ -13,11 +13,12 @@ from typing import Annotated, Any, TextIO
 import optuna  # noqa: F401  (so that `sere` leaves these commands out where the extra is not installed)
 import typer
 from rich.console import Console
-from sere_ext.contract.errors import SereError, UsageError
+from sere_ext.contract.errors import CannotCertifyError, SereError, UsageError
 from sere_ext.contract.policy import Policy
-from sere_ext.contract.shards import MAX_FILE_BYTES
-from sere_ext.engine.settings import read_policy_file
+from sere_ext.contract.profile import read_policy_file
+from sere_ext.contract.volume import MAX_FILE_BYTES
 
+from sere_autotune.outcome import ending_of
 from sere_autotune.tuning.file import load_spec, to_yaml
 from sere_autotune.tuning.options import LeavesCommand, overrides, with_leaves
 from sere_autotune.tuning.spec import TuningSpec
@@ -108,8 +109,7 @@ def _main(
         code = _run(spec, only, dry_run, advisory, fresh, as_json, publisher)
     except SereError as error:
         if publisher is not None:
-            names = {4: "BudgetExhausted", 5: "CannotCertify"}
-            publisher.failed(str(error), error.exit_code, names.get(error.exit_code, "Failed"))
+            publisher.failed(str(error), error.exit_code, ending_of(error).value)
         raise
     except Exception as error:
         if publisher is not None:
@@ -132,7 +132,7 @@ def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, f
     if dry_run:
         return _dry_run(prepared, advisory, as_json)
     if not prepared.plan.can_certify and not advisory:
-        raise planner.CannotCertifyError(prepared.plan.problem)
+        raise CannotCertifyError(prepared.plan.problem)
     console.print(_fitted(planner.describe(prepared.plan, spec), sys.stderr), markup=False, soft_wrap=True)
 
     def make_engine(given: TuningSpec, similarity: str | None, on_start: Callable[[bool], None]) -> engine.WarmEngine:
@@ -170,7 +170,7 @@ def _dry_run(prepared: Any, advisory: bool, as_json: bool) -> int:
         sys.stdout.write(_fitted(planner.describe(plan, prepared.spec), sys.stdout) + "\n\n" + to_yaml(prepared.spec))
     if plan.can_certify or advisory:
         return 0
-    raise planner.CannotCertifyError(plan.problem)
+    raise CannotCertifyError(plan.problem)
 
 
 def _fitted(text: str, stream: TextIO) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from sere_ext.contract.errors import SereError
+from sere_ext.contract.errors import ExitCode, SereError
 
 
 class Ending(StrEnum):
@@ -20,13 +20,16 @@ class Ending(StrEnum):
     FAILED = "Failed"
 
 
-EXIT_CODES = {Ending.CHOSEN: 0, Ending.INFEASIBLE: 3, Ending.BUDGET: 4, Ending.CANNOT_CERTIFY: 5, Ending.FAILED: 1}
+EXIT_CODES = {
+    Ending.CHOSEN: ExitCode.DONE, Ending.INFEASIBLE: ExitCode.INFEASIBLE, Ending.BUDGET: ExitCode.BUDGET,
+    Ending.CANNOT_CERTIFY: ExitCode.CANNOT_CERTIFY, Ending.FAILED: ExitCode.FAILED,
+}  # fmt: skip
+_ENDINGS = {code: ending for ending, code in EXIT_CODES.items()}
 
 
-class BudgetExhaustedError(SereError):
-    """A budget ran out before anything was certified."""
-
-    exit_code = 4
+def ending_of(error: SereError) -> Ending:
+    """How a run ends that this error ended."""
+    return _ENDINGS.get(ExitCode(error.exit_code), Ending.FAILED)
 
 
 @dataclass(frozen=True)

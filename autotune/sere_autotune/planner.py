@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sere_ext.contract.errors import SereError
-
 from sere_autotune.calibration import Source
 from sere_autotune.study.ledger import spent_alpha
 from sere_autotune.study.schema import Pace
@@ -22,12 +20,6 @@ ASSUMED_TRUE_DROP = 0.3  # share of the limit that a good policy truly costs
 WARMUP_RESIDENCES = 5  # discarded at the start of each block
 SWITCH_S = 0.5  # of a live change of the policy
 _INDENT = 11  # characters of the words before each line
-
-
-class CannotCertifyError(SereError):
-    """The items, the limit and the confidence do not allow a certificate. Nothing was spent."""
-
-    exit_code = 5
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sere_ext.contract.errors import UsageError
-from sere_ext.contract.similarity import language_config
+from sere_ext.contract.model_config import language_config
 
 from sere_autotune.trial.chat import ChatTemplate
 from sere_autotune.trial.items import Item

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sere_ext.contract.errors import SimilarityError, UsageError
+from sere_ext.contract.model_config import language_config, model_config_digest, names_folder
 from sere_ext.contract.policy import Policy
-from sere_ext.contract.similarity import language_config, model_config_digest, names_folder, read_meta
+from sere_ext.contract.similarity import read_meta
 
 from sere_autotune import calibration, planner, preflight
 from sere_autotune.study.ledger import Ledger, Shared
@@ -89,7 +90,7 @@ def prepare(spec: TuningSpec, only: Policy | None = None, shared: Shared | None 
 
 def read_config(spec: TuningSpec) -> dict[str, object]:
     """The model's config.json, decoded. Raises UsageError if there is none or it has no experts."""
-    from sere_ext.similarity.file import model_config_dict
+    from sere_ext.similarity.hub import model_config_dict
 
     if names_folder(spec.model) and not Path(spec.model).exists():
         raise UsageError(f"model: there is no folder {spec.model} (from {Path.cwd()}); check its spelling")

@@ -9,19 +9,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sere_ext.contract.errors import UsageError
+from sere_ext.contract.errors import BudgetExhaustedError, CannotCertifyError, DiskFullError, UsageError
 from sere_ext.contract.policy import Policy
 
-from sere_autotune import calibration, planner
+from sere_autotune import calibration
 from sere_autotune.certify.stage import certify
-from sere_autotune.outcome import BudgetExhaustedError, Ending, Outcome
+from sere_autotune.outcome import Ending, Outcome
 from sere_autotune.prepare import Prepared, opened_items
 from sere_autotune.result import ending, results
 from sere_autotune.search import learned
 from sere_autotune.search import rank as search
 from sere_autotune.search.given import given_ladder
 from sere_autotune.study.budget import Budget
-from sere_autotune.study.journal import FULL, DiskFullError
+from sere_autotune.study.journal import FULL
 from sere_autotune.study.ledger import Ledger, spent_alpha
 from sere_autotune.study.meter import Meter
 from sere_autotune.study.run import Engine, Reporter, Run
@@ -60,7 +60,7 @@ def tune(
     """
     spec, out = prepared.spec, prepared.out
     if not prepared.plan.can_certify and not advisory:
-        raise planner.CannotCertifyError(prepared.plan.problem)
+        raise CannotCertifyError(prepared.plan.problem)
     if fresh:
         forget(out)
     mark = fingerprint(spec, set_digest(prepared.cert), prepared.config_digest) + (f" {only.digest}" if only else "")
@@ -169,7 +169,7 @@ def _run(run: Run, ledger: Ledger, prepared: Prepared, only: Policy | None) -> O
         return Outcome(
             Ending.BUDGET, f"{error}; nothing was certified, exact routing stays", ending.counts(run), ending.nearest(run)
         )
-    except planner.CannotCertifyError as error:
+    except CannotCertifyError as error:
         return Outcome(Ending.CANNOT_CERTIFY, str(error), ending.counts(run), ending.nearest(run))
     if chosen is not None:
         return ending.chosen(run, chosen, ladder[chosen], verdicts[chosen])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass, field
@@ -125,15 +124,16 @@ class Engine:
     def switch(self, arm: str, batch: int) -> float:
         """Put an arm in force for up to `batch` tokens a step, between two steps; returns ms until every rank confirmed."""
         import torch
+        from sere_ext.contract.state import Refusal
 
-        text = json.dumps(self._policy(arm, batch).to_json_dict())
+        text = self._policy(arm, batch).to_json()
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # a step that was launched ahead is no part of the switch
         began = time.perf_counter()
-        states = self.llm.collective_rpc("sere_try_apply", args=(text, None, None))
+        states = self.llm.collective_rpc("sere_apply", args=(text, None, None))
         taken = 1e3 * (time.perf_counter() - began)
-        if "refused" in states[0]:
-            raise RuntimeError(f"{arm}: {states[0]['refused']['message']}")
+        if refusal := Refusal.read(states[0]):
+            raise RuntimeError(f"{arm}: {refusal.message}")
         return taken
 
     def _policy(self, arm: str, batch: int) -> Any:
@@ -142,10 +142,13 @@ class Engine:
         return Policy.parse({"buckets": [{"minTokens": 1, "maxTokens": batch, **self.policies[arm]}]})
 
     def _counters(self, arm: str, batch: int) -> dict[str, int]:
-        found = self.llm.collective_rpc("sere_state")[0]["counters"]
-        name = f"{self._policy(arm, batch).digest}|1-{batch}"
-        nothing = dict.fromkeys(("calls", "tokens", "activeBefore", "activeAfter", "slots", "merged"), 0)
-        return {key: found.get(name, nothing)[key] for key in nothing}
+        from sere_ext.contract.state import CounterRow, by_key
+        from sere_ext.control.switch import llm_states
+
+        policy = self._policy(arm, batch)
+        key = (policy.digest, None, policy.buckets[0].label)
+        row = by_key(llm_states(self.llm)[0].counters).get(key, CounterRow(digest=policy.digest, bucket=key[2])).to_json_dict()
+        return {name: value for name, value in row.items() if isinstance(value, int)}
 
     def answers(self, arm: str, kind: str, batch: int, tokens: int) -> list[list[tuple[int, float]]]:
         """Per sequence the greedy tokens and their log-probabilities under an arm; always the same prompts."""

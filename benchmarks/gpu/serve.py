@@ -63,8 +63,10 @@ def copied_bytes_per_s(device: str, mib: int) -> float:
 def random_similarity(shape: Shape, folder: Path) -> Path:
     """A similarity file of random matrices; how alike experts are does not matter at rho 0, only that each has a nearest."""
     import torch
-    from sere_ext.contract.similarity import SimilarityMeta, model_config_digest
-    from sere_ext.similarity.file import model_config_dict, write_similarity
+    from sere_ext.contract.model_config import model_config_digest
+    from sere_ext.contract.similarity import SimilarityMeta
+    from sere_ext.similarity.file import write_similarity
+    from sere_ext.similarity.hub import model_config_dict
 
     config = model_config_dict(str(folder / "model"))
     first = shape.layers - shape.moe_layers

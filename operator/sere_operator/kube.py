@@ -14,8 +14,10 @@ from kubernetes import client as kube
 from kubernetes import config as kube_config
 from kubernetes.client.rest import ApiException
 from kubernetes.dynamic import DynamicClient
-from sere_ext.contract.errors import SereError
+from sere_ext.contract.errors import ApiError
 from urllib3.exceptions import HTTPError
+
+from sere_operator.api import meta
 
 Object = dict[str, Any]
 
@@ -42,14 +44,14 @@ class Kind:
         return "/".join(parts)
 
 
-_SERE = "apis/serving.sere.dev/v1alpha1"
+_SERE = f"apis/{meta.API_VERSION}"
 _RBAC = "apis/rbac.authorization.k8s.io/v1"
 KINDS = {
     kind.kind: kind
     for kind in (
-        Kind(_SERE, "seredeployments", "SereDeployment"),
-        Kind(_SERE, "seretuningjobs", "SereTuningJob"),
-        Kind(_SERE, "sereprofiles", "SereProfile"),
+        Kind(_SERE, meta.DEPLOYMENTS, meta.DEPLOYMENT_KIND),
+        Kind(_SERE, meta.TUNING_JOBS, meta.TUNING_JOB_KIND),
+        Kind(_SERE, meta.PROFILES, meta.PROFILE_KIND),
         Kind("apis/apps/v1", "deployments", "Deployment"),
         Kind("api/v1", "services", "Service"),
         Kind("api/v1", "configmaps", "ConfigMap"),
@@ -67,27 +69,15 @@ KINDS = {
 }
 
 
-class ApiError(SereError):
-    """A request that the API server refused, or did not answer.
-
-    status  HTTP status; 0: no answer
-    words   the server's own sentence
-    known   whether the answer is the API server's own (`kind: Status`); it is not where it knows no such path
-    """
-
-    def __init__(self, what: str, status: int, words: str, *, known: bool = True) -> None:
-        self.status, self.words, self.known = status, words, known
-        super().__init__(f"cannot {what} ({status}): {words}" if status else words)
-
-    @classmethod
-    def refused(cls, what: str, error: ApiException) -> ApiError:
-        try:
-            answer = json.loads(error.body or "{}")
-        except (ValueError, TypeError):
-            answer = {}
-        known = isinstance(answer, dict) and answer.get("kind") == "Status"
-        words = str((answer.get("message") if known else None) or error.reason)
-        return cls(what, int(error.status or 0), words, known=known)
+def refused(what: str, error: ApiException) -> ApiError:
+    """The API server's refusal of a request, with the server's own sentence."""
+    try:
+        answer = json.loads(error.body or "{}")
+    except (ValueError, TypeError):
+        answer = {}
+    known = isinstance(answer, dict) and answer.get("kind") == "Status"
+    words = str((answer.get("message") if known else None) or error.reason)
+    return ApiError(what, int(error.status or 0), words, known=known)
 
 
 def in_cluster_or_kubeconfig() -> kube.Configuration:
@@ -124,7 +114,7 @@ class Api:
         try:
             return dict(json.loads(self._dynamic.request(method, path, body=body, serialize=False, **params).data))
         except ApiException as error:
-            raise ApiError.refused(what, error) from error
+            raise refused(what, error) from error
         except (HTTPError, OSError) as error:
             words = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ApiError(what, 0, f"the API server at {self.host} does not answer: {words}") from error

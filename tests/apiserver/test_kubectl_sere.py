@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import yaml
+from fake_node import KEY
 from kubernetes.dynamic import DynamicClient
 from sere_operator.api import meta
+from states import engine_state
 
 from .conftest import SAMPLES, Kubectl
 
@@ -169,7 +171,7 @@ def engines(kubectl: Kubectl, namespace: str, served: None) -> Iterator[list[str
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
-            body = json.dumps({"ready": True, "override": True, "policyDigest": "exact"}).encode()
+            body = json.dumps(engine_state("exact", KEY, override=True).to_json_dict()).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

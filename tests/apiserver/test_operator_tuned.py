@@ -15,6 +15,7 @@ from operator_process import World, eventually, manifest
 from sere_autotune.outcome import Ending, Outcome
 from sere_autotune.result.publish import Access, Publisher, Target
 from sere_autotune.result.results import Finished
+from sere_ext.contract.policy import Policy
 from sere_ext.contract.similarity import SimilarityMeta
 from sere_ext.similarity.file import write_similarity
 
@@ -36,7 +37,7 @@ TUNED: dict[str, Any] = {
 }
 
 
-def profile(certified: bool = True, key: dict[str, Any] | None = None) -> dict[str, Any]:
+def profile(certified: bool = True, key: dict[str, Any] | None = None, **prompt: Any) -> dict[str, Any]:
     """What `sere tune` writes as profile.json."""
     return {
         "apiVersion": "serving.sere.dev/v1alpha1",
@@ -55,7 +56,7 @@ def profile(certified: bool = True, key: dict[str, Any] | None = None) -> dict[s
                     "dropPoints": 0.2, "discordantShare": 0.01, "noiseFloor": 0.005,
                 },
             },
-            "goldenPrompts": [{"prompt": f"say {i}", "answer": f"SAY {i}", "maxTokens": 8} for i in range(16)],
+            "goldenPrompts": [{"prompt": f"say {i}", "answer": f"SAY {i}", "maxTokens": 8, **prompt} for i in range(16)],
         },
     }  # fmt: skip
 
@@ -190,6 +191,31 @@ def test_a_harmful_canary_goes_back_and_is_remembered(world: World, behaviour: B
     switched = [pod for pod in world.pods() if pod.switches]
     assert len(switched) == 1, "only the canary ever ran it"
     world.ready()
+
+
+def test_answers_are_judged_by_the_tunings_metric(world: World) -> None:
+    """By `contains` a policy is promoted, and by `regex` the next one, which harms answers, is rejected."""
+    world.node.default = Behaviour(tpot_ms=15, words=" It is {}, I think.")
+    kept = {"slo": TUNED["slo"], "rollout": TUNED["rollout"]}
+    world.apply(manifest(replicas=2, **kept))
+    world.ready()
+    world.apply(named("good", profile(metric="contains")))
+    world.apply(manifest(replicas=2, routing={"mode": "Profile", "profileRef": {"name": "good"}}, **kept))
+    eventually(lambda: world.condition("PolicyApplied")["reason"] == "Applied" and "exact" not in world.digests(), 60, "promoted")
+    good = policy_digest(world)
+
+    worse = profile(metric="regex", pattern="is ([^,]*),")
+    worse["spec"]["policy"] = {"buckets": [{"minTokens": 8, "kind": "topk", "S": 1}]}
+    world.node.behaviours[Policy.parse(worse["spec"]["policy"]).digest] = Behaviour(right=False)
+    world.apply(named("worse", worse))
+    world.apply(manifest(replicas=2, routing={"mode": "Profile", "profileRef": {"name": "worse"}}, **kept))
+    eventually(lambda: world.condition("PolicyApplied")["reason"] == "Rejected", 60, "rejected")
+    assert "golden prompts" in world.condition("PolicyApplied")["message"]
+    eventually(lambda: world.digests() == [good, good], 20)
+
+
+def named(name: str, body: dict[str, Any]) -> dict[str, Any]:
+    return {**body, "metadata": {"name": name}}
 
 
 def test_a_quiet_night_is_inconclusive_and_bans_nothing(world: World) -> None:

@@ -12,6 +12,7 @@ import urllib.request
 from typing import Any
 
 import pytest
+from sere_ext.contract.state import EngineState
 
 from demo import kube, site
 from demo.traffic import Traffic
@@ -48,13 +49,13 @@ def condition(kind: str) -> dict[str, Any]:
     return kube.condition(kube.get("sere", NAME, NAMESPACE), kind)
 
 
-def state(pod: dict[str, Any]) -> dict[str, Any]:
-    return kube.get_json(f"{SITE.pod(pod)}/sere")
+def state(pod: dict[str, Any]) -> EngineState:
+    return EngineState.parse(kube.get_json(f"{SITE.pod(pod)}/sere"))
 
 
 def digests() -> dict[str, str]:
     """What each serving pod itself says it runs."""
-    return {pod["metadata"]["name"]: state(pod)["policyDigest"] for pod in kube.pods(NAME, NAMESPACE)}
+    return {pod["metadata"]["name"]: state(pod).policy_digest for pod in kube.pods(NAME, NAMESPACE)}
 
 
 def identities() -> list[tuple[str, int]]:
@@ -130,8 +131,8 @@ def test_policy_is_switched_hot_canary_first(story: dict[str, Any], prompts: lis
     status = (kube.get("sere", NAME, NAMESPACE) or {})["status"]
     assert status["policy"]["stable"] == digest
     for pod in kube.pods(NAME, NAMESPACE):
-        counters = state(pod)["counters"]
-        assert any(key.startswith(digest) and value["calls"] > 0 for key, value in counters.items()), counters
+        counters = state(pod).counters
+        assert any(row.digest == digest and row.calls > 0 for row in counters), counters
 
 
 def test_kill_switch_works_with_the_operator_down(story: dict[str, Any], prompts: list[str]) -> None:

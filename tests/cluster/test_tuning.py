@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from sere_ext.contract.state import EngineState
 
 from demo import kube, site
 from demo.traffic import Traffic
@@ -30,8 +31,8 @@ def condition(kind: str) -> dict[str, Any]:
     return kube.condition(kube.get("sere", NAME, NAMESPACE), kind)
 
 
-def state(pod: dict[str, Any]) -> dict[str, Any]:
-    return kube.get_json(f"{SITE.pod(pod)}/sere")
+def state(pod: dict[str, Any]) -> EngineState:
+    return EngineState.parse(kube.get_json(f"{SITE.pod(pod)}/sere"))
 
 
 def job() -> dict[str, Any]:
@@ -43,7 +44,7 @@ def test_ready_does_not_wait_for_tuning(tuned: dict[str, Any]) -> None:
     kube.wait_for("Ready", lambda: condition("Ready").get("status") == "True", 1200, every_s=2)
     assert condition("Tuned").get("status") != "True"
     (pod,) = kube.pods(NAME, NAMESPACE)
-    assert state(pod)["policyDigest"] == "exact"
+    assert state(pod).policy_digest == "exact"
 
 
 def test_tuning_ends_in_a_certified_profile(tuned: dict[str, Any]) -> None:
@@ -70,17 +71,17 @@ def test_profile_reaches_the_pod_hot(tuned: dict[str, Any], prompts: list[str]) 
     profile = kube.get("sereprof", job()["status"]["profile"], NAMESPACE) or {}
     running = state(pod)
     assert running["policy"] == profile["spec"]["policy"]
-    assert running["policyDigest"] == (kube.get("sere", NAME, NAMESPACE) or {})["status"]["policy"]["stable"] != "exact"
+    assert running.policy_digest == (kube.get("sere", NAME, NAMESPACE) or {})["status"]["policy"]["stable"] != "exact"
     assert condition("Tuned")["status"] == "True"
 
 
 def test_deleting_the_tuning_job_never_touches_traffic(tuned: dict[str, Any], prompts: list[str]) -> None:
     (pod,) = kube.pods(NAME, NAMESPACE)
-    before = state(pod)["policyDigest"]
+    before = state(pod).policy_digest
     with Traffic(SITE.service(NAME), NAME, prompts, concurrency=2) as client:
         kube.kubectl("delete", "seretune", "--all", "-n", NAMESPACE, "--timeout=60s")
         kube.wait_for("traffic", lambda: client.requests > 30, 60)
     assert client.errors == 0, client.causes
     assert kube.identity(kube.pods(NAME, NAMESPACE)[0]) == kube.identity(pod)
-    assert state(pod)["policyDigest"] == before
+    assert state(pod).policy_digest == before
     kube.kubectl("delete", "sere", NAME, "-n", NAMESPACE, "--timeout=60s")

@@ -15,7 +15,8 @@ import pytest
 from inside import NEW_TOKENS, PROMPT_LENGTHS, Recorder, answers, check_oracle, engine, random_similarity, recording, same
 from sere_ext.contract.errors import UnsupportedError
 from sere_ext.contract.policy import Policy
-from sere_ext.control.switch import switch_llm
+from sere_ext.control.switch import llm_states, switch_llm
+from states import counted
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -37,8 +38,8 @@ def test_off_is_stock_and_on_is_the_oracle(family: str, recorder: Recorder, tmp_
     assert same(calls, recorder.routed), "without the plug-in the experts get what the router said"
 
     with engine(model, additional_config={"sere": {}}) as llm:
-        shape = llm.collective_rpc("sere_state")[0]["model"]
-        layers, experts, S = shape["moeLayers"], shape["numExperts"], max(shape["topK"] // 2, 1)
+        shape = llm_states(llm)[0].model
+        layers, experts, S = shape.moe_layers, shape.num_experts, max(shape.top_k // 2, 1)
         recorder.clear()
         assert answers(llm) == stock, "off: the same tokens and log-probabilities"
         assert same(recorder.received, calls), "off: the same ids and weights at the experts"
@@ -49,13 +50,13 @@ def test_off_is_stock_and_on_is_the_oracle(family: str, recorder: Recorder, tmp_
         switch_llm(llm, policy, similarity=str(path))
         recorder.clear()
         changed = answers(llm)
-        counters = llm.collective_rpc("sere_state")[0]["counters"][f"{policy.digest}|1-"]
+        counters = counted(llm_states(llm)[0], policy)
 
     assert [len(tokens) for tokens, _ in changed] == [NEW_TOKENS] * len(PROMPT_LENGTHS), "on: it still generates"
     assert all(np.isfinite(logprob) for _, logprobs in changed for logprob in logprobs)
     assert len(recorder.routed) == NEW_TOKENS * len(layers), "every layer in every step"
     moved = check_oracle(recorder, policy.buckets[0], [matrices[layer] for layer in layers], experts)
-    assert moved == counters["rerouted"] > 0, "the oracle moved something, and the operator counted the same"
+    assert moved == counters.rerouted > 0, "the oracle moved something, and the operator counted the same"
 
 
 @pytest.mark.parametrize(("family", "says"), families.REFUSED.items(), ids=families.REFUSED)

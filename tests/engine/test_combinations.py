@@ -13,7 +13,8 @@ import pytest
 from inside import Recorder, answers, check_oracle, engine, random_similarity, recording, same
 from sere_ext.contract.errors import UnsupportedError
 from sere_ext.contract.policy import Policy
-from sere_ext.control.switch import switch_llm
+from sere_ext.control.switch import llm_states, switch_llm
+from states import counted
 
 pytestmark = pytest.mark.timeout(400)
 SERE = Policy.parse({"buckets": [{"minTokens": 1, "kind": "sere", "S": 2, "rho": 0.3}]})
@@ -63,14 +64,14 @@ def test_a_feature_with_routing_off_and_on(name: str, model: Path, recorder: Rec
         stock, calls = twice(llm), list(recorder.received)
     with engine(model, **options, additional_config={"sere": {}}) as llm:
         assert twice(llm) == stock and same(recorder.received, calls), "off is stock under the feature"
-        layers = llm.collective_rpc("sere_state")[0]["model"]["moeLayers"]
+        layers = llm_states(llm)[0].model.moe_layers
         matrices = random_similarity(model, layers, 16, tmp_path / "similarity.safetensors")
         switch_llm(llm, SERE, similarity=str(tmp_path / "similarity.safetensors"))
         twice(llm)
-        counters = llm.collective_rpc("sere_state")[0]["counters"][f"{SERE.digest}|1-"]
+        counters = counted(llm_states(llm)[0], SERE)
     moved = check_oracle(recorder, SERE.buckets[0], [matrices[layer] for layer in layers], 16)
-    assert counters["rerouted"] == moved > 0
-    assert counters["tokens"] == sum(rows(recorder)), "every row was a token and was counted"
+    assert counters.rerouted == moved > 0
+    assert counters.tokens == sum(rows(recorder)), "every row was a token and was counted"
 
     widths = rows(recorder)[:: len(layers)]
     if name == "chunked-prefill":
@@ -104,11 +105,12 @@ def test_two_ranks_switch_together_and_answer_as_one(monkeypatch: pytest.MonkeyP
         assert found["exact"] == one["exact"], name
         assert found["topk"] == one["topk"], name
         states = found["states"]
-        counters = states[0]["counters"][f"{topk.digest}|1-"]
-        assert counters["activeAfter"] < counters["activeBefore"], name
-        assert [state["rank"] for state in states] == [0, 1], name
-        for key in ("policyDigest", "generation", "switches", "counters", "model"):
-            assert states[0][key] == states[1][key] == one["states"][0][key], (name, key)
+        counters = counted(states[0], topk)
+        assert counters.active_after < counters.active_before, name
+        assert [state.rank for state in states] == [0, 1], name
+        for key in ("policy_digest", "generation", "switches", "counters", "model"):
+            first, second, alone = (getattr(state, key) for state in (*states, one["states"][0]))
+            assert first == second == alone, (name, key)
     (first, asked), (second, also) = two["expert"]["experts"]
     assert (first, second) == (list(range(8)), list(range(8, 16))), "each rank holds half of the experts"
     assert set(asked) == set(also) == set(range(16)), "and re-routes ids of all of them before they are mapped"
@@ -134,7 +136,7 @@ def _on_ranks(policy: Policy, **options: Any) -> dict[str, Any]:
 
         exact = texts()
         switch_llm(llm, policy)
-        rerouted, states = texts(), llm.collective_rpc("sere_state")
+        rerouted, states = texts(), llm_states(llm)
         experts = llm.collective_rpc("experts_here") if "worker_extension_cls" in options else None
         return {"exact": exact, "topk": rerouted, "states": states, "experts": experts}
     finally:

@@ -20,10 +20,12 @@ from inside import in_process
 from sere_ext.calibration.run import Options, calibrate
 from sere_ext.contract.errors import ConflictError, PolicyError, SereError, SimilarityError, UnsupportedError
 from sere_ext.contract.policy import Kind, Policy
-from sere_ext.control.switch import switch_llm
+from sere_ext.contract.state import ModelShape
+from sere_ext.control.switch import llm_states, switch_llm
 from sere_ext.routing import ops
 from sere_ext.routing.reference import reroute
 from sere_ext.similarity.file import read_similarity
+from states import counted
 
 pytestmark = pytest.mark.timeout(900)
 PROMPTS = [f"item {i}: what is {i} plus {i * 7 % 13}?" for i in range(12)]
@@ -94,10 +96,10 @@ def test_every_kind_changes_routing_and_wakes_fewer_experts(running: Any, stock:
     ):  # fmt: skip
         switch_llm(running, changed)
         assert answers(running) != stock, changed.describe()
-        counters = running.collective_rpc("sere_state")[0]["counters"][f"{changed.digest}|1-"]
-        assert counters["calls"] > 0
-        assert counters["tokens"] * 4 == counters["slots"]
-        assert counters["activeAfter"] < counters["activeBefore"]
+        counters = counted(llm_states(running)[0], changed)
+        assert counters.calls > 0
+        assert counters.tokens * 4 == counters.slots
+        assert counters.active_after < counters.active_before
     switch_llm(running, Policy())
     assert answers(running) == stock, "the way back leaves nothing behind"
 
@@ -111,8 +113,7 @@ def test_buckets_count_real_tokens(running: Any, stock: Any) -> None:
     changed = answers(running)
     assert [tokens[0] for tokens, _ in changed] == [tokens[0] for tokens, _ in stock], "the prefill was exact"
     assert changed != stock
-    counters = running.collective_rpc("sere_state")[0]["counters"]
-    assert counters[f"{decode.digest}|2-16"]["tokens"] == 4 * 11 * len(PROMPTS), "4 layers, 11 decode steps"
+    assert counted(llm_states(running)[0], decode).tokens == 4 * 11 * len(PROMPTS), "4 layers, 11 decode steps"
 
 
 def test_the_operator_in_the_engine_equals_the_reference(running: Any, similarity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,8 +171,9 @@ def test_bad_changes_are_refused_and_change_nothing(running: Any, stock: Any, si
     for change, error, says in cases:
         with pytest.raises(error, match=says):
             switch_llm(running, **change)
-    with pytest.raises(PolicyError, match=r"rho.*\(got 7\)"):
-        running.collective_rpc("sere_apply", args=('{"buckets": [{"minTokens": 1, "kind": "sere", "S": 1, "rho": 7}]}',))
+    (refused,) = running.collective_rpc("sere_apply", args=('{"buckets": [{"minTokens": 1, "kind": "sere", "S": 1, "rho": 7}]}',))
+    assert refused["refused"]["type"] == "PolicyError"
+    assert "(got 7)" in refused["refused"]["message"]
     assert answers(running) == stock
 
 
@@ -191,8 +193,8 @@ def test_compiled_is_bit_identical_too_and_follows_live_changes(qwen3: Path, sim
         rerouted = policy("sere", S=1)
         switch_llm(llm, rerouted)
         assert answers(llm) != stock
-        counters = llm.collective_rpc("sere_state")[0]["counters"][f"{rerouted.digest}|1-"]
-        assert counters["rerouted"] > 0
+        counters = counted(llm_states(llm)[0], rerouted)
+        assert counters.rerouted > 0
         switch_llm(llm, Policy())
         assert answers(llm) == stock
 
@@ -206,12 +208,12 @@ def test_deepseek_with_shared_experts_and_grouped_top_k(deepseek: Path, calibrat
     profile_policy = {"buckets": [{"minTokens": 1, "maxTokens": 64, "kind": "sere", "S": 2}], "similarityDigest": meta.digest}
     config = {"sere": {"similarity": str(path), "policy": profile_policy}}
     with engine(deepseek, additional_config=config) as llm:
-        state = llm.collective_rpc("sere_state")[0]
-        assert state["model"] == {"numExperts": 16, "topK": 4, "moeLayers": [1, 2]}
-        assert state["policyDigest"] == Policy.parse(profile_policy).digest
+        state = llm_states(llm)[0]
+        assert state.model == ModelShape(num_experts=16, top_k=4, moe_layers=(1, 2))
+        assert state.policy_digest == Policy.parse(profile_policy).digest
         assert answers(llm) != stock
-        counters = llm.collective_rpc("sere_state")[0]["counters"][f"{state['policyDigest']}|1-64"]
-        assert 0 < counters["activeAfter"] < counters["activeBefore"]
+        counters = counted(llm_states(llm)[0], Policy.parse(profile_policy))
+        assert 0 < counters.active_after < counters.active_before
         switch_llm(llm, Policy())
         assert answers(llm) == stock
         switch_llm(llm, policy("topk", S=4))
@@ -245,9 +247,9 @@ def test_a_profile_of_another_engine_means_exact_routing(qwen3: Path, stock: Any
     path.write_text(json.dumps({"kind": "SereProfile", "spec": spec}))
     monkeypatch.setenv("SERE_PROFILE", str(path))
     with engine(qwen3) as llm:
-        state = llm.collective_rpc("sere_state")[0]
-        assert state["policyDigest"] == "exact"
-        assert "PolicyStale: profile was made for engine 0.31.0, this pod runs 0.32.0" in state["error"]
+        state = llm_states(llm)[0]
+        assert state.policy_digest == "exact"
+        assert "PolicyStale: profile was made for engine 0.31.0, this pod runs 0.32.0" in (state.error or "")
         assert answers(llm) == stock
 
 

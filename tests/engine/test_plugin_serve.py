@@ -17,13 +17,13 @@ import pytest
 from sere_ext.calibration.run import calibrate
 from sere_ext.contract.errors import ConflictError, PolicyError, UnauthorizedError
 from sere_ext.contract.policy import EXACT_POLICY, Policy
-from sere_ext.contract.profile import ProfileKey
-from sere_ext.contract.shards import piece_name, split
-from sere_ext.contract.similarity import similarity_file
+from sere_ext.contract.shards import split
+from sere_ext.contract.state import EngineState, ModelShape
+from sere_ext.contract.volume import key_file, piece_name, policy_files, similarity_file
 from sere_ext.control.client import get_state, put_policy
-from sere_ext.control.watch import policy_files
 from sere_ext.similarity.file import packed_meta, read_similarity, write_similarity
 from serving import Load, Server, complete, metrics_of, serving
+from states import counted
 
 TOKEN = "correct horse"
 pytestmark = pytest.mark.timeout(900)
@@ -44,22 +44,22 @@ def live(server: Server) -> str:
 
 def test_the_state_of_a_fresh_server(live: str, qwen3: Path) -> None:
     state = get_state(live)
-    assert (state["ready"], state["source"], state["policyDigest"], state["error"]) == (True, "static", "exact", None)
-    assert state["model"] == {"numExperts": 16, "topK": 4, "moeLayers": [0, 1, 2, 3]}
-    assert state["key"]["device"] == "cpu"
-    assert state["key"]["modelName"] == str(qwen3)
+    assert (state.ready, state.source, state.policy_digest, state.error) == (True, "static", "exact", None)
+    assert state.model == ModelShape(num_experts=16, top_k=4, moe_layers=(0, 1, 2, 3))
+    assert state.key.device == "cpu"
+    assert state.key.model_name == str(qwen3)
 
 
 def test_a_hundred_switches_under_load_fail_no_request_and_leave_nothing_behind(server: Server, qwen3: Path) -> None:
     """The short form of `make soak-switches`."""
     live = server.url
     quiet = [complete(live, qwen3, f"prompt {n}") for n in range(3)]
-    generation, switches = get_state(live)["generation"], get_state(live)["switches"]
+    generation, switches = get_state(live).generation, get_state(live).switches
     with Load(live, qwen3) as load:
         for turn in range(1, 101):
             wanted = TOPK if turn % 2 else EXACT_POLICY
             state = put_policy(live, wanted, clean=turn % 25 == 0, token=TOKEN)
-            assert {(rank["policyDigest"], rank["generation"]) for rank in state["ranks"]} == {(wanted.digest, generation + turn)}
+            assert {(rank.policy_digest, rank.generation) for rank in state.ranks} == {(wanted.digest, generation + turn)}
             if turn == 20:
                 resident = sum(server.resident_mib().values())
         grown = sum(server.resident_mib().values()) - resident
@@ -67,9 +67,8 @@ def test_a_hundred_switches_under_load_fail_no_request_and_leave_nothing_behind(
     assert load.done > 10
     assert grown < 0.4 * 80, "MiB: 80 switches may not cost 0.4 MiB each"
     state = put_policy(live, EXACT_POLICY, clean=True, token=TOKEN)
-    assert (state["source"], state["switches"], state["error"]) == ("http", switches + 100, None)
-    rows = {name: row for name, row in state["counters"].items() if name.startswith(TOPK.digest)}
-    assert rows[f"{TOPK.digest}|2-64"]["merged"] > 0
+    assert (state.source, state.switches, state.error) == ("http", switches + 100, None)
+    assert counted(state, TOPK).merged > 0
     assert [complete(live, qwen3, f"prompt {n}") for n in range(3)] == quiet, "exact again answers as before"
 
 
@@ -87,7 +86,7 @@ def test_metrics_tell_policy_experts_and_latency(live: str, qwen3: Path) -> None
     assert 0 < found['sere_merged_slots_total{bucket="2-64",layers="all"}'] < slots
     assert found["sere_policy_error"] == 0
     assert found["sere_policy_switches_total"] >= 1
-    assert found["sere_policy_generation"] == get_state(live)["generation"]
+    assert found["sere_policy_generation"] == get_state(live).generation
     labels = f'{{bucket="4-7",policy="{TOPK.digest}"}}'  # six clients
     assert found[f"sere_tpot_seconds_count{labels}"] > 0
     assert found[f"sere_ttft_seconds_count{labels}"] > 0
@@ -105,7 +104,7 @@ def test_refusals_over_http(live: str) -> None:
         put_policy(live, Policy.parse({"buckets": [{"minTokens": 1, "kind": "topk", "S": 9}]}), token=TOKEN)
     with pytest.raises(PolicyError, match="sere calibrate"):
         put_policy(live, Policy.parse({"buckets": [{"minTokens": 1, "kind": "sere", "S": 2}]}), token=TOKEN)
-    assert get_state(live)["policyDigest"] == "exact"
+    assert get_state(live).policy_digest == "exact"
 
 
 def test_a_port_in_use_ends_at_once_with_exit_code_2(live: str, qwen3: Path) -> None:
@@ -116,7 +115,7 @@ def test_a_port_in_use_ends_at_once_with_exit_code_2(live: str, qwen3: Path) -> 
     assert f"port {port} cannot be used" in ended.stderr
 
 
-def wait_for(url: str, what: str, check: Any, seconds: float = 15.0) -> dict[str, Any]:
+def wait_for(url: str, what: str, check: Any, seconds: float = 15.0) -> EngineState:
     deadline = time.monotonic() + seconds
     while True:
         state = get_state(url)
@@ -139,46 +138,46 @@ def test_a_policy_directory_is_followed_without_a_failed_request(deepseek: Path,
     with serving(deepseek, tmp_path / "serve.log", **environ) as server:
         url = server.url
         state = get_state(url)
-        assert (state["ready"], state["source"]) == (False, "file")
+        assert (state.ready, state.source) == (False, "file")
         with pytest.raises(ConflictError, match="SERE_POLICY_DIR"):
             put_policy(url, TOPK, token=TOKEN)
         with Load(url, deepseek, clients=4) as load:
             (volume / "stable").write_text("exact")
-            wait_for(url, "the first application", lambda s: s["ready"] and s["policyDigest"] == "exact")
+            wait_for(url, "the first application", lambda s: s.ready and s.policy_digest == "exact")
 
             (volume / "pod.policy").write_text(sere.digest)
-            state = wait_for(url, "an error", lambda s: s["error"])
-            assert f"policy {sere.digest} is missing" in state["error"]
-            assert state["policyDigest"] == "exact"
+            state = wait_for(url, "an error", lambda s: s.error)
+            assert f"policy {sere.digest} is missing" in state.error
+            assert state.policy_digest == "exact"
 
-            for name, text in policy_files(sere, ProfileKey.model_validate(state["key"])).items():
+            for name, text in policy_files(sere, state.key).items():
                 (volume / name).write_text(text)
             # In shards, as the operator gives it: until all are there nothing is wrong, and nothing changes.
             artefact = (tmp_path / "packed.safetensors").read_bytes()
             shards = split(artefact, len(artefact) // 2 + 600)
             for index, shard in enumerate(shards, 1):
-                state = wait_for(url, "patience", lambda s: s["error"] is None)
-                assert state["policyDigest"] == "exact"
+                state = wait_for(url, "patience", lambda s: s.error is None)
+                assert state.policy_digest == "exact"
                 (tmp_path / "shard").write_bytes(shard)  # whole at once, as in a projected volume
                 (tmp_path / "shard").rename(volume / piece_name(similarity_file(meta.digest), index, len(shards)))
             assert len(shards) == 2
-            state = wait_for(url, "the policy", lambda s: s["policyDigest"] == sere.digest)
-            assert (state["error"], state["similarityDigest"]) == (None, meta.digest)
+            state = wait_for(url, "the policy", lambda s: s.policy_digest == sere.digest)
+            assert (state.error, state.similarity_digest) == (None, meta.digest)
             time.sleep(1)
 
             (volume / "pod.override").write_text("exact")
-            state = wait_for(url, "the override", lambda s: s["override"])
-            assert state["policyDigest"] == "exact"
+            state = wait_for(url, "the override", lambda s: s.override)
+            assert state.policy_digest == "exact"
             (volume / "pod.override").write_text("")
-            wait_for(url, "the policy again", lambda s: s["policyDigest"] == sere.digest and not s["override"])
+            wait_for(url, "the policy again", lambda s: s.policy_digest == sere.digest and not s.override)
 
-            stale = ProfileKey.model_validate({**state["key"], "engineVersion": "0.31.0"})
-            (volume / f"{sere.digest}.key.json").write_text(json.dumps(stale.to_json_dict()))
-            state = wait_for(url, "PolicyStale", lambda s: "PolicyStale" in (s["error"] or ""))
-            assert state["policyDigest"] == "exact"
+            stale = state.key.model_copy(update={"engine_version": "0.31.0"})
+            (volume / key_file(sere.digest)).write_text(stale.to_json())
+            state = wait_for(url, "PolicyStale", lambda s: "PolicyStale" in (s.error or ""))
+            assert state.policy_digest == "exact"
         assert load.failures == []
         assert load.done > 0
-        assert state["counters"][f"{sere.digest}|2-"]["rerouted"] > 0
+        assert counted(state, sere).rerouted > 0
     lines = [line.partition("sere audit: ")[2] for line in server.log.read_text().splitlines() if "sere audit: " in line]
     trail = [(line["outcome"], line["source"], line["who"].rpartition("/")[2], line["to"]) for line in map(json.loads, lines)]
     assert trail[0][:2] == ("refused", "http")

@@ -12,7 +12,7 @@ import pytest
 from sere_autotune.trial.engine import EngineHost
 from sere_autotune.trial.load import Request
 from sere_ext.contract.profile import GoldenPrompt
-from sere_operator.runtime.probe import golden_answer, golden_request
+from sere_operator.runtime.golden import request_of, text_of
 from serving import serving
 
 TOKENS = 24
@@ -52,7 +52,7 @@ async def tuned(model: Path, *options: str) -> list[str]:
 def served(model: Path, log: Path) -> list[str]:
     """The answers of a server, asked as the operator asks golden prompts."""
     with serving(model, log) as server:
-        return [golden_answer(post(server.url, *golden_request(str(model), prompt))) for prompt in PROMPTS]
+        return [text_of(post(server.url, *request_of(str(model), prompt))) for prompt in PROMPTS]
 
 
 def post(url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from kubernetes import config as kube_config
 from kubernetes.dynamic import DynamicClient
 from kubernetes.dynamic.exceptions import NotFoundError
 from sere_ext.contract.profile import ProfileKey
-from sere_ext.contract.shards import join, pieces
-from sere_ext.contract.similarity import similarity_file
+from sere_ext.contract.shards import join
+from sere_ext.contract.volume import desired
+from states import engine_state
 
 MANAGED = "app.kubernetes.io/managed-by=sere-operator"
 BOUNDS_MS = (5.0, 10.0, 20.0, 50.0, 100.0, 500.0)
@@ -40,6 +41,7 @@ class Behaviour:
 
     tpot_ms: float = 15.0
     right: bool = True  # answers of golden prompts
+    words: str = "{}"  # around a right answer
     refuse: str | None = None  # the policy is not applied, with this error
 
 
@@ -233,44 +235,36 @@ class FakeNode:
         body = {"gracePeriodSeconds": 0, "preconditions": {"uid": meta["uid"]}}
         self._pods.delete(name=meta["name"], namespace=meta["namespace"], body=body)
 
-    # ---- the plug-in's part: ARCHITECTURE.md, declarative source ----
+    # ---- the plug-in's part: the policy volume ----
 
     def _project(self, known: FakePod, pod: dict[str, Any], maps: dict[tuple[str, str], dict[str, str]]) -> None:
-        namespace = known.namespace
-        name, *optional = (
-            source["configMap"]["name"]
-            for volume in pod["spec"]["volumes"] if volume["name"] == "policy"
-            for source in volume["projected"]["sources"] if "configMap" in source
-        )  # fmt: skip
+        namespace, annotations = known.namespace, pod["metadata"].get("annotations") or {}
+        sources = next(volume for volume in pod["spec"]["volumes"] if volume["name"] == "policy")["projected"]["sources"]
+        name, *optional = (source["configMap"]["name"] for source in sources if "configMap" in source)
         if (namespace, name) not in maps:
             maps[namespace, name] = self._maps.get(name=name, namespace=namespace).to_dict().get("data") or {}
-        data, annotations = maps[namespace, name], pod["metadata"].get("annotations") or {}
-        override = "exact" in (annotations.get("serving.sere.dev/override"), data.get("override"))
-        digest = "exact" if override else annotations.get("serving.sere.dev/policy") or data["stable"]
-        known.error = None
-        if digest != "exact" and f"{digest}.json" not in data:
-            known.error, digest = f"policy {digest} is not in the ConfigMap", known.digest
-        needs = json.loads(data.get(f"{digest}.json", "{}")).get("similarityDigest")
-        if needs and digest != known.digest:  # megabytes, which a kubelet would not read anew all the time either
-            shards = self._shards(namespace, optional)
-            there, count = pieces(shards, similarity_file(needs))
-            if count and len(there) == count:
-                known.similarity = join([shards[name] for name in there])
-            else:
-                digest = known.digest  # not yet
-        made = json.loads(data.get(f"{digest}.key.json", "null"))
-        stale = made and ProfileKey.model_validate(made).mismatch(ProfileKey.model_validate(known.key))
-        if stale:
-            known.error, digest = f"PolicyStale: {stale}", "exact"
+        files: dict[str, bytes | str] = dict(maps[namespace, name])
+        for item in (item for source in sources for item in source.get("downwardAPI", {}).get("items", ())):
+            annotation = item["fieldRef"]["fieldPath"].removeprefix("metadata.annotations['").removesuffix("']")
+            files[item["path"]] = annotations.get(annotation, "")
+        key = ProfileKey.model_validate(known.key)
+        want = desired(files, key)
+        if want.awaited:  # megabytes, which a kubelet would not read anew all the time either
+            files |= self._shards(namespace, optional)
+            want = desired(files, key)
+        known.error = None if want.awaited else want.error
+        digest = want.policy.digest if want.policy is not None else known.digest
+        if want.shards and digest != known.digest:
+            known.similarity = join([files[name] for name in want.shards])
         refusal = self.behaviours.get(digest, self.default).refuse
         if refusal is not None:
             known.error, digest = refusal, known.digest
         if digest == known.digest:
-            known.pending, known.override = None, override
+            known.pending, known.override = None, want.override
         elif known.pending is None or known.pending[0] != digest:
             known.pending = (digest, time.monotonic() + self.project_s)
         elif time.monotonic() >= known.pending[1]:
-            known.digest, known.pending, known.override = digest, None, override
+            known.digest, known.pending, known.override = digest, None, want.override
             known.generation += 1
             known.switches.append(digest)
 
@@ -338,16 +332,11 @@ class FakeNode:
         if path == "/v1/completions":
             assert body is not None
             pod.tokens += 1
-            right = self.behaviours.get(pod.digest, self.default).right
-            text = body["prompt"].upper() if right else "wrong"
+            behaviour = self.behaviours.get(pod.digest, self.default)
+            text = behaviour.words.format(body["prompt"].upper()) if behaviour.right else "wrong"
             return {"choices": [{"text": text}], "usage": {"completion_tokens": 1}}
-        return {
-            "ready": True, "source": "file", "policy": {}, "policyDigest": pod.digest, "similarityDigest": None,
-            "generation": pod.generation, "override": pod.override, "error": pod.error, "key": pod.key,
-            "model": {"numExperts": 16, "topK": 4, "moeLayers": [0]},
-            "ranks": [{"rank": 0, "policyDigest": pod.digest, "similarityDigest": None, "generation": pod.generation}],
-            "counters": {},
-        }  # fmt: skip
+        state = engine_state(pod.digest, pod.key, generation=pod.generation, override=pod.override, error=pod.error)
+        return state.to_json_dict()
 
 
 def _metrics(pod: FakePod) -> str:

@@ -10,7 +10,11 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sere_ext.contract.errors import PolicyError
 from sere_ext.contract.policy import Policy
+from sere_ext.contract.profile import ProfileKey
+from sere_ext.contract.state import EngineState
+from sere_ext.contract.volume import POD_OVERRIDE, POD_POLICY, STABLE, Desired, desired, named_policy
 from sere_operator.api import meta
 from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
@@ -21,6 +25,7 @@ from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.objects.volume import recovered_shards
 from sere_operator.plan.reads import Artefact, Child, Golden, Listed, Metrics, Read, ServiceToken, State, Token
 from sere_operator.plan.snapshot import GoldenResult, Plan, PodMetrics, Similarity, Snapshot
+from states import engine_state
 
 KEY = {
     "modelName": "m", "modelRevision": "", "configDigest": "sha256:" + "0" * 64, "engineVersion": "0.32.0",
@@ -63,7 +68,13 @@ class Pod:
 
 
 def profile_body(
-    policy: dict[str, Any], *, certified: bool = True, speed: str | None = "faster", golden: int = GOLDEN, revision: str = ""
+    policy: dict[str, Any],
+    *,
+    certified: bool = True,
+    speed: str | None = "faster",
+    golden: int = GOLDEN,
+    revision: str = "",
+    **prompt: Any,
 ) -> dict[str, Any]:
     accuracy = {
         "exact": 0.8, "chosen": 0.8, "items": 1000, "maxDropPoints": 1.0, "confidence": 0.95, "dropPoints": 0.1,
@@ -77,7 +88,7 @@ def profile_body(
                 "certified": certified, "tpotMs": {"exact": 20, "chosen": 15, "limit": 20},
                 "speedup": {"value": 1.3, "condition": "equal concurrency 16"}, "speedVerdict": speed, "accuracy": accuracy,
             },
-            "goldenPrompts": [{"prompt": f"q{i}", "answer": "a"} for i in range(golden)],
+            "goldenPrompts": [{"prompt": f"q{i}", "answer": "a", **prompt} for i in range(golden)],
         },
     }  # fmt: skip
 
@@ -108,6 +119,7 @@ class World:
         self.jobs: list[dict[str, Any]] = []
         self.similarities: dict[str, Any] = {}
         self.harmful: set[str] = set()
+        self.says = "a"  # what is generated for a golden prompt under any other policy
         self.tpot_ms: dict[str, float] = {}
         self.rate = 50.0  # finished requests per second and pod
         self.events: list[str] = []
@@ -128,7 +140,7 @@ class World:
 
     @property
     def stable(self) -> str | None:
-        return (self.children.get("ConfigMap") or {}).get("data", {}).get("stable")
+        return (self.children.get("ConfigMap") or {}).get("data", {}).get(STABLE)
 
     def condition(self, kind: str) -> dict[str, Any]:
         return next(c for c in self.status["conditions"] if c["type"] == kind)
@@ -144,17 +156,11 @@ class World:
             },
         }  # fmt: skip
 
-    def state(self, pod: Pod) -> dict[str, Any] | None:
+    def state(self, pod: Pod) -> EngineState | None:
         """What the pod answers to GET /sere."""
         if not pod.ready:
             return None
-        return {
-            "ready": True,
-            "policyDigest": pod.digest,
-            "key": pod.key,
-            "error": self.errors.get(pod.name) or self._refusal(pod),
-            "ranks": [{"rank": 0, "policyDigest": pod.digest}],
-        }
+        return engine_state(pod.digest, pod.key, error=self.errors.get(pod.name) or self._refusal(pod))
 
     def metrics(self, pod: Pod) -> PodMetrics:
         series = {  # as if every latency of one policy were the same
@@ -197,9 +203,11 @@ class World:
                 return self.metrics(pods[uid])
             case ServiceToken():
                 return self.pods[0].digest if self.pods else None
-            case Golden(uid, digest=digest):
+            case Golden(uid, digest=digest, prompts=prompts):
                 self.golden_runs.append((pods[uid].name, digest))
-                return GoldenResult(uid, digest, (digest not in self.harmful,) * GOLDEN)
+                return GoldenResult(
+                    uid, digest, tuple(prompt.right("wrong" if digest in self.harmful else self.says) for prompt in prompts)
+                )
 
     # ---- what the operator writes ----
 
@@ -296,31 +304,30 @@ class World:
         pod.digest = self._projected(pod) or pod.digest
 
     def _projected(self, pod: Pod) -> str | None:
-        data = (self.children.get("ConfigMap") or {}).get("data")
-        if data is None:
-            return None
-        if "exact" in (pod.annotations.get(meta.OVERRIDE_ANNOTATION), data.get("override")):
-            return "exact"
-        digest = pod.annotations.get(meta.POLICY_ANNOTATION) or data["stable"]
-        if digest != "exact" and self._refusal(pod):
-            return "exact"
-        return str(digest) if digest == "exact" or self.whole(str(digest)) else None
+        policy = self._desired(pod).policy
+        return policy.digest if policy is not None else None
+
+    def _desired(self, pod: Pod) -> Desired:
+        """What the plug-in reads in this pod's policy volume."""
+        files = dict((self.children.get("ConfigMap") or {}).get("data") or {})
+        files |= {name: "" for shard in self.shards.values() for name in shard.get("binaryData") or {}}
+        for name, annotation in ((POD_POLICY, meta.POLICY_ANNOTATION), (POD_OVERRIDE, meta.OVERRIDE_ANNOTATION)):
+            files[name] = pod.annotations.get(annotation, "")
+        return desired(files, ProfileKey.model_validate(pod.key))
 
     def whole(self, digest: str) -> bool:
         """Whether the volume holds the policy, and its similarity artefact if it needs one."""
-        text = (self.children.get("ConfigMap") or {}).get("data", {}).get(f"{digest}.json")
-        if text is None:
+        try:
+            policy = named_policy((self.children.get("ConfigMap") or {}).get("data") or {}, digest)
+        except PolicyError:
             return False
-        policy = Policy.parse(text)
         held = recovered_shards(self.shards.values(), policy.similarity_digest or "")
         return held is not None or not policy.needs_similarity()
 
     def _refusal(self, pod: Pod) -> str | None:
         """What the plug-in says of a policy that was made for another model."""
-        data = (self.children.get("ConfigMap") or {}).get("data") or {}
-        digest = pod.annotations.get(meta.POLICY_ANNOTATION) or data.get("stable")
-        made = json.loads(data.get(f"{digest}.key.json") or "null")
-        return None if made in (None, pod.key) else "PolicyStale: serving exact routing until the next tuning"
+        want = self._desired(pod)
+        return want.error if want.policy is not None else None
 
     def tick(self, seconds: float = 1.0) -> None:
         self.now += seconds

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sere_autotune.trial.engine import BlockReport, EngineCrashError, EngineFacts, Reject
+from sere_autotune.trial.engine import BlockReport, EngineFacts, Reject
 from sere_autotune.trial.load import Block, Load, Request, Sent
 from sere_autotune.trial.stats import DropRejector
+from sere_ext.contract.errors import EngineCrashError
 from sere_ext.contract.policy import EXACT_POLICY, Kind, Policy
 
 KEY = {

@@ -14,12 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from sere_ext.contract.errors import PolicyError, SereError, UnsupportedError
+from sere_ext.contract.errors import (
+    BudgetExhaustedError,
+    CannotCertifyError,
+    EngineCrashError,
+    PolicyError,
+    SereError,
+    UnsupportedError,
+)
 from sere_ext.contract.policy import EXACT_POLICY, Policy
 
 from sere_autotune import planner
 from sere_autotune.certify.verdict import Rules, judge, walk
-from sere_autotune.outcome import BudgetExhaustedError
 from sere_autotune.search.baseline import check_baseline
 from sere_autotune.study.ledger import Ledger, spent_alpha
 from sere_autotune.study.run import Run
@@ -36,7 +42,7 @@ from sere_autotune.study.schema import (
 )
 from sere_autotune.study.study import study_id
 from sere_autotune.trial import stats
-from sere_autotune.trial.engine import BlockReport, EngineCrashError
+from sere_autotune.trial.engine import BlockReport
 from sere_autotune.trial.items import Item
 from sere_autotune.trial.measures import METRICS, answers, values
 from sere_autotune.words import duration
@@ -93,7 +99,7 @@ def _check_power(run: Run, ladder: Sequence[Candidate]) -> None:
     best = max(ladder, key=lambda candidate: candidate.power)
     needed = stats.items_needed(best.discordance, best.drop, run.max_drop, run.alpha)
     wanted = f"about {needed:,} items are needed" if needed else "no number of items is enough at this drop"
-    raise planner.CannotCertifyError(
+    raise CannotCertifyError(
         f"the search saw {best.discordance:.1%} of items differ under {best.describe}, with a drop near {best.drop * 100:.2f} "
         f"points: {run.cert_items:,} held-out items certify {run.max_drop * 100:g} points with a chance of {best.power:.0%} only, "
         f"{wanted}. They were left unopened; give more items, widen accuracy.maxDropPoints, or add --advisory"

@@ -150,6 +150,9 @@ def golden(run: Run) -> tuple[GoldenPrompt, ...]:
             messages=tuple(ChatMessage(**m) for m in item.messages) or None,
             answer=item.answer,
             max_tokens=min(item.task.max_tokens, 512),
+            metric=item.task.metric,
+            pattern=item.task.pattern,
+            stop=item.task.stop,
         )
         for item in right[:GOLDEN_PROMPTS]
     )

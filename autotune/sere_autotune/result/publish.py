@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from sere_ext.contract.errors import SereError, UsageError
-from sere_ext.contract.shards import MAX_FILE_BYTES, OPENINGS_NAME, config_maps, encoded, uri
+from sere_ext.contract.config_maps import config_maps, encoded, uri
+from sere_ext.contract.errors import PublishError, UsageError
+from sere_ext.contract.names import OPENINGS_NAME
+from sere_ext.contract.volume import MAX_FILE_BYTES
 
 from sere_autotune.result.results import Finished
 
@@ -26,12 +28,6 @@ FIELD_MANAGER = "sere-tuner"
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _PROGRESS_EVERY_S = 5.0
 _FINAL_PATIENCE_S = 300.0
-
-
-class PublishError(SereError):
-    """The result could not be written to the API server. Run again, a finished study is told again."""
-
-    exit_code = 6
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sere_ext.contract.files import write_whole
 from sere_ext.contract.profile import Profile
 
 from sere_autotune.outcome import Outcome
@@ -61,17 +61,10 @@ def finish(run: Run, outcome: Outcome, similarity: Path | None = None) -> Finish
     else:
         (out / "profile.json").unlink(missing_ok=True)  # of an earlier run: never a policy that this run did not choose
     summary = build_summary(run, outcome, profile)
-    write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    write(out / "report.html", render(summary))
+    write_whole(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(out / "report.html", render(summary))
     used = similarity if profile is not None and profile.spec.similarity is not None else None
     return Finished(outcome, summary, profile.to_json_dict() if profile else None, used)
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(path.suffix + ".part")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def candidates(run: Run) -> list[tuple[Candidate, Verdict | None]]:

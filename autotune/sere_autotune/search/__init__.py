@@ -1,0 +1,1 @@
+"""Which policy to try next, and which candidates the search hands to the certificate."""

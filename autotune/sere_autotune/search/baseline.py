@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from sere_autotune.planner import CannotCertifyError
+from sere_ext.contract.errors import CannotCertifyError
+
 from sere_autotune.trial.items import Item
 from sere_autotune.trial.measures import Answer
 

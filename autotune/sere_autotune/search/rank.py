@@ -7,18 +7,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sere_ext.contract.errors import PolicyError, SereError, UnsupportedError
+from sere_ext.contract.errors import (
+    BudgetExhaustedError,
+    CannotCertifyError,
+    EngineCrashError,
+    PolicyError,
+    SereError,
+    UnsupportedError,
+)
 from sere_ext.contract.policy import EXACT_POLICY, Kind, Policy
 
 from sere_autotune import planner
-from sere_autotune.outcome import BudgetExhaustedError
 from sere_autotune.search.baseline import check_baseline
 from sere_autotune.search.kinds import removed_kinds
 from sere_autotune.search.learned import propose
 from sere_autotune.search.sampler import make_sampler
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import EDGES, LADDER, NOISE, PACE, SEARCH_ENDED, NoiseFloor, Pace
-from sere_autotune.trial.engine import EngineCrashError, Reject
+from sere_autotune.trial.engine import Reject
 from sere_autotune.trial.items import Item
 from sere_autotune.trial.measures import LevelResult, answers, constraints, objective, summarise
 from sere_autotune.tuning.space import Space, Table, auto_buckets
@@ -196,7 +202,7 @@ def _check_baseline(run: Run) -> None:
     for level in range(len(run.spec.workload.load.levels)):
         try:
             warning = check_baseline(run.study.exact_answers(level), run.search, run.max_drop)
-        except planner.CannotCertifyError as error:
+        except CannotCertifyError as error:
             if not run.advisory:
                 raise
             warning = str(error)

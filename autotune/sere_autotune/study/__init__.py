@@ -1,0 +1,1 @@
+"""What a tuning run remembers: trials, budgets, device time, and which held-out items were opened before."""

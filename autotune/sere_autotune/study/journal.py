@@ -8,19 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from optuna.storages.journal import JournalFileBackend
-from sere_ext.contract.errors import SereError
+from sere_ext.contract.errors import DiskFullError
 
 # What a write says where the place is full: the disk, the user's quota, or the largest file that is allowed.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class DiskFullError(SereError):
-    """There is no room to write in a study's folder. Everything that was finished is kept."""
-
-    def __init__(self, out: Path, error: OSError) -> None:
-        super().__init__(
-            f"cannot write to {out}: {error.strerror}; make room there and run the same command again, which goes on from here"
-        )
 
 
 class Journal(JournalFileBackend):

@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from sere_ext.contract.files import write_whole
+
 from sere_autotune.study.schema import Pace
 
 _KEPT = 0.25  # of the level that is left, what a study leaves for the ones after it
@@ -78,9 +80,7 @@ class Ledger:
             fcntl.flock(lock, fcntl.LOCK_EX)
             content = self.read()
             yield content
-            partial = self.path.with_suffix(".part")
-            partial.write_text(json.dumps(content) + "\n")
-            os.replace(partial, self.path)
+            write_whole(self.path, json.dumps(content) + "\n")
 
     def openings(self, items: Sequence[str], study: str | None) -> int:
         """How many other studies opened the most opened one of these items before.

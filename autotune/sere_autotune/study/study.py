@@ -20,7 +20,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 from sere_ext.contract.errors import UsageError
-from sere_ext.contract.policy import canonical_json
+from sere_ext.contract.record import canonical_json
 
 from sere_autotune.study.budget import Budget
 from sere_autotune.study.journal import Journal

@@ -11,12 +11,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sere_ext.contract.errors import SereError, UnsupportedError
-from sere_ext.contract.policy import EXACT_POLICY, Policy
+from sere_ext.contract.errors import EngineCrashError, SereError, UnsupportedError
+from sere_ext.contract.policy import EXACT, EXACT_POLICY, Policy
+from sere_ext.contract.state import OTHER, CounterRow, by_key
 from sere_ext.control.switch import States, agree, read_states, switch, total_counters
 
 from sere_autotune.trial.chat import ChatTemplate
@@ -27,10 +28,6 @@ from sere_autotune.tuning.spec import TuningSpec, engine_options
 
 START_TIMEOUT_S = 900.0  # large models load for minutes
 SWITCH_TIMEOUT_S = 120.0
-
-
-class EngineCrashError(SereError):
-    """The engine died or hung. The policy in force is suspected; the engine is gone."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +74,15 @@ class EngineHost:
         self.engine: Any = None
         self.requests = 0
         self.similarity: str | None = None
-        self.digest = "exact"
+        self.digest = EXACT
         self.template = ChatTemplate()
         self.defaults: dict[str, Any] = {}
 
     def pid(self) -> int:
         return os.getpid()
 
-    async def start(self, arguments: list[str], similarity: str | None) -> dict[str, Any]:
-        """Start the engine with exact routing. Returns what `sere_state` says of every rank of every engine: {"ranks": [...]}."""
+    async def start(self, arguments: list[str], similarity: str | None) -> States:
+        """Start the engine with exact routing. Returns the state of every rank of every engine."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -112,7 +109,7 @@ class EngineHost:
         self.template = ChatTemplate.of(arguments)
         self.engine = AsyncLLM.from_engine_args(args)
         self.defaults = server_defaults(self.engine.model_config)
-        return {"ranks": await self.states()}
+        return await self.states()
 
     async def apply(self, policy_json: str) -> None:
         """Switch every engine cleanly: drain, set, read back from every rank, drop the prefix cache, go on.
@@ -128,7 +125,7 @@ class EngineHost:
             if self.engine.errored:
                 raise EngineCrashError(f"the engine died: {error}") from error
             raise
-        if (digest := _alike(states)[0]["policyDigest"]) != wanted.digest:
+        if (digest := _alike(states)[0].policy_digest) != wanted.digest:
             raise EngineCrashError(f"the engine runs policy {digest} after {wanted.digest} was set")
         # Nothing runs between two blocks, so this holds; an engine that cannot do it would answer from the old policy's cache.
         if not await self.engine.reset_prefix_cache():
@@ -136,7 +133,7 @@ class EngineHost:
         self.digest = wanted.digest
 
     async def states(self) -> States:
-        """`sere_state` of every rank of every data-parallel engine, which must all have the same in force."""
+        """The state of every rank of every data-parallel engine, which must all have the same in force."""
         try:
             return _alike(await read_states(self.engine))
         except UnsupportedError as error:
@@ -165,26 +162,19 @@ class EngineHost:
         after = total_counters(await self.states())
         return self._report(block, before, after)
 
-    def _report(self, block: Block, before: dict[str, Any], after: dict[str, Any]) -> BlockReport:
-        totals: dict[str, int] = {}
-        calls = 0
-        for name, counts in after.items():
-            if not name.startswith(self.digest + "|"):
-                continue
-            old = before.get(name, {})
-            calls += counts["calls"] - old.get("calls", 0)
-            if name.endswith("|other") and self.digest != "exact":
-                continue
-            for key, value in counts.items():
-                totals[key] = totals.get(key, 0) + value - old.get(key, 0)
-        inside = totals.get("calls", 0)
-        if not inside:
+    def _report(self, block: Block, before: Iterable[CounterRow], after: Iterable[CounterRow]) -> BlockReport:
+        old = by_key(before)
+        rows = [row.since(old.get(row.key)) for row in after if row.digest == self.digest]
+        calls = sum(row.calls for row in rows)
+        inside = [row for row in rows if row.bucket != OTHER or self.digest == EXACT]
+        routed = sum(row.calls for row in inside)
+        if not routed:
             return BlockReport(block, covered=0.0 if calls else None)
         return BlockReport(
             block,
-            active_before=totals["activeBefore"] / inside,
-            active_after=totals["activeAfter"] / inside,
-            covered=inside / calls,
+            active_before=sum(row.active_before for row in inside) / routed,
+            active_after=sum(row.active_after for row in inside) / routed,
+            covered=routed / calls,
         )
 
     async def send(self, request: Request) -> AsyncIterator[tuple[str, int]]:
@@ -253,7 +243,7 @@ def _serve_arguments() -> Any:
 def _alike(states: States) -> States:
     if agree(states):
         return states
-    said = ", ".join(f"{s['engine']}/{s['rank']}: {s['policyDigest']}, generation {s['generation']}" for s in states)
+    said = ", ".join(f"{s.engine}/{s.rank}: {s.policy_digest}, generation {s.generation}" for s in states)
     raise EngineCrashError(f"the engine's ranks differ in what is in force (engine/rank: policy): {said}")
 
 
@@ -282,16 +272,15 @@ class WarmEngine:
         if devices:
             options["num_gpus"] = min(self.spec.engine.tensor_parallel_size, devices)
         self.actor = ray.remote(EngineHost).options(**options).remote(os.environ.get("OMP_NUM_THREADS"))
-        state = self._call(
+        states: States = self._call(
             self.actor.start.remote(["--model", self.spec.model, *engine_options(self.spec)], self.similarity),
             timeout_s,
             "starting",
         )
         self.start_seconds = time.monotonic() - began
-        ranks = state["ranks"]
-        model = ranks[0]["model"]
+        key, model = states[0].key, states[0].model
         self.facts = EngineFacts(
-            key=ranks[0]["key"], top_k=int(model["topK"]), ranks=len(ranks), layers=tuple(sorted(model["moeLayers"]))
+            key=key.to_json_dict(), top_k=model.top_k, ranks=len(states), layers=tuple(sorted(model.moe_layers))
         )
         return self.facts
 

@@ -8,13 +8,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from sere_ext.contract.answers import right
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.records import Message, answer_of, prompt_of, read_rows
 from sere_ext.contract.tuning import ItemFields
 
 from sere_autotune.tuning.spec import AccuracySpec, TaskSpec
-
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -38,20 +37,7 @@ class Item:
 
     def correct(self, text: str) -> bool:
         """Whether an answer is right under the task's metric."""
-        metric, wanted = self.task.metric, self.answer.strip()
-        if metric == "exact":
-            return text.strip() == wanted
-        if metric == "contains":
-            return wanted in text
-        if metric == "numeric":
-            return _last_number(text) is not None and _last_number(text) == _last_number(wanted)
-        found = re.search(self.task.pattern or "", text)
-        return found is not None and (found.group(1) if found.groups() else found.group(0)).strip() == wanted
-
-
-def _last_number(text: str) -> float | None:
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+        return right(self.task.metric, self.task.pattern, text, self.answer, self.task.stop)
 
 
 def load_items(accuracy: AccuracySpec) -> list[Item]:

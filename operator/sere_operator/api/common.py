@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from pydantic import Field, ValidationError
 from sere_ext.contract.constraints import Constrained, Constraint, at_most_one, exactly_one, rule
-from sere_ext.contract.errors import UsageError
-from sere_ext.contract.policy import Record
+from sere_ext.contract.errors import SpecError
+from sere_ext.contract.record import Record
 from sere_ext.contract.tuning import EngineOptions
 from sere_ext.contract.validation import explain
 
@@ -46,10 +46,6 @@ _DURATION = re.compile(r"^(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m)?(?:(?P<s>\d+)s)?$")
 Duration = Annotated[
     str, Field(pattern=r"^([0-9]+h)?([0-9]+m)?([0-9]+s)?$", min_length=2, max_length=16, description="such as 90s, 30m, 1h30m")
 ]
-
-
-class SpecError(UsageError):
-    """A spec that cannot be carried out. The message names the field."""
 
 
 T = TypeVar("T", bound=Record)

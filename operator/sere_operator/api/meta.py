@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from typing import Final
 
-from sere_ext.contract.shards import POLICY_SHARDS
+from sere_ext.contract.names import API_VERSION, GROUP, VERSION
+from sere_ext.contract.policy import EXACT
+from sere_ext.contract.volume import POLICY_SHARDS
 
-GROUP: Final = "serving.sere.dev"
-VERSION: Final = "v1alpha1"
-API_VERSION: Final = f"{GROUP}/{VERSION}"
+__all__ = ["API_VERSION", "GROUP", "VERSION"]  # spelled in the contract, read from here like the other names
 
 DEPLOYMENT_KIND: Final = "SereDeployment"
 TUNING_JOB_KIND: Final = "SereTuningJob"
@@ -33,11 +33,7 @@ TEMPLATE_ANNOTATION: Final = f"{GROUP}/template"  # the pod template that the op
 # Annotations of a SereDeployment that people set.
 ROLLBACK_ANNOTATION: Final = f"{GROUP}/rollback"  # digest of the policy to give up; cleared by removing it
 APPROVED_ANNOTATION: Final = f"{GROUP}/approved"  # digest that may be promoted where rollout.approval is Manual
-OVERRIDE_EXACT: Final = "exact"
-
-# Keys of the policy ConfigMap that are no policy.
-STABLE_KEY: Final = "stable"
-OVERRIDE_KEY: Final = "override"
+OVERRIDE_EXACT: Final = EXACT
 
 # Labels. The pods of one SereDeployment are `{MANAGED_BY: FIELD_MANAGER, INSTANCE: name}`.
 NAME_LABEL: Final = "app.kubernetes.io/name"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import Field
-from sere_ext.contract.policy import Record
 from sere_ext.contract.profile import ProfileSpec
+from sere_ext.contract.record import Record
 
 from sere_operator.api.conditions import Conditions
 from sere_operator.api.meta import child_name

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 from sere_ext.contract.constraints import Constrained, exactly_one, rule
-from sere_ext.contract.policy import Record
+from sere_ext.contract.record import Record
 from sere_ext.contract.tuning import (
     MAX_TASKS,
     ONE_SOURCE,

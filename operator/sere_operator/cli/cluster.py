@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sere_ext.contract.errors import UsageError
+from sere_ext.contract.names import ENGINE_PORT
+from sere_ext.contract.state import EngineState
 
 from sere_operator.api import meta
 from sere_operator.kube import KINDS, Api, Object
 
-ENGINE_PORT = 8000
 TIMEOUT_S = 15.0  # of one call to the API server
 POD_TIMEOUT_S = 3.0  # of one call to a pod through it
 
@@ -55,10 +56,10 @@ class Cluster:
         patch = {"metadata": {"annotations": {f"{meta.GROUP}/{key}": value for key, value in annotations.items()}}}
         self.merge(kind, name, patch)
 
-    def pod_state(self, pod: str) -> Object:
+    def pod_state(self, pod: str) -> EngineState:
         """GET /sere of one pod, through the API server (needs the right to pods/proxy)."""
         path = KINDS["Pod"].path(self.namespace, f"{pod}:{ENGINE_PORT}", "proxy/sere")
-        return self.api.call(f"ask pod {pod}", "get", path, _request_timeout=POD_TIMEOUT_S)
+        return EngineState.parse(self.api.call(f"ask pod {pod}", "get", path, _request_timeout=POD_TIMEOUT_S))
 
     def deployments(self) -> list[Object]:
         return self.api.list(meta.DEPLOYMENT_KIND, self.namespace)

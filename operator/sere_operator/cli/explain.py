@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sere_ext.contract.policy import EXACT
+from sere_ext.contract.volume import OVERRIDE, STABLE
+
 from sere_operator.api import meta
 from sere_operator.api.conditions import ConditionType, Reason, find_condition, held_rollout
 
@@ -45,14 +48,14 @@ def explain(deployment: Object, pods: Sequence[Object], config_map: Object | Non
 def override_of(deployment: Object, config_map: Object | None) -> bool:
     """Whether the kill switch is on: on the resource, or in the ConfigMap that new pods read."""
     on_resource = (deployment["metadata"].get("annotations") or {}).get(meta.OVERRIDE_ANNOTATION)
-    in_map = ((config_map or {}).get("data") or {}).get(meta.OVERRIDE_KEY)
+    in_map = ((config_map or {}).get("data") or {}).get(OVERRIDE)
     return meta.OVERRIDE_EXACT in (on_resource, in_map)
 
 
 def stable_of(deployment: Object, config_map: Object | None) -> str:
     """The policy that pods run by default. The ConfigMap is what they read; the status may lag behind it."""
     status = (deployment.get("status") or {}).get("policy") or {}
-    return ((config_map or {}).get("data") or {}).get(meta.STABLE_KEY) or status.get("stable") or "exact"
+    return ((config_map or {}).get("data") or {}).get(STABLE) or status.get("stable") or EXACT
 
 
 def _what_runs(deployment: Object, config_map: Object | None) -> list[str]:
@@ -62,10 +65,10 @@ def _what_runs(deployment: Object, config_map: Object | None) -> list[str]:
     policy = (deployment.get("status") or {}).get("policy") or {}
     stable = stable_of(deployment, config_map)
     if override_of(deployment, config_map):
-        back = f"The policy before was {stable}. " if stable != "exact" else ""
+        back = f"The policy before was {stable}. " if stable != EXACT else ""
         way_out = _WAY_OUT[Reason.OVERRIDDEN].format(name=name)
         return [f"{name} routes exactly on every pod, because the kill switch is on. {back}{way_out}"]
-    if stable == "exact":
+    if stable == EXACT:
         because = "because spec.routing asks for it" if mode == "Exact" else f"although spec.routing.mode is {mode}"
         return [f"{name} routes exactly, {because}."]
     what = f"{name} runs policy {stable}"

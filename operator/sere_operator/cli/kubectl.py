@@ -18,12 +18,14 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
-from sere_ext.contract.errors import SereError, UsageError
+from sere_ext.contract.errors import ApiError, SereError, UsageError
+from sere_ext.contract.policy import EXACT
+from sere_ext.contract.state import EngineState
+from sere_ext.contract.volume import OVERRIDE, STABLE, policy_file
 
 from sere_operator.api import meta
 from sere_operator.cli.cluster import Cluster
 from sere_operator.cli.explain import Object, explain, override_of, pod_ready, stable_of
-from sere_operator.kube import ApiError
 
 app = typer.Typer(
     name="kubectl-sere",
@@ -70,7 +72,7 @@ def _report(cluster: Cluster, deployment: Object, live: bool) -> Object:
         if live:
             try:
                 state = cluster.pod_state(pod["metadata"]["name"])
-                runs = "exact (override)" if state.get("override") else str(state.get("policyDigest"))
+                runs = "exact (override)" if state.override else state.policy_digest
             except ApiError as error:
                 runs = f"? ({error})"
         pods.append(
@@ -146,7 +148,7 @@ def exact(
         # Nothing has been deployed: the annotation is all there is to set, and the operator makes the rest follow it.
         typer.echo(f"there is no ConfigMap {config_map} yet; the operator will make it with the switch as it is now")
     else:
-        _try(problems, lambda: cluster.merge("ConfigMap", config_map, {"data": {meta.OVERRIDE_KEY: value}}))
+        _try(problems, lambda: cluster.merge("ConfigMap", config_map, {"data": {OVERRIDE: value}}))
     asked = []
     for pod in (pod["metadata"]["name"] for pod in cluster.pods(name)):
         # The nonce makes the kubelet refresh the volume at once.
@@ -170,11 +172,11 @@ def _try(problems: list[str], step: Callable[[], None]) -> bool:
     return True
 
 
-def _follows(state: Object, override: bool) -> bool:
+def _follows(state: EngineState, override: bool) -> bool:
     """Whether the pod's answer shows the switch's position: exact on every rank, since truth lives in the workers."""
     if not override:
-        return not state.get("override")
-    return {state.get("policyDigest"), *(rank.get("policyDigest") for rank in state.get("ranks") or [])} == {"exact"}
+        return not state.override
+    return {state.policy_digest, *(rank.policy_digest for rank in state.ranks)} == {EXACT}
 
 
 def _confirm(cluster: Cluster, pods: list[str], override: bool, seconds: float) -> None:
@@ -214,13 +216,13 @@ def rollback(
     stable = stable_of(deployment, config_map)
     candidate = (current.get("rollout") or {}).get("candidate")
     given_up = candidate or stable
-    if given_up == "exact":
+    if given_up == EXACT:
         raise UsageError(f"{name} routes exactly and no other policy is on its way: there is nothing to give up")
     cluster.annotate(meta.DEPLOYMENT_KIND, name, rollback=given_up)
     target = stable if candidate and candidate != stable else _before(current, config_map, given_up)
     # What the operator would do, done here too, so that it happens with the operator down.
     if config_map is not None and target != stable:
-        cluster.merge("ConfigMap", meta.policy_config_map(name), {"data": {meta.STABLE_KEY: target}})
+        cluster.merge("ConfigMap", meta.policy_config_map(name), {"data": {STABLE: target}})
     for pod in cluster.pods(name):
         cluster.annotate("Pod", pod["metadata"]["name"], policy=None, refresh=secrets.token_hex(4))
     typer.echo(
@@ -232,7 +234,7 @@ def _before(current: Object, config_map: Object | None, given_up: str) -> str:
     """The policy before, if the pods still have it; else exact, which needs no file."""
     previous = (current.get("policy") or {}).get("previous")
     known = (config_map or {}).get("data") or {}
-    return previous if previous and previous != given_up and f"{previous}.json" in known else "exact"
+    return previous if previous and previous != given_up and policy_file(previous) in known else EXACT
 
 
 @app.command()

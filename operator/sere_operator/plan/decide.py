@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sere_ext.contract.policy import EXACT_POLICY
+from sere_ext.contract.errors import SpecError
+from sere_ext.contract.policy import EXACT, EXACT_POLICY
 
 from sere_operator.api import meta
-from sere_operator.api.common import SpecError, parse_spec
+from sere_operator.api.common import parse_spec
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan import status
@@ -16,7 +17,6 @@ from sere_operator.plan.objects import children, drift
 from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.objects.revision import effective, kept, replacing
 from sere_operator.plan.objects.volume import (
-    EXACT,
     PolicyEntry,
     fit,
     policy_config_map,

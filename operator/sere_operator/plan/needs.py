@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from sere_ext.contract.errors import SpecError
+
 from sere_operator.api import meta
-from sere_operator.api.common import SpecError, parse_spec
+from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan.objects import children
 from sere_operator.plan.objects.children import Defaults
@@ -131,7 +133,7 @@ def _golden(snapshot: Snapshot, spec: SereDeploymentSpec) -> Iterator[Read]:
             continue
         run = Golden(
             pod.uid, base, _model(snapshot, spec, pod), digest,
-            evidence.golden_concurrency(chosen.profile.policy), chosen.profile.golden_prompts,
+            evidence.golden_in_flight(chosen.profile.policy), chosen.profile.golden_prompts,
         )  # fmt: skip
         yield run
         if not any((result.pod_uid, result.digest) == (pod.uid, digest) for result in snapshot.golden):

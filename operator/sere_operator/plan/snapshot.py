@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from sere_ext.contract.state import EngineState
+
 from sere_operator.plan.histogram import Histogram
 from sere_operator.plan.reads import Read
 
@@ -24,12 +26,12 @@ class PodMetrics:
 class PodView:
     """A pod as the API server has it, and as it answers itself.
 
-    state   decoded `GET /sere`, None if it did not answer
+    state   body of `GET /sere`, None if the pod gave none that can be read
     proven  digest under which this very container gave one real token, None if none did yet
     """
 
     object: Object
-    state: Object | None = None
+    state: EngineState | None = None
     proven: str | None = None
     metrics: PodMetrics | None = None
 
@@ -66,11 +68,7 @@ class PodView:
     @property
     def digest(self) -> str | None:
         """The policy that all its ranks say they apply, None while they differ or do not answer."""
-        if self.state is None or not self.state.get("ready"):
-            return None
-        digest = self.state.get("policyDigest")
-        ranks = {rank.get("policyDigest") for rank in self.state.get("ranks") or []}
-        return digest if ranks <= {digest} else None
+        return self.state.serves if self.state is not None else None
 
 
 @dataclass(frozen=True)

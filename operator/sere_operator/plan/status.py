@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from sere_ext.contract.policy import EXACT
+
 from sere_operator.api import meta
 from sere_operator.api.conditions import ConditionType, Reason, set_condition
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
 from sere_operator.plan.objects.children import selector
 from sere_operator.plan.objects.revision import replacing
-from sere_operator.plan.objects.volume import EXACT
 from sere_operator.plan.rollout.annotations import right_digests
 from sere_operator.plan.rollout.step import Step, seconds
 from sere_operator.plan.rollout.tuning_first import Hold

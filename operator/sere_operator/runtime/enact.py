@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from functools import partial
 
 import structlog
+from sere_ext.contract.errors import ApiError, NotLeadingError
 
 from sere_operator.api import meta
-from sere_operator.kube import ApiError
 from sere_operator.plan.refusal import Refusal, refused
 from sere_operator.plan.snapshot import Event, Object, Plan, Resource
 from sere_operator.runtime.client import Client
@@ -20,10 +20,6 @@ log = structlog.get_logger(__name__)
 
 # HTTP statuses by which the API server refuses an object as it is; 500 is its answer where a webhook is down.
 REFUSALS = frozenset({400, 403, 405, 413, 422, 500})
-
-
-class NotLeadingError(Exception):
-    """The Lease is not held any more; nothing may be written."""
 
 
 async def enact(client: Client, resource: Resource, plan: Plan, leads: Callable[[], bool]) -> Plan:

@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx2
+from sere_ext.contract.errors import NoAnswerError
 
 MIB = 1024 * 1024
-
-
-class NoAnswerError(Exception):
-    """A pod gave no answer that can be used. The message says what it did instead, and may be shown to users."""
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import structlog
+from sere_ext.contract.errors import ApiError, LostLeaseError
 
-from sere_operator.kube import ApiError
 from sere_operator.runtime.client import Client
 
 log = structlog.get_logger(__name__)
@@ -48,10 +48,6 @@ class LeaseSettings:
     def of(cls, namespace: str, name: str, lease_s: float) -> LeaseSettings:
         """With deadline and retries in client-go's proportions: 15, 10 and 2 seconds."""
         return cls(namespace, name, lease_s, lease_s * 2 / 3, lease_s * 2 / 15)
-
-
-class LostLeaseError(Exception):
-    """The Lease could not be renewed in time: stop writing and end."""
 
 
 def _now() -> str:

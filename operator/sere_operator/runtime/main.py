@@ -18,9 +18,10 @@ from functools import partial
 
 import kopf
 import structlog
+from sere_ext.contract.errors import ApiError, LostLeaseError, NotLeadingError
 
 from sere_operator.api import meta
-from sere_operator.kube import Api, ApiError, in_cluster_or_kubeconfig
+from sere_operator.kube import Api, in_cluster_or_kubeconfig
 from sere_operator.plan.decide import decide
 from sere_operator.plan.ownership import YIELD_S, marked, yielded
 from sere_operator.plan.snapshot import Event, Plan, Resource
@@ -28,10 +29,10 @@ from sere_operator.plan.tuning.decide import decide_tuning
 from sere_operator.runtime import handlers
 from sere_operator.runtime.attention import Attention
 from sere_operator.runtime.client import Client
-from sere_operator.runtime.enact import NotLeadingError, enact
+from sere_operator.runtime.enact import enact
 from sere_operator.runtime.healing import Healing
 from sere_operator.runtime.health import Health
-from sere_operator.runtime.lease import Elector, LeaseSettings, LostLeaseError, lead
+from sere_operator.runtime.lease import Elector, LeaseSettings, lead
 from sere_operator.runtime.observe import observe, observe_tuning
 from sere_operator.runtime.pacing import Rollouts
 from sere_operator.runtime.probe import Prober

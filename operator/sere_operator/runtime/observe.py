@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sere_ext.contract.errors import SereError, SimilarityError
-from sere_ext.contract.shards import encoded, join, places
+from sere_ext.contract.config_maps import encoded, places
+from sere_ext.contract.errors import SimilarityError
+from sere_ext.contract.shards import join
+from sere_ext.contract.similarity import verified_digest
 
 from sere_operator.api import meta
 from sere_operator.plan.needs import needs, taken
-from sere_operator.plan.objects.artefact import verified_digest
 from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.reads import Artefact, Child, Golden, Listed, Metrics, Read, ServiceToken, State, Token
 from sere_operator.plan.snapshot import Object, Similarity, Snapshot, TuningSnapshot
@@ -81,8 +82,8 @@ class Reader:
                 return await self.prober.metrics(base, set(limits))
             case ServiceToken(base, model, key):
                 return await self.prober.through_service(base, model, key)
-            case Golden(uid, base, model, digest, concurrency, prompts):
-                return await self.prober.golden(base, model, prompts, concurrency, uid, digest)
+            case Golden(uid, base, model, digest, in_flight, prompts):
+                return await self.prober.golden(base, model, prompts, in_flight, uid, digest)
 
     async def _object(self, kind: str, name: str) -> Object | None:
         """One object with its kind; of our own kinds a read leaves the type out."""
@@ -103,7 +104,7 @@ async def read_similarity(client: Client, namespace: str, uri: str) -> Similarit
         parts = await asyncio.gather(*(_binary(client, namespace, *place) for place in sharded or [(name, key)]))
         content = join(parts) if sharded else parts[0]
         return Similarity(encoded(content), verified_digest(content))
-    except SereError as error:
+    except SimilarityError as error:  # never an ApiError, which is tried again
         return Similarity(problem=f"{uri}: {error}")
 
 

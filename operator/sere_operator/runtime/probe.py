@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
@@ -16,12 +15,15 @@ from typing import Any
 
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
+from sere_ext.contract.errors import NoAnswerError, UnsupportedError
 from sere_ext.contract.profile import GoldenPrompt
+from sere_ext.contract.state import EngineState
 
 from sere_operator.plan.histogram import from_bounds
 from sere_operator.plan.snapshot import GoldenResult, PodMetrics
 from sere_operator.runtime.answers import Answers, Aside
-from sere_operator.runtime.fetch import MIB, Answer, NoAnswerError, fetch, new_client
+from sere_operator.runtime.fetch import MIB, Answer, fetch, new_client
+from sere_operator.runtime.golden import ask_all, request_of, text_of
 
 PROOF_TTL_S = 600.0  # a token proves a pod for so long; while it holds nothing is sent
 LATE_S = 60.0  # that a proof stands in for the newer one that a busy engine has not given yet
@@ -31,7 +33,6 @@ METRICS_LIMIT = 8 * MIB  # bytes; vLLM's own page has a few hundred KiB
 METRICS_LINES = 20_000  # of ours in it; a few thousand with every bucket of several policies
 MAX_COUNT = 2.0**53  # requests, or seconds: beyond it a number of the page is no count
 ERROR_LENGTH = 1000  # characters kept of a pod's own error
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _HISTOGRAMS = ("sere_tpot_seconds", "sere_ttft_seconds")
 
 
@@ -92,7 +93,7 @@ class Prober:
 
     # ---- questions, each of which returns soon ----
 
-    async def state(self, base: str) -> dict[str, Any] | None:
+    async def state(self, base: str) -> EngineState | None:
         """Decoded `GET /sere`, None if there is no answer of that form."""
         return await self._ask(("state", base), lambda: self._state(self.client(), base))
 
@@ -127,8 +128,8 @@ class Prober:
                 state = await self._state(one, base)
             if state is None:
                 return None
-            self._proofs[key] = (state["policyDigest"], time.monotonic())
-            return str(state["policyDigest"])
+            self._proofs[key] = (state.policy_digest, time.monotonic())
+            return state.policy_digest
 
         return await self._ask(("service", base, model, *key, self.api_key or ""), prove, TOKEN_GRACE_S) or self._proof(
             key, LATE_S
@@ -146,21 +147,18 @@ class Prober:
         return await self._ask(("metrics", base, *sorted(limits)), read)
 
     async def golden(
-        self, base: str, model: str, prompts: tuple[GoldenPrompt, ...], concurrency: int, pod_uid: str, digest: str
+        self, base: str, model: str, prompts: tuple[GoldenPrompt, ...], in_flight: int, pod_uid: str, digest: str
     ) -> GoldenResult | None:
-        """Answers to the prompts, `concurrency` at a time, so that they run inside the policy's batch sizes.
+        """The pod's answers to the prompts, judged, with `in_flight` requests beside each other.
 
         None while they are being answered, and where the pod no longer applied `digest` at their end. Each run's result is
         returned once.
         """
 
         async def run() -> GoldenResult | None:
-            gate = asyncio.Semaphore(max(1, concurrency))
-            answers = await asyncio.gather(*(self._answered(base, model, prompt, gate) for prompt in prompts))
+            answers = await ask_all(lambda prompt: self._answered(base, model, prompt), prompts, in_flight)
             state = await self._state(self.client(), base)
-            if state is None or state["policyDigest"] != digest:
-                return None
-            return GoldenResult(pod_uid, digest, tuple(answers))
+            return GoldenResult(pod_uid, digest, answers) if state is not None and state.policy_digest == digest else None
 
         return await self._ask(("golden", base, model, pod_uid, digest), run, 0.0, stand_in=False)
 
@@ -182,9 +180,9 @@ class Prober:
 
     # ---- requests, each of which may take as long as its deadline ----
 
-    async def _state(self, client: httpx2.AsyncClient, base: str) -> dict[str, Any] | None:
+    async def _state(self, client: httpx2.AsyncClient, base: str) -> EngineState | None:
         answer = await fetch(client, "GET", f"{base}/sere", deadline_s=self.state_timeout_s)
-        return checked_state(answer.json()) if answer.status == 200 else None
+        return checked_state(answer.body) if answer.status == 200 else None
 
     async def _completion(
         self, client: httpx2.AsyncClient, base: str, body: dict[str, Any], path: str = "/v1/completions"
@@ -205,61 +203,23 @@ class Prober:
         except (LookupError, TypeError):
             return False
 
-    async def _answered(self, base: str, model: str, prompt: GoldenPrompt, gate: asyncio.Semaphore) -> bool | None:
-        """Whether one golden prompt was answered right, None where it was not answered."""
-        path, body = golden_request(model, prompt)
-        async with gate:
-            try:
-                answer = await self._completion(self.client(), base, body, path)
-                return right(golden_answer(answer.json()), prompt.answer) if answer.status == 200 else None
-            except (NoAnswerError, LookupError, TypeError):
-                return None
+    async def _answered(self, base: str, model: str, prompt: GoldenPrompt) -> str | None:
+        """The answer to one golden prompt, None where there was none."""
+        path, body = request_of(model, prompt)
+        try:
+            answer = await self._completion(self.client(), base, body, path)
+            return text_of(answer.json()) if answer.status == 200 else None
+        except (NoAnswerError, LookupError, TypeError):
+            return None
 
 
-def checked_state(decoded: Any) -> dict[str, Any] | None:
-    """The body of `GET /sere` as far as the operator reads it, None where it is not of that form."""
-    if not isinstance(decoded, dict) or not isinstance(decoded.get("policyDigest"), str):
+def checked_state(body: bytes) -> EngineState | None:
+    """The body of `GET /sere`, None where it is not of that form; an error longer than ERROR_LENGTH is cut."""
+    try:
+        state = EngineState.parse(body)
+    except UnsupportedError:
         return None
-    ranks, error, key = decoded.get("ranks") or [], decoded.get("error"), decoded.get("key")
-    if not isinstance(ranks, list) or not all(isinstance(rank, dict) for rank in ranks):
-        return None
-    if not all(isinstance(rank.get("policyDigest"), str | None) for rank in ranks):
-        return None
-    if not isinstance(key, dict | None):
-        return None
-    return {
-        **decoded,
-        "ready": decoded.get("ready") is True,
-        "ranks": ranks,
-        "error": str(error)[:ERROR_LENGTH] if error else None,
-    }
-
-
-def golden_request(model: str, prompt: GoldenPrompt) -> tuple[str, dict[str, Any]]:
-    """(path, body) that asks a golden prompt as the tuner asked it: a conversation by the chat template, else plain text."""
-    shared = {"model": model, "max_tokens": prompt.max_tokens, "temperature": 0}
-    if prompt.messages:
-        return "/v1/chat/completions", {**shared, "messages": [message.to_json_dict() for message in prompt.messages]}
-    return "/v1/completions", {**shared, "prompt": prompt.prompt}
-
-
-def golden_answer(body: dict[str, Any]) -> str:
-    """The text of a completion or of a chat completion. Raises KeyError or IndexError where it is neither."""
-    choice = body["choices"][0]
-    return str(choice["message"]["content"] or "") if "message" in choice else str(choice["text"])
-
-
-def right(text: str, answer: str) -> bool:
-    """Whether a golden prompt was answered right: the answer alone, on the first line, or as the last number."""
-    given, wanted = text.strip(), answer.strip()
-    if given == wanted or given.split("\n", 1)[0].strip() == wanted:
-        return True
-    numbers = _NUMBER.findall(given)
-    return bool(_NUMBER.fullmatch(wanted) and numbers and _number(numbers[-1]) == _number(wanted))
-
-
-def _number(text: str) -> float:
-    return float(text.replace(",", ""))
+    return state.model_copy(update={"error": state.error[:ERROR_LENGTH]}) if state.error else state
 
 
 def parse_metrics(text: str, limits: set[str]) -> PodMetrics | None:

@@ -11,12 +11,11 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 import structlog
+from sere_ext.contract.errors import ApiError, NotLeadingError
 
 from sere_operator.api import meta
-from sere_operator.kube import ApiError
 from sere_operator.plan.snapshot import Object, PodPatch
 from sere_operator.runtime.client import Client
-from sere_operator.runtime.enact import NotLeadingError
 from sere_operator.runtime.reconciler import Key, Place
 
 log = structlog.get_logger(__name__)

@@ -13,6 +13,7 @@ from typing import Any
 
 from sere_ext.calibration.moments import Moments
 from sere_ext.contract.errors import UsageError
+from sere_ext.contract.files import draft_of, write_whole
 
 _KEY = "sere-checkpoint"
 _WRITE_SHARE = 0.05  # of the time at most goes into writing checkpoints; below it, every batch is saved
@@ -63,16 +64,10 @@ class Checkpoint:
 
         tensors = {f"{layer}.{name}": value for layer, total in sums.items() for name, value in total.state().items()}
         told = json.dumps({"origin": self.origin, "done": done})
-        save_file(tensors, self._draft, metadata={_KEY: told})
-        self._draft.replace(self.path)
+        write_whole(self.path, lambda draft: save_file(tensors, draft, metadata={_KEY: told}))
         ended = time.monotonic()
         self._next_s = ended + (ended - began) * (1 / _WRITE_SHARE - 1)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
-        self._draft.unlink(missing_ok=True)
-
-    @property
-    def _draft(self) -> Path:
-        """Of one name, so that what a kill leaves behind is written over."""
-        return self.path.with_name(self.path.name + ".new")
+        draft_of(self.path).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sere_ext.contract.errors import UnsupportedError
-from sere_ext.contract.similarity import language_config
+from sere_ext.contract.model_config import language_config
 
 Answers = Callable[[Any], Any]  # inputs [n, H] -> outputs of all experts [E, n, H'] float32
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from sere_ext import __version__
 from sere_ext.calibration.capture import collecting, run_batch
@@ -22,9 +20,11 @@ from sere_ext.calibration.checkpoint import Checkpoint, Origin
 from sere_ext.calibration.experts import ExpertLayer, claims_experts, find_experts
 from sere_ext.calibration.moments import HALVES, make_moments, moments_bytes
 from sere_ext.contract.errors import UnsupportedError, UsageError
+from sere_ext.contract.model_config import model_config_digest
 from sere_ext.contract.records import Message, Row, conversation_of, lines_of, prompt_of, read_rows, read_text
-from sere_ext.contract.similarity import Changes, Metric, SimilarityMeta, model_config_digest
-from sere_ext.similarity.file import Similarity, model_config_dict, read_similarity, write_similarity
+from sere_ext.contract.similarity import Changes, Metric, SimilarityMeta
+from sere_ext.similarity.file import Similarity, read_similarity, write_similarity
+from sere_ext.similarity.hub import model_config_dict
 from sere_ext.similarity.packing import Matrix
 from sere_ext.similarity.stability import changes
 
@@ -322,19 +322,3 @@ def _ranges(numbers: list[int]) -> str:
         else:
             found.append([number, number])
     return ", ".join(f"{a}-{b}" if a != b else str(a) for a, b in found)
-
-
-def describe(meta: SimilarityMeta, matrices: Iterable[Matrix]) -> str:
-    """One line a layer: quantiles of each expert's nearest neighbour, which rho is compared with."""
-    lines = []
-    for layer, matrix in zip(meta.layers, matrices, strict=True):
-        low, mid, high = nearest_quantiles(matrix)
-        lines.append(f"layer {layer}: nearest expert {low:.2f} / {mid:.2f} / {high:.2f} (10th, 50th, 90th percentile)")
-    return "\n".join(lines)
-
-
-def nearest_quantiles(matrix: Matrix) -> tuple[float, float, float]:
-    """10th, 50th and 90th percentile over experts of the similarity to the most similar other one."""
-    off = np.where(np.eye(matrix.shape[0], dtype=bool), -np.inf, np.nan_to_num(matrix, nan=-np.inf)).max(axis=1)
-    low, mid, high = np.quantile(off, [0.1, 0.5, 0.9])
-    return float(low), float(mid), float(high)

@@ -1,0 +1,1 @@
+"""The `sere` command, and the subcommands of this package: calibrate, similarity, serve, status and apply."""

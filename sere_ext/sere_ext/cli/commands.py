@@ -1,4 +1,4 @@
-"""Subcommands of `sere` that this part adds: calibrate, similarity, serve, status, apply."""
+"""The subcommands of `sere` that this package adds: calibrate, similarity, serve, status and apply."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def status_command(
     from sere_ext.control.client import get_state, render_state
 
     state = get_state(url)
-    typer.echo(json.dumps(state) if as_json else render_state(state))
+    typer.echo(json.dumps(state.to_json_dict()) if as_json else render_state(state))
 
 
 def apply_command(
@@ -127,8 +127,8 @@ def apply_command(
 ) -> None:
     """Change a running engine's policy; the token is taken from SERE_CONTROL_TOKEN."""
     from sere_ext.contract.policy import EXACT_POLICY
+    from sere_ext.contract.profile import read_policy_file
     from sere_ext.control.client import put_policy, render_state
-    from sere_ext.engine.settings import read_policy_file
 
     wanted = EXACT_POLICY if policy == "exact" else read_policy_file(policy)
     typer.echo(render_state(put_policy(url, wanted, similarity=similarity, clean=clean)))

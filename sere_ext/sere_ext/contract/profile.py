@@ -6,18 +6,22 @@ profile can be reviewed, committed and applied elsewhere.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from sere_ext.contract.errors import ProfileError
-from sere_ext.contract.policy import Policy, Record, canonical_json
+from sere_ext.contract.answers import AnswerMetric, right
+from sere_ext.contract.errors import PolicyError, ProfileError
+from sere_ext.contract.files import write_whole
+from sere_ext.contract.names import API_VERSION
+from sere_ext.contract.policy import Policy
+from sere_ext.contract.record import Record, canonical_json, content_digest
 from sere_ext.contract.validation import explain
 
-API_VERSION: Final = "serving.sere.dev/v1alpha1"
+_POLICY_EXAMPLE = '{"buckets": [{"minTokens": 8, "kind": "topk", "S": 2}]}'
 
 
 class ProfileKey(Record):
@@ -32,7 +36,7 @@ class ProfileKey(Record):
     tensor_parallel_size: Annotated[int, Field(description="devices per engine")] = 1
 
     def mismatch(self, running: ProfileKey) -> str | None:
-        """One sentence on the first difference, or None: `profile was made for engine 0.31.0, this pod runs 0.32.0`."""
+        """One sentence on the first difference between what was measured and what runs, or None: `profile was made for engine 0.31.0, this pod runs 0.32.0`."""
         for field, label in _KEY_LABELS.items():
             made, runs = getattr(self, field), getattr(running, field)
             if made != runs:
@@ -54,7 +58,7 @@ class SimilarityRef(Record):
 
 
 class Paired(Record):
-    """One quantity measured on both arms of one run."""
+    """One quantity as measured with exact routing and with the chosen policy."""
 
     exact: Annotated[float, Field(description="with exact routing")]
     chosen: Annotated[float, Field(description="with the chosen policy")]
@@ -62,7 +66,7 @@ class Paired(Record):
 
 
 class Ratio(Record):
-    """exact / chosen with a confidence interval from paired blocks; the condition says at equal what."""
+    """How many times smaller a quantity is with the chosen policy, with a confidence interval from paired blocks."""
 
     value: Annotated[float, Field(description="exact divided by chosen")]
     low: Annotated[float | None, Field(description="lower end of the confidence interval")] = None
@@ -135,6 +139,27 @@ class GoldenPrompt(Record):
     ] = None
     answer: Annotated[str, Field(description="the right answer")]
     max_tokens: Annotated[int, Field(ge=1, le=512, description="answer length limit")] = 32
+    metric: Annotated[AnswerMetric, Field(description="how an answer is judged, as in the tuning that chose the prompt")] = (
+        "exact"
+    )
+    pattern: Annotated[str | None, Field(max_length=1024, description="regex: its first group is compared with the answer")] = (
+        None
+    )
+    stop: Annotated[tuple[str, ...], Field(max_length=16, description="strings that end an answer")] = ()
+
+    @model_validator(mode="after")
+    def _pattern_for_regex(self) -> Self:
+        if (self.metric == "regex") != (self.pattern is not None):
+            raise ValueError("metric regex needs pattern, and pattern is for metric regex only")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"pattern is no regular expression ({error}); correct it") from error
+        return self
+
+    def right(self, text: str) -> bool:
+        """Whether a generated text answers the prompt rightly."""
+        return right(self.metric, self.pattern, text, self.answer, self.stop)
 
 
 class ProfileSpec(Record):
@@ -151,11 +176,11 @@ class ProfileSpec(Record):
     @property
     def digest(self) -> str:
         """Content address of the whole spec: `sha256:` and 64 hex digits."""
-        return "sha256:" + hashlib.sha256(canonical_json(self.to_json_dict())).hexdigest()
+        return content_digest(canonical_json(self.to_json_dict()))
 
 
 class Profile(Record):
-    """A SereProfile manifest. Its name holds the policy's digest unless the caller gives one."""
+    """A SereProfile manifest."""
 
     api_version: Literal["serving.sere.dev/v1alpha1"] = API_VERSION
     kind: Literal["SereProfile"] = "SereProfile"
@@ -164,7 +189,11 @@ class Profile(Record):
 
     @classmethod
     def parse(cls, data: str | bytes | dict[str, Any]) -> Profile:
-        """Raises ProfileError with one sentence per problem."""
+        """Read a profile from JSON text or a decoded object.
+
+        Raises:
+            ProfileError: with one sentence per problem, each naming the field.
+        """
         try:
             return cls.model_validate(data) if isinstance(data, dict) else cls.model_validate_json(data)
         except ValidationError as error:
@@ -172,10 +201,31 @@ class Profile(Record):
 
     @classmethod
     def read(cls, path: str | Path) -> Profile:
+        """Read a profile from a file. Raises ProfileError."""
         try:
             return cls.parse(Path(path).read_bytes())
         except OSError as error:
             raise ProfileError(f"cannot read the profile {path}: {error.strerror}") from error
 
     def write(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_json_dict(), indent=2) + "\n")
+        """Write the manifest as JSON, whole or not at all."""
+        write_whole(path, json.dumps(self.to_json_dict(), indent=2) + "\n")
+
+
+def read_policy_file(path: str | Path) -> Policy:
+    """A policy from a JSON file: a policy itself or a SereProfile manifest."""
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise PolicyError(f"cannot read the policy {path}: {error.strerror}") from error
+    try:
+        decoded = json.loads(text)
+    except ValueError as error:
+        raise PolicyError(
+            f"{path} cannot be read as JSON ({error}); write a policy like {_POLICY_EXAMPLE}, or give a profile"
+        ) from error
+    if isinstance(decoded, dict) and decoded.get("kind") == "SereProfile":
+        return Profile.parse(decoded).spec.policy
+    if not isinstance(decoded, dict):
+        raise PolicyError(f"{path}: a policy is a JSON object like {_POLICY_EXAMPLE}")
+    return Policy.parse(decoded)

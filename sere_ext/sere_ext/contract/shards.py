@@ -1,38 +1,28 @@
-"""A similarity file in pieces that fit into ConfigMaps, and back again. Pure, torch-free.
+"""A similarity file in shards that fit into ConfigMaps, and back again. Pure.
 
 A ConfigMap holds at most 1 MiB. Each shard says which file it belongs to, which piece of how many it is, and the digest of
 its bytes: one line of JSON after a magic word, then the bytes. So a shard that is missing, misplaced, torn or of another
-file is named before anything is written.
-
-Shards have names in two places. ConfigMaps that carry a file are `NAME-1`, `NAME-2`, ..., each with one key (`config_maps`), and
-who refers to the file names the first. In a policy directory they lie as `FILE.001-of-003`, ... (`piece_name`).
+file is named before anything is written. Names of shards: `config_maps.py` in a cluster, `volume.py` in a policy volume.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import re
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated
 
 from pydantic import Field, ValidationError
 
 from sere_ext.contract.errors import SimilarityError
-from sere_ext.contract.policy import Record
+from sere_ext.contract.record import Record, content_digest
 
-SHARD_BYTES = 900 * 1024  # with its header; leaves room for a ConfigMap's other fields
-POLICY_SHARDS = 16  # places in a pod's policy volume: for two artefacts of up to 8, one in force and one on its way
+SHARD_BYTES = 900 * 1024  # a shard with its header; leaves room for a ConfigMap's other fields
 SHARD_MAGIC = b"sere-similarity-shard 1\n"
-_HEADER_BYTES = 512
-OPENINGS_NAME = "sere-openings"  # ConfigMap of a namespace: which held-out items tuning runs opened, one key for each model
-MAX_FILE_BYTES = POLICY_SHARDS * (SHARD_BYTES - _HEADER_BYTES)  # of an artefact that pods can be given
-_KEY = re.compile(r"shard-(\d{3})-of-(\d{3})")
+HEADER_BYTES = 512  # room for the magic word and the header
 
 
 class ShardHeader(Record):
-    """What a shard says of itself."""
+    """The first line of a shard, which says what file and which piece of it the shard is."""
 
     file_digest: str  # sha256 of the whole file
     index: Annotated[int, Field(ge=1)]  # from 1
@@ -46,22 +36,22 @@ def split(content: bytes, limit_bytes: int = SHARD_BYTES) -> list[bytes]:
     Raises:
         SimilarityError: nothing to split, or a limit that leaves no room beside the header.
     """
-    room = limit_bytes - _HEADER_BYTES
+    room = limit_bytes - HEADER_BYTES
     if room < 1 or not content:
         raise SimilarityError(f"{len(content)} bytes cannot be split into shards of {limit_bytes}; give at least 1 KiB each")
     count = -(-len(content) // room)
     size = -(-len(content) // count)
-    whole = _sha256(content)
+    whole = content_digest(content)
     shards = []
     for index in range(count):
         piece = content[index * size : (index + 1) * size]
-        header = ShardHeader(file_digest=whole, index=index + 1, count=count, digest=_sha256(piece))
+        header = ShardHeader(file_digest=whole, index=index + 1, count=count, digest=content_digest(piece))
         shards.append(SHARD_MAGIC + json.dumps(header.to_json_dict()).encode() + b"\n" + piece)
     return shards
 
 
 def join(shards: Sequence[bytes]) -> bytes:
-    """The file that `split` was given.
+    """Put shards together to the file that `split` was given.
 
     Args:
         shards: all of them, in order.
@@ -86,79 +76,9 @@ def join(shards: Sequence[bytes]) -> bytes:
         if place != index:
             raise SimilarityError(f"shard {index} of {first.count} stands at place {place}; give them in order")
     content = b"".join(piece for _, piece in parts)
-    if _sha256(content) != first.file_digest:
+    if content_digest(content) != first.file_digest:
         raise SimilarityError(f"the shards do not make the file {first.file_digest}; split it again")
     return content
-
-
-def encoded(content: bytes, limit_bytes: int = SHARD_BYTES) -> tuple[str, ...]:
-    """The shards in base64, as ConfigMaps hold binary data."""
-    return tuple(base64.b64encode(shard).decode() for shard in split(content, limit_bytes))
-
-
-def config_maps(shards: Sequence[str], name: str) -> list[dict[str, Any]]:
-    """One ConfigMap manifest per shard (`encoded`), `NAME-1`, `NAME-2`, ...; keys sort in order when projected into one folder.
-
-    Apply them server-side: client-side apply copies the object into an annotation, which holds at most 256 KiB.
-    """
-    return [
-        {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": {"name": config_map_name(name, index), "labels": {"serving.sere.dev/similarity": name}},
-            "binaryData": {f"shard-{index:03d}-of-{len(shards):03d}": shard},
-        }
-        for index, shard in enumerate(shards, 1)
-    ]
-
-
-def config_map_name(name: str, index: int) -> str:
-    """Of the shard with this index, from 1."""
-    return f"{name}-{index}"
-
-
-def uri(config_maps: Sequence[dict[str, Any]]) -> str:
-    """How resources refer to a file in these ConfigMaps: by its first shard."""
-    (key,) = config_maps[0]["binaryData"]
-    return f"configmap://{config_maps[0]['metadata']['name']}/{key}"
-
-
-def places(name: str, key: str) -> list[tuple[str, str]] | None:
-    """ConfigMap and key of every shard in order, given those of the first; None: the key is not one of a shard.
-
-    Raises:
-        SimilarityError: it is not the first one, or there are more than pods can be given.
-    """
-    match = _KEY.fullmatch(key)
-    if match is None:
-        return None
-    index, count, stem = int(match[1]), int(match[2]), name.removesuffix("-1")
-    if index != 1 or stem == name:
-        raise SimilarityError(f"ConfigMap {name} key {key} is not the first shard of a file; name NAME-1 and its key")
-    if count > POLICY_SHARDS:
-        raise SimilarityError(f"a file of {count} shards; split it into at most {POLICY_SHARDS}, which pods have places for")
-    return [(config_map_name(stem, i), f"shard-{i:03d}-of-{count:03d}") for i in range(1, count + 1)]
-
-
-def piece_name(file: str, index: int, count: int) -> str:
-    """Of a shard of `file` in a policy directory; they sort in order."""
-    return f"{file}.{index:03d}-of-{count:03d}"
-
-
-def pieces(names: Iterable[str], file: str) -> tuple[list[str], int]:
-    """Which shards of `file` are among `names`, in order, and how many it has (0: none is there).
-
-    Where it lies there split in two ways, the one of which less is missing.
-    """
-    pattern = re.compile(re.escape(file) + r"\.(\d{3})-of-(\d{3})")
-    found: dict[int, list[str]] = {}
-    for name in sorted(names):
-        if match := pattern.fullmatch(name):
-            found.setdefault(int(match[2]), []).append(name)
-    if not found:
-        return [], 0
-    count = min(found, key=lambda count: count - len(found[count]))
-    return found[count], count
 
 
 def _parse(place: int, shard: bytes) -> tuple[ShardHeader, bytes]:
@@ -169,10 +89,6 @@ def _parse(place: int, shard: bytes) -> tuple[ShardHeader, bytes]:
         header = ShardHeader.model_validate_json(line)
     except ValidationError as error:
         raise SimilarityError(f"the shard at place {place} has a damaged header; copy it again") from error
-    if _sha256(piece) != header.digest:
+    if content_digest(piece) != header.digest:
         raise SimilarityError(f"shard {header.index} of {header.count} is damaged: its content does not match its digest")
     return header, piece
-
-
-def _sha256(content: bytes) -> str:
-    return "sha256:" + hashlib.sha256(content).hexdigest()

@@ -1,22 +1,24 @@
-"""The similarity artefact: per MoE layer one [E, E] matrix, in safetensors with versioned metadata. Torch-free header.
+"""The header of a similarity file: per MoE layer one [E, E] matrix, in safetensors with versioned metadata.
 
 Tensors are named `layer.<model layer number>`, symmetric, diagonal 1, larger is more alike: float32 [E, E], or packed
-(`SimilarityMeta.packing`) the strict upper triangle row by row, int8 [E (E - 1) / 2]. Everything needed to refuse a wrong file stands in the header, so the operator and the tuner can judge one
-without reading matrices.
+(`SimilarityMeta.packing`) the strict upper triangle row by row, int8 [E (E - 1) / 2]. Everything needed to refuse a wrong file
+stands in the header, so the operator and the tuner can judge a file without reading matrices.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, BinaryIO, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from sere_ext.contract.errors import SimilarityError
-from sere_ext.contract.policy import Record, canonical_json
+from sere_ext.contract.record import Record, canonical_json
 from sere_ext.contract.shards import SHARD_MAGIC
 from sere_ext.contract.validation import explain
 
@@ -70,31 +72,6 @@ class SimilarityMeta(Record):
         return self
 
 
-# What of a model's config.json decides whether similarity still fits: shape and routing, not serving details.
-_CONFIG_KEYS = (
-    "model_type", "hidden_size", "num_hidden_layers", "moe_intermediate_size", "intermediate_size", "num_experts",
-    "num_local_experts", "n_routed_experts", "num_experts_per_tok", "vocab_size", "first_k_dense_replace",
-    "decoder_sparse_step", "mlp_only_layers",
-)  # fmt: skip
-
-
-def names_folder(model: str) -> bool:
-    """Whether a model's name is meant as a local folder: a name of the hub has one slash at most."""
-    return model.startswith(("/", ".", "~")) or model.count("/") > 1
-
-
-def language_config(config: dict[str, object]) -> dict[str, object]:
-    """A decoded config.json with the settings of its language model on top, which multimodal models nest."""
-    text = config.get("text_config")
-    return {**config, **text} if isinstance(text, dict) else config
-
-
-def model_config_digest(config: dict[str, object]) -> str:
-    """Digest of the parts of a decoded config.json that similarity depends on. `sha256:` and 64 hex digits."""
-    source = language_config(config)
-    return "sha256:" + hashlib.sha256(canonical_json({key: source.get(key) for key in _CONFIG_KEYS})).hexdigest()
-
-
 def similarity_digest(meta: SimilarityMeta, matrices: dict[int, bytes]) -> str:
     """Content address of the matrices (raw little-endian bytes as stored, by layer) and of what they were made from."""
     state = hashlib.sha256(canonical_json(meta.model_copy(update={"digest": ""}).to_json_dict()))
@@ -104,53 +81,88 @@ def similarity_digest(meta: SimilarityMeta, matrices: dict[int, bytes]) -> str:
     return "sha256:" + state.hexdigest()
 
 
-def similarity_file(digest: str) -> str:
-    """The name under which the artefact with this digest lies in a policy directory."""
-    return f"similarity-{digest.removeprefix('sha256:')[:12]}.safetensors"
-
-
 def read_meta(path: str | Path) -> SimilarityMeta:
     """Read and check the header alone, and that the file is as long as the header says.
 
     Raises:
         SimilarityError: missing, truncated, not safetensors, no `sere` metadata, or another schema version.
     """
-    path = Path(path)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            if SHARD_MAGIC.startswith(head) and len(head) == 8:
-                raise SimilarityError(f"{path} is one shard of a similarity file; put it together with `sere similarity join`")
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER_BYTES + 1
-            if length > _MAX_HEADER_BYTES:
-                raise SimilarityError(f"{path} is no safetensors file; make one with `sere calibrate MODEL --data FILE`")
-            header = json.loads(file.read(length))
+        with Path(path).open("rb") as file:
+            return _header(file, Path(path).stat().st_size, str(path)).meta
     except FileNotFoundError as error:
         raise SimilarityError(f"no similarity file at {path}; make one with `sere calibrate MODEL --data FILE`") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise SimilarityError(f"{path} is truncated or unreadable ({error}); make it again with `sere calibrate`") from error
-    raw, end = _described(path, header)
-    if size != 8 + length + end:
-        raise SimilarityError(f"{path} is truncated: {size} bytes of {8 + length + end}; copy or make it again")
+
+
+def verified_digest(content: bytes) -> str:
+    """The digest of a similarity file, recomputed from its matrices.
+
+    Args:
+        content: the whole file.
+
+    Raises:
+        SimilarityError: see `read_meta`; also content that does not match its digest.
+    """
+    where = "the similarity artefact"
+    header = _header(io.BytesIO(content), len(content), where)
+    matrices = {layer: content[header.start + begin : header.start + end] for layer, (begin, end) in header.spans.items()}
+    digest = similarity_digest(header.meta, matrices)
+    if digest != header.meta.digest:
+        raise SimilarityError(f"{where} says it is {header.meta.digest}, its content is {digest}; make it again")
+    return digest
+
+
+@dataclass(frozen=True)
+class _Header:
+    meta: SimilarityMeta
+    start: int  # bytes before the matrices
+    spans: dict[int, tuple[int, int]]  # by layer: first byte of its matrix and the one after its last, from `start`
+
+
+def _header(file: BinaryIO, size: int, where: str) -> _Header:
+    """The header of a similarity file: 8 bytes of length (little-endian), that many bytes of JSON, then the matrices.
+
+    Args:
+        size: bytes of the whole file.
+        where: the file's name in messages.
+
+    Raises:
+        SimilarityError: see `read_meta`.
+    """
+    head = file.read(8)
+    if SHARD_MAGIC.startswith(head) and len(head) == 8:
+        raise SimilarityError(f"{where} is one shard of a similarity file; put it together with `sere similarity join`")
+    length = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER_BYTES + 1
+    if length > _MAX_HEADER_BYTES:
+        raise SimilarityError(f"{where} is no safetensors file; make one with `sere calibrate MODEL --data FILE`")
+    try:
+        header = json.loads(file.read(length))
+    except ValueError as error:
+        raise SimilarityError(f"{where} is truncated or unreadable ({error}); make it again with `sere calibrate`") from error
+    text = (header.pop("__metadata__", None) or {}).get("sere") if isinstance(header, dict) else None
+    if text is None:
+        raise SimilarityError(f"{where} has no sere metadata, so it is no similarity file; make one with `sere calibrate`")
+    try:
+        raw = dict(json.loads(text))
+        spans = {
+            int(name.removeprefix("layer.")): (int(entry["data_offsets"][0]), int(entry["data_offsets"][1]))
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise SimilarityError(
+            f"{where} has a damaged header ({error}); copy it or make it again with `sere calibrate`"
+        ) from error
+    whole = 8 + length + max((end for _, end in spans.values()), default=0)
+    if size != whole:
+        raise SimilarityError(f"{where} is truncated: {size} bytes of {whole}; copy or make it again")
     if raw.get("schemaVersion") != SCHEMA_VERSION:
         raise SimilarityError(
-            f"{path} has schema version {raw.get('schemaVersion')}, this release reads {SCHEMA_VERSION}; "
+            f"{where} has schema version {raw.get('schemaVersion')}, this release reads {SCHEMA_VERSION}; "
             "make it again with `sere calibrate`"
         )
     try:
-        return SimilarityMeta.model_validate(raw)
+        return _Header(SimilarityMeta.model_validate(raw), 8 + length, spans)
     except ValidationError as error:
-        raise SimilarityError(f"{path}: {explain(error, SimilarityMeta)}") from error
-
-
-def _described(path: Path, header: Any) -> tuple[dict[str, Any], int]:
-    """What a safetensors header says: the `sere` metadata, decoded, and where the last tensor ends (bytes)."""
-    text = header.get("__metadata__", {}).get("sere") if isinstance(header, dict) else None
-    if text is None:
-        raise SimilarityError(f"{path} has no sere metadata, so it is no similarity file; make one with `sere calibrate`")
-    try:
-        end = max((int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0)
-        return dict(json.loads(text)), end
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise SimilarityError(f"{path} has a damaged header ({error}); copy it or make it again with `sere calibrate`") from error
+        raise SimilarityError(f"{where}: {explain(error, SimilarityMeta)}") from error

@@ -14,9 +14,11 @@ from pydantic import Field, GetJsonSchemaHandler, field_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from sere_ext.contract.answers import AnswerMetric
 from sere_ext.contract.constraints import Constrained, at_least_one, at_most_one, exactly_one, rule
 from sere_ext.contract.engine_flags import extra_args_constraints
-from sere_ext.contract.policy import MAX_TOKENS, Kind, Record
+from sere_ext.contract.policy import MAX_TOKENS, Kind
+from sere_ext.contract.record import Record
 
 MAX_LOADS: Final = 8
 MAX_TASKS: Final = 16
@@ -105,7 +107,7 @@ class Scoring(Constrained):
     )
 
     metric: Annotated[
-        Literal["exact", "numeric", "regex", "contains"],
+        AnswerMetric,
         Field(
             description="when an answer is right: exact, the same text; numeric, the same last number; contains, the right answer "
             "stands in it; regex, what the pattern finds is the right answer"

@@ -1,4 +1,4 @@
-"""What is wrong with a file or body, as sentences that say what to do. Torch-free; shared by all three parts."""
+"""What is wrong with a file or an HTTP body, as sentences that say what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-_NEAR = 0.6  # of 1: how alike two words are from where on one may be a slip for the other; difflib's own choice
+_NEAR = 0.6  # likeness from 0 to 1 at which one word may be a slip for another; difflib's own choice
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
@@ -26,7 +26,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> 
     for problem in problems:
         place = problem["loc"]
         if problem["type"] == "too_short" and any(len(p) > len(place) and p[: len(place)] == place for p in places):
-            continue  # pydantic counts only the good members, so a bad one is told twice
+            continue  # pydantic counts only the good members of a list, and reports a bad member by itself already
         path = ".".join(str(part) for part in ((where,) if where else ()) + place)
         message = _sentence(problem, model)
         parts.append(f"{path}: {message}" if path else message)
@@ -58,7 +58,7 @@ def did_you_mean(given: str, known: Sequence[str]) -> str:
 
 
 def _known(model: type[BaseModel], place: tuple[str | int, ...]) -> set[str]:
-    """The fields that the place's parent may have, by their outside names."""
+    """The fields of the object around `place`, by their names in JSON."""
     here = [model]
     for part in place[:-1]:
         if isinstance(part, str):

@@ -16,21 +16,22 @@ from typing import Any
 
 from sere_ext.contract.errors import SereError
 from sere_ext.contract.policy import Policy
+from sere_ext.contract.state import RankState
 
 logger = logging.getLogger("vllm.sere")
 PREFIX = "sere audit: "
 
 
 def fingerprint(token: str) -> str:
-    """Which token it was, without giving it away: 8 hex digits of its SHA-256."""
+    """8 hex digits of a token's SHA-256, which tell tokens apart without giving them away."""
     return hashlib.sha256(token.encode()).hexdigest()[:8]
 
 
-def applied(source: str, who: str, policy: Policy, state: dict[str, Any], *, clean: bool = False) -> None:
-    """Log a change that every rank has read back. `state` is a rank's answer, with what it `replaced`."""
+def applied(source: str, who: str, policy: Policy, state: RankState, *, clean: bool = False) -> None:
+    """Log a change that every rank has read back. `state` is a rank's answer, with the digest that it `replaced`."""
     _write(
-        outcome="applied", source=source, who=who, **{"from": state["replaced"]}, to=policy.digest,
-        generation=state["generation"], clean=clean, policy=policy.describe(),
+        outcome="applied", source=source, who=who, **{"from": state.replaced}, to=policy.digest,
+        generation=state.generation, clean=clean, policy=policy.describe(),
     )  # fmt: skip
 
 

@@ -16,18 +16,18 @@ import time
 from bisect import bisect_left
 from collections import Counter as Counts
 from collections import OrderedDict, defaultdict, deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from sere_ext.control.live import LiveControl
+from sere_ext.contract.state import CounterRow, EngineState, RowKey, by_key
+from sere_ext.control.live import LiveControl
 
 logger = logging.getLogger("vllm.sere")
 
 POLL_SECONDS = 1.0
-IDLE_POLLS = 10  # an idle engine is asked at every tenth turn: another API server may have changed its policy
+IDLE_POLLS = 10  # an idle engine is asked at every tenth poll: an in-process caller may have changed its policy
 MAX_POLICIES = 64  # whose latencies are kept: a tuner tries hundreds in one engine's life
 ALL_LAYERS = "all"  # of a policy without layer groups
-MIXED = "mixed"  # policy label of a request that saw a switch; it is evidence for neither
+MIXED = "mixed"  # policy label of a request that saw a switch, which is evidence for neither policy
 _HISTORY_SECONDS = 900.0
 _MILLISECONDS = (
     1, 2, 3, 4, 5, 6, 7, 8, 10, 12.5, 15, 17.5, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 500, 750,
@@ -108,11 +108,11 @@ class Metrics:
 
         self._control = control
         self._occupancy: defaultdict[int, Occupancy] = defaultdict(Occupancy)  # by data-parallel engine
-        self._since = time.monotonic()  # the policy in force holds since
+        self._since = time.monotonic()  # when the policy in force was set
         self._digest = control.policy.digest
         self._active = True  # requests ran since the last poll
         self._info_labels: tuple[str, str] | None = None
-        self._last: dict[str, dict[str, int]] = {}
+        self._last: dict[RowKey, CounterRow] = {}
         self._switches_seen = 0
         self._refusals_seen: Counts[tuple[str, str]] = Counts()
         self._removable = "PROMETHEUS_MULTIPROC_DIR" not in os.environ  # several processes share files that only grow
@@ -154,9 +154,9 @@ class Metrics:
                     logger.warning("sere: metrics could not be read from the workers: %s", error)
             await asyncio.sleep(POLL_SECONDS)
 
-    def publish(self, state: dict[str, Any]) -> None:
-        """Set the collectors from a state as `GET /sere` shows it."""
-        labels = (state["policyDigest"], state["source"])
+    def publish(self, state: EngineState) -> None:
+        """Set gauges and add to counters from an engine's state."""
+        labels = (state.policy_digest, state.source)
         if self._info_labels is not None and self._info_labels != labels:
             self._info.labels(*self._info_labels).set(0)
             if self._removable:
@@ -164,31 +164,30 @@ class Metrics:
                 self._experts.clear()  # of buckets that the new policy may not have
         self._info_labels = labels
         self._info.labels(*labels).set(1)
-        self._generation.set(state["generation"])
-        self._error.set(state["error"] is not None)
-        self._switches.inc(state["switches"] - self._switches_seen)
-        self._switches_seen = state["switches"]
+        self._generation.set(state.generation)
+        self._error.set(state.error is not None)
+        self._switches.inc(state.switches - self._switches_seen)
+        self._switches_seen = state.switches
         for refusal, count in self._control.refusals.items():
             self._refusals.labels(*refusal).inc(count - self._refusals_seen[refusal])
         self._refusals_seen = self._control.refusals.copy()
-        for name, now in state["counters"].items():
-            before = self._last.get(name, {})
-            if now["calls"] < before.get("calls", 0):  # the worker dropped the oldest names, and this one came again
-                before = {}
-            delta = {field: value - before.get(field, 0) for field, value in now.items()}
-            if not delta["calls"]:
+        for row in state.counters:
+            before = self._last.get(row.key)
+            if before is not None and row.calls < before.calls:  # the worker dropped its oldest rows, and this one came again
+                before = None
+            gained = row.since(before)
+            if not gained.calls:
                 continue
-            digest, *layers, bucket = name.split("|")
-            where = (layers[0] if layers else ALL_LAYERS, bucket)
+            where = (row.layers or ALL_LAYERS, row.bucket)
             for field, counter in self._counters.items():
-                counter.labels(*where).inc(delta[field])
-            if digest == state["policyDigest"]:
-                self._experts.labels("before", *where).set(delta["activeBefore"] / delta["calls"])
-                self._experts.labels("after", *where).set(delta["activeAfter"] / delta["calls"])
-        self._last = state["counters"]
+                counter.labels(*where).inc(getattr(gained, field))
+            if row.digest == state.policy_digest:
+                self._experts.labels("before", *where).set(gained.active_before / gained.calls)
+                self._experts.labels("after", *where).set(gained.active_after / gained.calls)
+        self._last = by_key(state.counters)
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, engine: int = 0) -> None:
-        """One step of one engine, from vLLM's `StatLoggerManager`."""
+        """Take in the statistics of one step of one engine, as vLLM's `StatLoggerManager` gives them."""
         now = time.monotonic()
         if self._control.policy.digest != self._digest:
             self._digest, self._since = self._control.policy.digest, now
@@ -200,7 +199,7 @@ class Metrics:
             self.observe(now, request, engine)
 
     def observe(self, now: float, request: Any, engine: int = 0) -> None:
-        """One finished request (vLLM's `FinishedRequestStats`), finished `now`."""
+        """Count the latencies of a request (vLLM's `FinishedRequestStats`) that finished `now`."""
         started = now - request.decode_time
         bucket = batch_label(self._occupancy[engine].mean(started, now))
         policy = self._digest if started >= self._since else MIXED
@@ -210,7 +209,7 @@ class Metrics:
         self._latency(self._ttft, first_token, bucket).observe(max(request.e2e_latency - request.decode_time, 0.0))
 
     def _latency(self, histogram: Any, policy: str, bucket: str) -> Any:
-        """The histogram's child; policies not used for longest are forgotten, so that memory stays flat."""
+        """The histogram of one policy and bucket. The policies unused for longest are dropped, so that memory stays flat."""
         self._latency_labels.setdefault(policy, set()).add((histogram, bucket))
         self._latency_labels.move_to_end(policy)
         if self._removable and len(self._latency_labels) > MAX_POLICIES:

@@ -9,17 +9,15 @@ ranks of an engine switch, between the same two steps. Data-parallel engines ste
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from sere_ext.contract import errors
-from sere_ext.contract.errors import ConflictError, SereError, UnsupportedError
+from sere_ext.contract.errors import ConflictError, UnsupportedError
 from sere_ext.contract.policy import EXACT_POLICY, Policy
+from sere_ext.contract.state import CounterRow, Note, RankState, Refusal, total
 
-States = list[dict[str, Any]]
-READ_BACK = ("policyDigest", "similarityDigest", "generation")  # what no two ranks may differ in
+States = list[RankState]
 _ASK_ALL = "call_utility_all_async"  # of vLLM's engine client; absent in 0.26
 
 
@@ -30,7 +28,7 @@ async def switch(
     generation: int | None = None,
     similarity: str | None = None,
     clean: bool = False,
-    note: dict[str, Any] | None = None,
+    note: Note | None = None,
 ) -> States:
     """Switch an `AsyncLLM` (or any `EngineClient`).
 
@@ -39,56 +37,51 @@ async def switch(
         generation: see `WorkerState.check`; None takes the next.
         similarity: path that every worker can read; None keeps the matrices in force.
         clean: drain and drop the prefix cache first.
-        note: see `SereWorker.sere_apply`.
+        note: what the source of the change says of it; None keeps what was noted before.
 
     Returns:
-        `SereWorker.sere_state` of every rank, all of the same policy, each with `engine` and `replaced`.
+        the state of every rank, all of the same policy, each with its `engine` and the digest that was `replaced`.
 
     Raises:
         SereError: refused; the old policy stays in force on every rank.
     """
     if why := unreachable(engine):
         raise UnsupportedError(why)
-    text = json.dumps(policy.to_json_dict())
-    _checked(await ask_ranks(engine, "sere_try_check", (text, generation, similarity)))
+    text = policy.to_json()
+    _raise_refusals(await ask_ranks(engine, "sere_check", (text, generation, similarity)))
     async with _held(engine, clean):
-        return await _apply_everywhere(engine, (text, generation, similarity, note))
+        return await _apply_everywhere(engine, (text, generation, similarity, note.to_json_dict() if note else None))
 
 
 def switch_llm(llm: Any, policy: Policy, *, generation: int | None = None, similarity: str | None = None) -> States:
-    """Switch an `LLM` between two `generate` calls, cleanly: nothing runs then, so only the prefix cache is dropped."""
+    """Switch an `LLM` between two `generate` calls, when nothing runs: only the prefix cache must be dropped first."""
     llm.reset_prefix_cache()
-    states: States = llm.collective_rpc("sere_try_apply", args=(json.dumps(policy.to_json_dict()), generation, similarity))
-    return _checked(states)
+    return _states(llm.collective_rpc("sere_apply", args=(policy.to_json(), generation, similarity)))
+
+
+def llm_states(llm: Any) -> States:
+    """The state of every rank of an `LLM`."""
+    return _states(llm.collective_rpc("sere_state"))
 
 
 async def read_states(engine: Any) -> States:
-    """`SereWorker.sere_state` of every rank that this server reaches, each with `engine`, the number of its engine.
+    """The state of every rank that this server reaches, each with the number of its `engine`.
 
     Raises:
         UnsupportedError: the engine was started without the plug-in, or without settings.
     """
-    return await ask_ranks(engine, "sere_state")
+    return _states(await ask_ranks(engine, "sere_state"))
 
 
 def agree(states: States) -> bool:
     """Whether all ranks of all engines have the same policy, similarity and generation in force."""
-    return len({tuple(state[name] for name in READ_BACK) for state in states}) == 1
+    return len({state.in_force for state in states}) == 1
 
 
-def total_counters(states: States) -> dict[str, dict[str, int]]:
+def total_counters(states: States) -> tuple[CounterRow, ...]:
     """Counters of all engines: of one rank each, since the ranks of an engine route the same tokens, summed over engines."""
-    total: dict[str, dict[str, int]] = {}
-    seen = set()
-    for state in states:
-        if state["engine"] in seen:
-            continue
-        seen.add(state["engine"])
-        for name, row in state["counters"].items():
-            sums = total.setdefault(name, dict.fromkeys(row, 0))
-            for field, value in row.items():
-                sums[field] += value
-    return total
+    first = {state.engine: state for state in reversed(states)}
+    return total(row for state in first.values() for row in state.counters)
 
 
 def engines_of(engine: Any) -> int:
@@ -98,7 +91,7 @@ def engines_of(engine: Any) -> int:
 
 
 def unreachable(engine: Any) -> str | None:
-    """Why a live change could not hold all data-parallel engines at once and read it back from all; None if it can."""
+    """Why a live change cannot reach all data-parallel engines at once and be read back from each; None if it can."""
     engines = engines_of(engine)
     if engines == 1:
         return None
@@ -110,17 +103,12 @@ def unreachable(engine: Any) -> str | None:
             f"live control reaches only some of the {engines} data-parallel engines: load is balanced outside this server "
             f"({named} mode); let one server balance all engines, {instead}"
         )
-    if getattr(parallel, "_api_process_count", 1) > 1:  # two servers could pause and resume the same engines at once
-        return (
-            f"live control of {engines} data-parallel engines needs a single API server, there are "
-            f"{parallel._api_process_count}; start with --api-server-count 1, {instead}"
-        )
     if not hasattr(engine.engine_core, _ASK_ALL):
         return f"this vLLM answers for the first of {engines} data-parallel engines only; use vLLM 0.32 or newer, {instead}"
     return None
 
 
-async def ask_ranks(engine: Any, method: str, args: tuple[Any, ...] = ()) -> States:
+async def ask_ranks(engine: Any, method: str, args: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
     """Call a worker method on every rank of every engine; each answer that is a dict gets the number of its `engine`.
 
     Raises:
@@ -139,7 +127,7 @@ async def ask_ranks(engine: Any, method: str, args: tuple[Any, ...] = ()) -> Sta
 
 @asynccontextmanager
 async def _held(engine: Any, clean: bool) -> AsyncIterator[None]:
-    """Hold traffic for the length of a change: drained if `clean`, kept between steps across engines, else not at all."""
+    """Pause traffic for a change: drained first if `clean`; kept waiting where several engines must agree; otherwise not at all."""
     if not clean and engines_of(engine) == 1:
         yield
         return
@@ -151,27 +139,31 @@ async def _held(engine: Any, clean: bool) -> AsyncIterator[None]:
 
 
 async def _apply_everywhere(engine: Any, args: tuple[Any, ...]) -> States:
-    states = await ask_ranks(engine, "sere_try_apply", args)
-    refused = [state for state in states if "refused" in state]
-    digests = {state["policyDigest"] for state in states if "refused" not in state}
+    answers = await ask_ranks(engine, "sere_apply", args)
+    refused = [refusal for answer in answers if (refusal := Refusal.read(answer))]
+    states = [RankState.model_validate(answer) for answer in answers if not Refusal.read(answer)]
+    digests = {state.policy_digest for state in states}
     if len(digests) > 1 or (refused and digests):
         # A rank changed its mind between the question and the change: routing must agree, so nothing is left half changed.
-        exact = json.dumps(EXACT_POLICY.to_json_dict())
-        after = max(state.get("generation", 0) for state in states) + 1
-        await ask_ranks(engine, "sere_try_apply", (exact, after, None, None))
-        message = refused[0]["refused"]["message"] if refused else f"they answered {', '.join(sorted(digests))}"
+        after = max((state.generation for state in states), default=0) + 1
+        await ask_ranks(engine, "sere_apply", (EXACT_POLICY.to_json(), after, None, None))
+        message = refused[0].message if refused else f"they answered {', '.join(sorted(digests))}"
         raise ConflictError(
-            f"{len(refused)} of {len(states)} ranks refused what all had agreed to, so all route exactly now: {message}"
+            f"{len(refused)} of {len(answers)} ranks refused what all had agreed to, so all route exactly now: {message}"
         )
-    return _checked(states)
-
-
-def _checked(states: States) -> States:
-    for state in states:
-        if "refused" in state:
-            kind = getattr(errors, state["refused"]["type"], SereError)
-            raise kind(state["refused"]["message"])
+    _raise_refusals(answers)
     return states
+
+
+def _states(answers: list[dict[str, Any]]) -> States:
+    _raise_refusals(answers)
+    return [RankState.model_validate(answer) for answer in answers]
+
+
+def _raise_refusals(answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
+        if refusal := Refusal.read(answer):
+            raise refusal.error
 
 
 def _reason(error: Exception) -> str:

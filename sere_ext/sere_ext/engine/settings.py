@@ -6,7 +6,6 @@ In order: `--additional-config '{"sere": {...}}'`, `SERE_PROFILE=profile.json`. 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,14 +13,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from sere_ext.contract.errors import PolicyError, ProfileError, UsageError
+from sere_ext.contract.errors import ProfileError, UsageError
 from sere_ext.contract.policy import EXACT_POLICY, Policy
-from sere_ext.contract.profile import Profile, ProfileKey
+from sere_ext.contract.profile import Profile, ProfileKey, read_policy_file
 
 CONTROL_PLUGIN = "sere_control"
 GENERAL_PLUGIN = "sere"
 _KNOWN = {"policy", "similarity", "graph"}
-_EXAMPLE = '{"buckets": [{"minTokens": 8, "kind": "topk", "S": 2}]}'
 
 
 @dataclass(frozen=True)
@@ -65,25 +63,6 @@ def _from_config(given: Any) -> Settings:
     elif policy is not None:
         policy = Policy.parse(dict(policy))
     return Settings(policy or EXACT_POLICY, given.get("similarity"))
-
-
-def read_policy_file(path: str | Path) -> Policy:
-    """A policy from a JSON file: a policy itself or a SereProfile manifest."""
-    try:
-        text = Path(path).read_bytes()
-    except OSError as error:
-        raise PolicyError(f"cannot read the policy {path}: {error.strerror}") from error
-    try:
-        decoded = json.loads(text)
-    except ValueError as error:
-        raise PolicyError(
-            f"{path} cannot be read as JSON ({error}); write a policy like {_EXAMPLE}, or give a profile"
-        ) from error
-    if isinstance(decoded, dict) and decoded.get("kind") == "SereProfile":
-        return Profile.parse(decoded).spec.policy
-    if not isinstance(decoded, dict):
-        raise PolicyError(f"{path}: a policy is a JSON object like {_EXAMPLE}")
-    return Policy.parse(decoded)
 
 
 def _from_profile(path: Path) -> Settings:

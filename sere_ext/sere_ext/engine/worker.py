@@ -1,13 +1,7 @@
 """The worker's side: installs the seam once the model is loaded and answers the RPC methods of live control.
 
-In-process users (an `LLM`, an `AsyncLLM` inside a Ray actor) talk to workers by
-
-    engine.collective_rpc("sere_apply", args=(policy_json, generation, similarity_path))
-    engine.collective_rpc("sere_state")
-
-Both answer one dict per rank (see `SereWorker.sere_state`). A switch happens between two steps. KV computed under the
-old policy stays in the prefix cache, so a clean comparison needs `reset_prefix_cache()` as well while nothing runs;
-`sere_ext.control.switch` does both in the right order. Every method raises if the engine was started without settings.
+Callers in the same process (an `LLM`, an `AsyncLLM` inside a Ray actor) use `sere_ext.control.switch`, which asks every rank
+first, drops the prefix cache where KV computed under the old policy would matter, and raises what a worker refuses.
 """
 
 from __future__ import annotations
@@ -20,6 +14,7 @@ from sere_ext import __version__
 from sere_ext.contract.errors import SereError, UnsupportedError
 from sere_ext.contract.policy import EXACT_POLICY, Policy
 from sere_ext.contract.profile import ProfileKey
+from sere_ext.contract.state import ModelShape, Note, RankState, Refusal
 from sere_ext.engine.settings import Settings, resolve
 
 logger = logging.getLogger("vllm.sere")
@@ -44,9 +39,8 @@ def patch_worker_base() -> None:
             _attach(self, vllm_config, settings)
 
     WorkerBase.__init__ = init
+    WorkerBase.sere_check = SereWorker.sere_check
     WorkerBase.sere_apply = SereWorker.sere_apply
-    WorkerBase.sere_try_check = SereWorker.sere_try_check
-    WorkerBase.sere_try_apply = SereWorker.sere_try_apply
     WorkerBase.sere_note = SereWorker.sere_note
     WorkerBase.sere_state = SereWorker.sere_state
     WorkerBase._sere_patched = True
@@ -56,8 +50,8 @@ def _attach(worker: Any, vllm_config: Any, settings: Settings) -> None:
     """Hook this worker's model loading and warm-up; mark the compile cache as ours."""
     from sere_ext.engine.backends import prefer_modular
     from sere_ext.engine.features import check_features
-    from sere_ext.engine.plugin import check_engine_version, engine_version
     from sere_ext.engine.proof import prove_hit
+    from sere_ext.engine.versions import check_engine_version, engine_version
 
     device = vllm_config.device_config.device_type
     check_engine_version(engine_version(), device)
@@ -120,7 +114,8 @@ def _install(worker: Any, vllm_config: Any, device: str, settings: Settings) -> 
 
 def _read_similarity(worker: Any, state: Any, path: str) -> Any:
     from sere_ext.routing.state import Neighbours
-    from sere_ext.similarity.file import check_fits, model_config_dict, read_similarity
+    from sere_ext.similarity.file import check_fits, read_similarity
+    from sere_ext.similarity.hub import model_config_dict
 
     similarity = read_similarity(path)
     model = worker.vllm_config.model_config
@@ -134,9 +129,9 @@ def running_key(vllm_config: Any) -> ProfileKey:
     """What this engine is, for comparison with what a profile was made on."""
     from vllm.platforms import current_platform
 
-    from sere_ext.contract.similarity import model_config_digest
-    from sere_ext.engine.plugin import engine_version
-    from sere_ext.similarity.file import model_config_dict
+    from sere_ext.contract.model_config import model_config_digest
+    from sere_ext.engine.versions import engine_version
+    from sere_ext.similarity.hub import model_config_dict
 
     model = vllm_config.model_config
     return ProfileKey(
@@ -168,51 +163,16 @@ def _similarity_for(worker: Any, state: Any, policy: Policy, path: str | None) -
     return _read_similarity(worker, state, path)
 
 
-def _refusal(error: SereError) -> dict[str, Any]:
-    return {"refused": {"type": type(error).__name__, "message": str(error)}}
-
-
 class SereWorker:
-    """Methods that `collective_rpc` finds on every worker. `self` is vLLM's worker."""
+    """Methods that `collective_rpc` finds on every worker. `self` is vLLM's worker; answers are plain JSON values."""
 
-    def sere_apply(
-        self,
-        policy_json: str,
-        generation: int | None = None,
-        similarity_path: str | None = None,
-        note: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Put a policy in force between two steps.
+    def sere_check(self, policy_json: str, generation: int | None = None, similarity_path: str | None = None) -> dict[str, Any]:
+        """Whether `sere_apply` would refuse this change here; changes nothing, and keeps what it had to read for `sere_apply`.
 
-        Args:
-            policy_json: `sere_ext.contract.policy.Policy` as JSON text.
-            generation: number of the change, not below the one in force; None takes the next.
-            similarity_path: file to load the matrices from, visible to the worker; None keeps those in force.
-            note: what the source of the change says of it (source, override, error); None keeps what was said.
+        All ranks are asked first, so that a change which one rank must refuse is made on none.
 
         Returns:
-            the state after it, as `sere_state`, and the digest that it `replaced`.
-
-        Raises:
-            SereError: the policy, file or generation is refused; the old policy stays in force. Across processes vLLM
-                hands this on as a plain Exception with the same message.
-        """
-        state = _state_of(self)
-        policy = Policy.parse(policy_json)
-        similarity = _similarity_for(self, state, policy, similarity_path)
-        replaced = state.policy.digest
-        state.apply(policy, generation, similarity)
-        state.checked = None
-        if note is not None:
-            state.note = note
-        return {**SereWorker.sere_state(self), "replaced": replaced}
-
-    def sere_try_check(
-        self, policy_json: str, generation: int | None = None, similarity_path: str | None = None
-    ) -> dict[str, Any]:
-        """Whether `sere_apply` would be refused here, changing nothing; what it had to read is kept for it.
-
-        Asked of all ranks first, so that a change which one rank must refuse is made on none.
+            an empty object, or the `Refusal`.
         """
         try:
             state = _state_of(self)
@@ -221,55 +181,62 @@ class SereWorker:
             similarity = _similarity_for(self, state, policy, similarity_path)
             state.check(policy, generation, similarity)
         except SereError as error:
-            return _refusal(error)
+            return Refusal.of(error)
         state.checked = (similarity_path, similarity) if similarity else None
-        return {"generation": state.generation}
+        return {}
 
-    def sere_try_apply(
+    def sere_apply(
         self,
         policy_json: str,
         generation: int | None = None,
         similarity_path: str | None = None,
         note: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """`sere_apply` for callers behind a process border: a refusal is `{"refused": {"type", "message"}}`."""
+        """Put a policy in force between two steps. `sere_ext.control.switch` calls this in the right order on every rank.
+
+        Args:
+            policy_json: `sere_ext.contract.policy.Policy` as JSON text.
+            generation: number of the change, not below the one in force; None takes the next.
+            similarity_path: file to load the matrices from, visible to the worker; None keeps those in force.
+            note: what the source of the change says of it (`Note`); None keeps what was noted before.
+
+        Returns:
+            the `RankState` after the change with the digest that it `replaced`, or the `Refusal`: then the old policy stays.
+        """
         try:
-            return SereWorker.sere_apply(self, policy_json, generation, similarity_path, note)
+            state = _state_of(self)
+            policy = Policy.parse(policy_json)
+            similarity = _similarity_for(self, state, policy, similarity_path)
+            replaced = state.policy.digest
+            state.apply(policy, generation, similarity)
         except SereError as error:
-            return _refusal(error)
+            return Refusal.of(error)
+        state.checked = None
+        if note is not None:
+            state.note = note
+        return {**SereWorker.sere_state(self), "replaced": replaced}
 
     def sere_note(self, note: dict[str, Any]) -> None:
-        """Keep what the source says of itself (see `sere_apply`) without a change of policy."""
+        """Keep fields of a `Note` without a change of policy; the other fields stay as they are."""
         state = _state_of(self)
         state.note = {**state.note, **note}
 
     def sere_state(self) -> dict[str, Any]:
-        """What is in force on this rank.
+        """What is in force on this rank: a `RankState`.
 
-        Returns:
-            rank, policy, policyDigest, similarityDigest, generation, switches, error, note, key, model and counters.
-            Counters are sums over MoE layers and steps since the start, named as `WorkerState.counters` says: divide
-            `activeAfter` by `calls` for the mean number of active experts per layer and step.
+        Raises:
+            UnsupportedError: the engine was started without sere.
         """
         state = _state_of(self)
         worker: Any = self
-        return {
-            "rank": worker.rank,
-            "policy": state.policy.to_json_dict(),
-            "policyDigest": state.policy.digest,
-            "similarityDigest": state.similarity_digest,
-            "generation": state.generation,
-            "switches": state.switches,
-            "error": state.error or state.bypassed(),
-            "note": state.note,
-            "key": state.key,
-            "model": {
-                "numExperts": state.layers[0].experts,
-                "topK": state.top_k,
-                "moeLayers": [layer.number for layer in state.layers],
-            },
-            "counters": state.counters(),
-        }
+        shape = ModelShape(
+            num_experts=state.layers[0].experts, top_k=state.top_k, moe_layers=tuple(layer.number for layer in state.layers)
+        )
+        return RankState(
+            rank=worker.rank, policy=state.policy, policy_digest=state.policy.digest, similarity_digest=state.similarity_digest,
+            generation=state.generation, switches=state.switches, error=state.error or state.bypassed(), note=Note(**state.note),
+            key=ProfileKey(**state.key), model=shape, counters=state.counters(),
+        ).to_json_dict()  # fmt: skip
 
 
 __all__ = ["GRAPH_FORM", "SereWorker", "patch_worker_base", "running_key"]

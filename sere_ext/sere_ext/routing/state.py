@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from sere_ext.contract.errors import ConflictError, PolicyError, UnsupportedError
-from sere_ext.contract.policy import EXACT_POLICY, MAX_BUCKETS, MAX_TOKENS, Bucket, Kind, Policy
+from sere_ext.contract.policy import EXACT_POLICY, MAX_BUCKETS, Bucket, Kind, Policy
+from sere_ext.contract.state import COUNTED, OTHER, CounterRow, RowKey
 from sere_ext.routing import kernel
 from sere_ext.similarity.file import Similarity, sorted_neighbours
 
 _MAX_COUNTER_KEYS = 1024  # a tuner tries hundreds of policies in one engine's life; the oldest counters go first
-OTHER = "other"  # counter label of calls outside every bucket
 
 
 ALL_REAL = 2**31 - 1  # number of real rows that no call has more of
@@ -130,11 +130,6 @@ class Mirror(Protocol):
         """Move the device's counters into the layers' own: of all steps so far, or as they last arrived without waiting."""
 
 
-def bucket_label(bucket: Bucket) -> str:
-    """`8-64`, or `65-` where a bucket has no upper edge."""
-    return f"{bucket.min_tokens}-{'' if bucket.max_tokens >= MAX_TOKENS else bucket.max_tokens}"
-
-
 class WorkerState:
     """The policy in force in this process and what it has done. Changed only between two steps, by RPC."""
 
@@ -149,7 +144,7 @@ class WorkerState:
         self.error: str | None = None  # why the configured policy is not in force
         self.note: dict[str, Any] = {}  # what the source of the policy says of it; kept here for all API servers
         self.checked: tuple[str, Neighbours] | None = None  # path and neighbours of a change that was checked, not yet applied
-        self._folded: OrderedDict[str, Any] = OrderedDict()
+        self._folded: OrderedDict[RowKey, Any] = OrderedDict()
         self._asked = np.zeros(len(layers), np.int64)  # folded calls of each layer
         for layer in layers:
             layer.real = layers[0].real
@@ -224,13 +219,13 @@ class WorkerState:
         self.switches += self.generation >= 0 and policy.digest != self.policy.digest
         self.policy, self.generation, self.error = policy, generation, None
 
-    def counters(self) -> dict[str, dict[str, int]]:
-        """Sums over layers since the start by `<policy digest>|<bucket>`; divide by `calls` for means per layer and step.
-
-        Under a policy with layer groups the names are `<policy digest>|<layers>|<bucket>`, one per group and `rest`.
-        """
+    def counters(self) -> tuple[CounterRow, ...]:
+        """What the routers counted since the start, one row for each policy, layer group and bucket, summed over layers."""
         self._fold()
-        return {name: dict(zip(kernel.COUNTERS, map(int, row), strict=True)) for name, row in self._folded.items()}
+        return tuple(
+            CounterRow(digest=digest, layers=layers, bucket=bucket, **dict(zip(COUNTED, map(int, counts), strict=True)))
+            for (digest, layers, bucket), counts in self._folded.items()
+        )
 
     def calls(self) -> list[int]:
         """Router calls per MoE layer that were not yet folded; for the proof of a hit after the profile run."""
@@ -258,18 +253,17 @@ class WorkerState:
             self.mirror.pull(wait=wait)
 
     def _fold(self) -> None:
-        """Move the layers' live counters under their names."""
+        """Move the layers' live counters into the sums of their policy, layer group and bucket."""
         self._pull()
         for place, layer in enumerate(self.layers):
             self._asked[place] += layer.counters[:, kernel.CALLS].sum()
             table = self.policy.table_for(layer.number)
             group = self.policy.layers_label(layer.number)
             for index in np.flatnonzero(layer.counters[:, kernel.CALLS]).tolist():
-                label = bucket_label(table[index]) if index < len(table) else OTHER
-                name = "|".join((self.policy.digest, *([group] if group else []), label))
-                row = self._folded.setdefault(name, np.zeros(len(kernel.COUNTERS), np.int64))
-                row += layer.counters[index]
-                self._folded.move_to_end(name)
+                key = self.policy.digest, group, table[index].label if index < len(table) else OTHER
+                counts = self._folded.setdefault(key, np.zeros(len(kernel.COUNTERS), np.int64))
+                counts += layer.counters[index]
+                self._folded.move_to_end(key)
             layer.counters[:] = 0
         while len(self._folded) > _MAX_COUNTER_KEYS:
             self._folded.popitem(last=False)

@@ -1,12 +1,11 @@
-"""Reading and writing the similarity artefact's matrices, and the neighbour lists that kernels use.
+"""Similarity files with their matrices, and the neighbour lists that kernels use. No pickle anywhere.
 
-The header's types are in `similarity.py` (torch-free); here are the tensors. No pickle anywhere.
+The header is `sere_ext.contract.similarity`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from sere_ext.contract.errors import SimilarityError
-from sere_ext.contract.similarity import Packing, SimilarityMeta, model_config_digest, read_meta, similarity_digest
+from sere_ext.contract.files import write_whole
+from sere_ext.contract.model_config import model_config_digest
+from sere_ext.contract.similarity import Packing, SimilarityMeta, read_meta, similarity_digest
 from sere_ext.similarity.packing import Matrix, pack, unpack
 
 _ASYMMETRY = 1e-5  # rounding of whoever made the file
@@ -22,7 +23,7 @@ _ASYMMETRY = 1e-5  # rounding of whoever made the file
 
 @dataclass(frozen=True)
 class Similarity:
-    """A loaded artefact: header and one [E, E] float32 matrix per model layer number."""
+    """A similarity file in memory: its header, and one [E, E] float32 matrix by model layer number."""
 
     meta: SimilarityMeta
     matrices: dict[int, Matrix]
@@ -50,22 +51,15 @@ def write_similarity(path: str | Path, meta: SimilarityMeta, matrices: dict[int,
     meta = meta.model_copy(update={"layers": tuple(stored), "digest": ""})
     meta = meta.model_copy(update={"digest": similarity_digest(meta, {n: t.tobytes() for n, t in tensors.items()})})
     text = json.dumps(meta.to_json_dict())
-    write_atomically(Path(path), save({f"layer.{n}": t for n, t in tensors.items()}, metadata={"sere": text}))
+    write_whole(path, save({f"layer.{n}": t for n, t in tensors.items()}, metadata={"sere": text}))
     return meta
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """A reader, or a process killed here, sees the old file or the new one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_bytes(content)
-    draft.replace(path)
 
 
 def read_similarity(path: str | Path) -> Similarity:
     """Read header and matrices, packed or not, and check shapes, digest and symmetry.
 
     Raises:
-        SimilarityError: see `similarity.read_meta`; also a wrong shape, content that its digest does not match, a matrix
+        SimilarityError: see `contract.similarity.read_meta`; also a wrong shape, content that its digest does not match, a matrix
             that is not symmetric or whose diagonal is not a number.
     """
     from safetensors.numpy import load
@@ -96,10 +90,10 @@ def read_similarity(path: str | Path) -> Similarity:
 
 
 def packed_meta(similarity: Similarity) -> SimilarityMeta:
-    """Metadata with `packing`, to give `write_similarity` with the same matrices; holds what packing changes.
+    """The metadata with which `write_similarity` packs these matrices; says how many assignments packing changes.
 
     Raises:
-        SimilarityError: packed already, or a value that is not a number (a byte cannot hold one).
+        SimilarityError: the matrices are packed already, or hold NaN or infinity, which a byte cannot store.
     """
     from sere_ext.similarity.stability import changes
 
@@ -118,7 +112,7 @@ def packed_meta(similarity: Similarity) -> SimilarityMeta:
 
 
 def _check_matrix(where: str, layer: int, matrix: Matrix) -> None:
-    """NaN off the diagonal is allowed: it counts as the least similar of all."""
+    """Raise SimilarityError unless the matrix is symmetric with numbers on its diagonal. NaN elsewhere is the least similar of all."""
     bad = np.flatnonzero(~np.isfinite(np.diag(matrix)))
     if bad.size:
         raise SimilarityError(f"{where}: layer.{layer} has no number for expert {bad[0]} with itself; calibrate anew")
@@ -161,14 +155,3 @@ def sorted_neighbours(matrix: Matrix) -> tuple[np.ndarray[Any, Any], Matrix]:
     order = np.argsort(-values, axis=1, kind="stable")
     others = order[order != np.arange(experts)[:, None]].reshape(experts, max(experts - 1, 0))
     return others.astype(np.int32), np.take_along_axis(values, others, axis=1)
-
-
-def model_config_dict(model: str, revision: str | None = None) -> dict[str, object]:
-    """The decoded config.json of a model directory or hub name, as `model_config_digest` expects it."""
-    local = Path(model) / "config.json"
-    if local.is_file():
-        decoded: dict[str, object] = json.loads(local.read_text())
-        return decoded
-    from transformers import PretrainedConfig
-
-    return dict(PretrainedConfig.get_config_dict(model, revision=revision)[0])

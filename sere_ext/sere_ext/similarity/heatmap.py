@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from sere_ext.calibration.run import nearest_quantiles
 from sere_ext.similarity.file import Similarity
 from sere_ext.similarity.packing import Matrix
 from sere_ext.similarity.stability import describe as describe_changes
+from sere_ext.similarity.summary import nearest_quantiles, nearest_similarity
 
 _RHOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -41,13 +41,13 @@ def render(similarity: Similarity) -> str:
 
 
 def _side(experts: int) -> int:
-    """Pixels of a map: whole pixels per expert where that fits."""
+    """Side of a heat map in pixels: about 240, and a whole number for each expert."""
     return experts * max(1, round(240 / experts))
 
 
 def _row(layer: int, matrix: Matrix) -> str:
-    """Nearest experts of one layer, and how many of them a threshold rho would accept at best."""
-    nearest = np.where(np.eye(matrix.shape[0], dtype=bool), -np.inf, np.nan_to_num(matrix, nan=-np.inf)).max(axis=1)
+    """Table row of one layer: quantiles of similarity to the nearest expert, and the share of experts that each rho would accept."""
+    nearest = nearest_similarity(matrix)
     quantiles = "".join(f"<td>{value:.2f}</td>" for value in nearest_quantiles(matrix))
     shares = "".join(f"<td>{100 * np.mean(nearest >= rho):.0f} %</td>" for rho in _RHOS)
     return f"<tr><th>{layer}</th>{quantiles}{shares}</tr>"

@@ -17,7 +17,7 @@ Triangle = np.ndarray[Any, np.dtype[np.int8]]
 
 
 def pack(matrix: Matrix) -> tuple[Triangle, tuple[float, float]]:
-    """int8 [E (E - 1) / 2] row by row above the diagonal, and (low, step). `matrix` is [E, E], symmetric and finite."""
+    """Pack a symmetric, finite [E, E] matrix: int8 [E (E - 1) / 2] row by row above the diagonal, and (low, step)."""
     upper = matrix[np.triu_indices(matrix.shape[0], 1)].astype(np.float64)
     if not upper.size:
         return np.zeros(0, np.int8), (0.0, 0.0)
@@ -27,7 +27,7 @@ def pack(matrix: Matrix) -> tuple[Triangle, tuple[float, float]]:
 
 
 def unpack(triangle: Triangle, scale: tuple[float, float], experts: int) -> Matrix:
-    """float32 [E, E], symmetric, diagonal 1."""
+    """Unpack `pack`'s answer to a float32 [E, E] matrix, symmetric with diagonal 1."""
     low, step = scale
     matrix = np.ones((experts, experts), np.float32)
     rows, columns = np.triu_indices(experts, 1)

@@ -6,12 +6,11 @@ each expert's most similar one of all, and its most similar one among the active
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from sere_ext.contract.similarity import Changes
 from sere_ext.similarity.packing import Matrix
+from sere_ext.similarity.summary import nearest as closest
 
 _SETS = 64  # random primary sets per layer
 _ACTIVE_SHARE = 0.25  # of the experts in each
@@ -19,8 +18,12 @@ _SEED = 0
 
 
 def changes(before: dict[int, Matrix], after: dict[int, Matrix]) -> Changes:
-    """Shares in [0, 1] of assignments that differ, over all layers; ties go to the lower id as in the kernels."""
-    nearest = {layer: float((_nearest(before[layer]) != _nearest(after[layer])).mean()) for layer in before}
+    """How many assignments differ between two versions of the matrices, as shares in [0, 1] over all layers.
+
+    Args:
+        before, after: [E, E] matrices by model layer number.
+    """
+    nearest = {layer: float((closest(before[layer]) != closest(after[layer])).mean()) for layer in before}
     stand_in = [_stand_ins_changed(before[layer], after[layer]) for layer in before]
     worst = max(nearest, key=lambda layer: nearest[layer])
     return Changes(
@@ -32,15 +35,11 @@ def changes(before: dict[int, Matrix], after: dict[int, Matrix]) -> Changes:
 
 
 def describe(found: Changes) -> str:
-    """`2.1 % of nearest experts and 3.0 % of stand-ins (most in layer 6: 6.2 %)`."""
+    """The shares in words: `2.1 % of nearest experts and 3.0 % of stand-ins (most in layer 6: 6.2 %)`."""
     return (
         f"{100 * found.nearest:.1f} % of nearest experts and {100 * found.stand_in:.1f} % of stand-ins "
         f"(most in layer {found.worst_layer}: {100 * found.worst_nearest:.1f} % of nearest)"
     )
-
-
-def _nearest(matrix: Matrix) -> np.ndarray[Any, Any]:
-    return _best(matrix, ~np.eye(matrix.shape[0], dtype=bool))
 
 
 def _stand_ins_changed(before: Matrix, after: Matrix) -> float:
@@ -51,11 +50,6 @@ def _stand_ins_changed(before: Matrix, after: Matrix) -> float:
         active = np.zeros(experts, bool)
         active[draw.choice(experts, max(1, round(experts * _ACTIVE_SHARE)), replace=False)] = True
         allowed = np.broadcast_to(active, (experts, experts))
-        differ += int((_best(before, allowed) != _best(after, allowed))[~active].sum())
+        differ += int((closest(before, allowed) != closest(after, allowed))[~active].sum())
         total += int((~active).sum())
     return differ / total if total else 0.0
-
-
-def _best(matrix: Matrix, allowed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Per row the id of the largest allowed value; NaN is the least of all."""
-    return np.where(allowed, np.nan_to_num(matrix, nan=-2.0), -3.0).argmax(axis=1)

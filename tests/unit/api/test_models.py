@@ -11,9 +11,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from sere_ext.contract.errors import SpecError
 from sere_ext.contract.profile import Profile
 from sere_operator.api import meta
-from sere_operator.api.common import SpecError, duration_seconds, parse_pvc, parse_spec
+from sere_operator.api.common import duration_seconds, parse_pvc, parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.api.profile import profile_name
 from sere_operator.api.tuning import SereTuningJobSpec

@@ -11,7 +11,8 @@ import yaml
 from jsonschema import Draft4Validator
 from pydantic import ValidationError
 from sere_autotune.tuning.spec import TuningSpec
-from sere_operator.api.common import SpecError, parse_spec
+from sere_ext.contract.errors import SpecError
+from sere_operator.api.common import parse_spec
 from sere_operator.api.crdgen import DEFINITIONS
 from sere_operator.api.rules import RULES
 from sere_operator.api.tuning import SereTuningJobSpec

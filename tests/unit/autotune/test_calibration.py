@@ -15,10 +15,10 @@ from sere_autotune.calibration import Origin, make_publishable
 from sere_autotune.prepare import read_config
 from sere_autotune.tuning.file import to_yaml
 from sere_ext.contract.errors import UsageError
+from sere_ext.contract.model_config import model_config_digest
 from sere_ext.contract.profile import Profile
-from sere_ext.contract.similarity import SimilarityMeta, model_config_digest, read_meta
+from sere_ext.contract.similarity import SimilarityMeta, read_meta, verified_digest
 from sere_ext.similarity.file import packed_meta, read_similarity, write_similarity
-from sere_operator.plan.objects.artefact import verified_digest
 
 EXPERTS = 32
 PLAIN_BYTES = 4 * EXPERTS * EXPERTS

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from ranks import Engine, Engines
-from sere_autotune.trial.engine import EngineCrashError, EngineHost
+from sere_autotune.trial.engine import EngineHost
 from sere_autotune.trial.load import Load, Request
-from sere_ext.contract.errors import PolicyError
+from sere_ext.contract.errors import EngineCrashError, PolicyError
 from sere_ext.contract.policy import Policy
 from sere_ext.routing import kernel
 
@@ -45,7 +45,7 @@ async def test_a_policy_is_in_force_on_every_rank_of_every_engine_after_a_clean_
     await host.apply(TEXT)
     assert {state.policy for state in ranks_of(engine)} == {POLICY}
     assert host.digest == POLICY.digest
-    assert engine.calls == ["sere_try_check", "pause wait True", "sere_try_apply", "resume", "reset"]
+    assert engine.calls == ["sere_check", "pause wait True", "sere_apply", "resume", "reset"]
 
 
 async def test_what_the_routers_count_is_summed_over_engines() -> None:

@@ -13,7 +13,7 @@ from sere_autotune.study.ledger import Ledger
 from sere_autotune.study.schema import Pace
 from sere_autotune.trial.items import Item, load_items, search_count, split
 from sere_autotune.tuning.spec import AccuracySpec, TaskSpec
-from sere_ext.contract.errors import PolicyError, UsageError
+from sere_ext.contract.errors import CannotCertifyError, PolicyError, UsageError
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.similarity import SimilarityMeta
 from sere_ext.similarity.file import write_similarity
@@ -122,7 +122,7 @@ def test_too_few_items_are_refused_before_anything_is_spent(tmp_path: Path) -> N
     assert not ready.plan.can_certify
     assert "327 would be needed" in ready.plan.problem
     engine = PlantedEngine()
-    with pytest.raises(planner.CannotCertifyError, match="--advisory") as caught:
+    with pytest.raises(CannotCertifyError, match="--advisory") as caught:
         run(ready.spec, engine)
     assert caught.value.exit_code == 5
     assert engine.blocks == 0
@@ -141,7 +141,7 @@ def test_advisory_goes_on_and_marks_the_profile(tmp_path: Path) -> None:
 def test_a_limit_of_nothing_can_never_certify(tmp_path: Path) -> None:
     ready = prepared(tmp_path, 8800, accuracy__maxDropPoints=0)
     assert "cannot be certified by any number of items" in ready.plan.problem
-    with pytest.raises(planner.CannotCertifyError):
+    with pytest.raises(CannotCertifyError):
         run(ready.spec, PlantedEngine())
 
 

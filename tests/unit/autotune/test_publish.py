@@ -12,11 +12,13 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 from sere_autotune.outcome import Ending, Outcome
-from sere_autotune.result.publish import Access, Publisher, PublishError, Target
+from sere_autotune.result.publish import Access, Publisher, Target
 from sere_autotune.result.results import Finished
 from sere_autotune.study.ledger import Ledger
-from sere_ext.contract.errors import UsageError
-from sere_ext.contract.shards import MAX_FILE_BYTES, join, places
+from sere_ext.contract.config_maps import places
+from sere_ext.contract.errors import PublishError, UsageError
+from sere_ext.contract.shards import join
+from sere_ext.contract.volume import MAX_FILE_BYTES
 
 OWNERS = [{"apiVersion": "v1", "kind": "K", "name": "run", "uid": "u", "controller": True, "blockOwnerDeletion": True}]
 

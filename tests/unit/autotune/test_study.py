@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 from planted import PlantedEngine, Quiet, run, spec_for, truth, write_items
 from rich.console import Console
-from sere_autotune.outcome import BudgetExhaustedError, Ending
+from sere_autotune.outcome import Ending
 from sere_autotune.progress import Progress
 from sere_autotune.search.sizing import certificate_size
 from sere_autotune.study import meter
 from sere_autotune.study.budget import Budget
 from sere_autotune.study.schema import Pace
 from sere_autotune.study.study import TuningStudy, fingerprint
-from sere_autotune.trial.engine import EngineCrashError, EngineFacts
+from sere_autotune.trial.engine import EngineFacts
 from sere_autotune.trial.stats import power
 from sere_autotune.tuning.spec import TuningSpec
-from sere_ext.contract.errors import SereError, UnsupportedError, UsageError
+from sere_ext.contract.errors import BudgetExhaustedError, EngineCrashError, SereError, UnsupportedError, UsageError
 from sere_ext.contract.policy import Kind, Policy
 from sere_ext.contract.profile import Profile
 
@@ -175,7 +175,7 @@ def test_a_kind_that_the_model_refuses_is_one_trial_less_not_the_end(tmp_path: P
 def test_an_engine_that_dies_under_exact_routing_is_a_failure(tmp_path: Path, items: Path) -> None:
     class Broken(PlantedEngine):
         def block(self, *args, **kwargs):
-            from sere_autotune.trial.engine import EngineCrashError
+            from sere_ext.contract.errors import EngineCrashError
 
             raise EngineCrashError("out of memory")
 

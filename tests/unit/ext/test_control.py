@@ -12,9 +12,10 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from ranks import Engine, Engines
-from sere_ext.contract.errors import SereError
+from sere_ext.contract.errors import SereError, UnsupportedError
 from sere_ext.contract.policy import MAX_BUCKETS, Policy
-from sere_ext.control.live import LiveControl, SereControl
+from sere_ext.control.live import LiveControl
+from sere_ext.control.routes import SereControl
 from sere_ext.control.switch import switch
 from sere_ext.routing import kernel
 from sere_ext.routing.state import LayerState, WorkerState
@@ -51,10 +52,10 @@ def test_a_clean_switch_drains_and_drops_the_prefix_cache_and_always_resumes() -
     engine = Engine()
     client = served(engine)
     client.put("/sere/policy", json={"policy": POLICY, "clean": True}, headers=TOKEN)
-    assert engine.calls == ["sere_try_check", "pause wait True", "sere_try_apply", "resume"]
+    assert engine.calls == ["sere_check", "pause wait True", "sere_apply", "resume"]
     engine.calls.clear()
     assert client.put("/sere/policy", json={"policy": POLICY, "generation": 0, "clean": True}, headers=TOKEN).status_code == 409
-    assert engine.calls == ["sere_try_check"], "what will be refused holds no traffic"
+    assert engine.calls == ["sere_check"], "what will be refused holds no traffic"
 
 
 def test_traffic_goes_on_whatever_becomes_of_a_clean_switch() -> None:
@@ -169,7 +170,7 @@ def test_a_rank_that_refuses_alone_changes_no_rank() -> None:
 def test_a_rank_that_changes_its_mind_sends_all_ranks_to_exact() -> None:
     class Fickle(Engine):
         async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
-            self.workers[1].sere.layers[0].top_k = 1 if method == "sere_try_apply" else 2
+            self.workers[1].sere.layers[0].top_k = 1 if method == "sere_apply" else 2
             return await super().collective_rpc(method, args)
 
     engine = Fickle()
@@ -230,7 +231,7 @@ def test_data_parallel_engines_are_held_until_all_have_read_the_policy_back() ->
     engine = Engines()
     client = served(engine)
     state = client.put("/sere/policy", json={"policy": POLICY}, headers=TOKEN).json()
-    assert engine.calls == ["sere_try_check", "pause keep False", "sere_try_apply", "resume"]
+    assert engine.calls == ["sere_check", "pause keep False", "sere_apply", "resume"]
     digest = Policy.parse(POLICY).digest
     assert [(rank["engine"], rank["rank"], rank["policyDigest"]) for rank in state["ranks"]] == [
         (0, 0, digest), (0, 1, digest), (1, 0, digest), (1, 1, digest),
@@ -245,7 +246,7 @@ def test_an_engine_that_refuses_is_asked_before_any_is_held_or_changed() -> None
     engine.groups[1][1].sere.layers[0].top_k = 1
     answer = served(engine).put("/sere/policy", json={"policy": POLICY}, headers=TOKEN)
     assert answer.status_code == 422
-    assert engine.calls == ["sere_try_check"]
+    assert engine.calls == ["sere_check"]
 
 
 def test_counters_are_summed_over_engines_and_not_over_their_ranks() -> None:
@@ -253,7 +254,10 @@ def test_counters_are_summed_over_engines_and_not_over_their_ranks() -> None:
     for group, calls in zip(engine.groups, (3, 4), strict=True):
         for worker in group:
             worker.sere.layers[0].counters[16, 0] = calls
-    assert served(engine).get("/sere").json()["counters"]["exact|other"]["calls"] == 7
+    assert served(engine).get("/sere").json()["counters"] == [
+        {"digest": "exact", "bucket": "other", "calls": 7, "tokens": 0, "activeBefore": 0, "activeAfter": 0,
+         "slots": 0, "rerouted": 0, "merged": 0},
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -261,7 +265,6 @@ def test_counters_are_summed_over_engines_and_not_over_their_ranks() -> None:
     [
         ({"data_parallel_external_lb": True}, "external mode"),
         ({"data_parallel_hybrid_lb": True}, "hybrid mode"),
-        ({"_api_process_count": 2}, "start with --api-server-count 1"),
         (None, "answers for the first of 2 data-parallel engines only"),
     ],
 )
@@ -293,9 +296,8 @@ def test_layer_groups_are_counted_apart() -> None:
     state.apply(policy, 0, None)
     for layer in layers:
         layer.counters[0, 0] = 5
-    counters = state.counters()
-    assert {name: row["calls"] for name, row in counters.items()} == {
-        f"{policy.digest}|rest|8-64": 10, f"{policy.digest}|1-1|8-64": 5,
+    assert {row.key: row.calls for row in state.counters()} == {
+        (policy.digest, "rest", "8-64"): 10, (policy.digest, "1-1", "8-64"): 5,
     }  # fmt: skip
 
 
@@ -309,9 +311,41 @@ async def test_a_state_asked_for_amid_a_change_waits_for_its_end() -> None:
         assert not asked.done()
         for worker in (engine.groups[0][1], *engine.groups[1]):
             worker.sere.apply(Policy.parse(POLICY), None, None)
-    assert (await asked)["ready"] is True
+    assert (await asked).ready is True
 
 
 def test_a_token_may_have_any_characters() -> None:
     headers = {"Authorization": "Bearer gehëim".encode()}
     assert served(Engine(), token="gehëim").put("/sere/policy", json={"policy": POLICY}, headers=headers).status_code == 200
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What `init_state` starts beside the routes, by class."""
+    started: list[str] = []
+    for name in ("Metrics", "Watcher"):
+
+        async def run(self: Any, name: str = name) -> None:
+            started.append(name)
+
+        monkeypatch.setattr(f"sere_ext.control.routes.{name}", type(name, (), {"__init__": lambda self, *_: None, "run": run}))
+    return started
+
+
+@pytest.mark.parametrize(("volume", "runs"), [("", ["Metrics"]), ("/policy", ["Metrics", "Watcher"])])
+async def test_one_api_server_polls_and_watches(
+    volume: str, runs: list[str], beside: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERE_POLICY_DIR", volume)
+    state = SimpleNamespace()
+    await SereControl().init_state(Engines(), state, None)
+    await asyncio.gather(*state.sere_tasks)
+    assert beside == runs
+
+
+async def test_several_api_servers_are_refused_and_none_of_them_polls_or_watches(beside: list[str]) -> None:
+    state = SimpleNamespace()
+    with pytest.raises(UnsupportedError, match=r"there are 2: .* start with --api-server-count 1"):
+        await SereControl().init_state(Engines(_api_process_count=2), state, None)
+    assert vars(state) == {}
+    assert beside == []

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 from sere_ext.contract.policy import Policy
+from sere_ext.contract.state import COUNTED, CounterRow, EngineState
 from sere_ext.control.metrics import Metrics, Occupancy, batch_label, bounds
+from states import engine_state
 
 POLICY = Policy.parse({"buckets": [{"minTokens": 4, "maxTokens": 8, "kind": "topk", "S": 2}, {"minTokens": 9, "kind": "exact"}]})
 
@@ -49,13 +51,15 @@ def value(name: str, **labels: str) -> float | None:
     return REGISTRY.get_sample_value(name, labels)
 
 
-ROW = {"calls": 1, "tokens": 0, "activeBefore": 12, "activeAfter": 6, "slots": 64, "rerouted": 16, "merged": 4}
+KEY = {"modelName": "m", "configDigest": "c", "engineVersion": "0.32.0", "pluginVersion": "0.1.0", "device": "cpu"}
+ROW = CounterRow(
+    digest=POLICY.digest, bucket="4-8", calls=1, active_before=12, active_after=6, slots=64, rerouted=16, merged=4
+)  # fmt: skip
 
 
-def state(calls: int, source: str = "http", **fields: Any) -> dict[str, Any]:
-    row = {field: value * calls for field, value in ROW.items()}
-    return {"policyDigest": POLICY.digest, "source": source, "generation": 3, "switches": 1, "error": None,
-            "counters": {f"{POLICY.digest}|4-8": row}} | fields  # fmt: skip
+def state(calls: int, digest: str = POLICY.digest, **fields: Any) -> EngineState:
+    row = ROW.model_copy(update={name: getattr(ROW, name) * calls for name in COUNTED})
+    return engine_state(digest, KEY, **{"source": "http", "generation": 3, "switches": 1, "counters": (row,)} | fields)
 
 
 def test_a_state_becomes_gauges_and_growing_counters(metrics: Metrics) -> None:
@@ -75,9 +79,8 @@ def test_a_state_becomes_gauges_and_growing_counters(metrics: Metrics) -> None:
 
 
 def test_layer_groups_are_counted_apart(metrics: Metrics) -> None:
-    name = POLICY.digest
-    counters = {f"{name}|1-3|8-64": ROW, f"{name}|rest|8-64": ROW | {"rerouted": 0}}
-    metrics.publish(state(1, counters=counters))
+    group = ROW.model_copy(update={"layers": "1-3", "bucket": "8-64"})
+    metrics.publish(state(1, counters=(group, group.model_copy(update={"layers": "rest", "rerouted": 0}))))
     assert value("sere_rerouted_slots_total", layers="1-3", bucket="8-64") == 16
     assert value("sere_rerouted_slots_total", layers="rest", bucket="8-64") == 0
     assert value("sere_active_experts", stage="after", layers="1-3", bucket="8-64") == 6
@@ -85,8 +88,9 @@ def test_layer_groups_are_counted_apart(metrics: Metrics) -> None:
 
 def test_a_new_policy_leaves_no_gauge_of_the_old_ones_buckets(metrics: Metrics) -> None:
     metrics.publish(state(10))
-    old = state(12)["counters"]  # the last steps under the old policy, seen after the switch
-    metrics.publish(state(0, policyDigest="exact", switches=2, counters=old | {"exact|other": ROW}))
+    old = state(12).counters  # the last steps under the old policy, seen after the switch
+    now = ROW.model_copy(update={"digest": "exact", "bucket": "other"})
+    metrics.publish(state(0, "exact", switches=2, counters=(*old, now)))
     assert value("sere_active_experts", stage="after", layers="all", bucket="4-8") is None
     assert value("sere_active_experts", stage="after", layers="all", bucket="other") == 6
     assert value("sere_slots_total", layers="all", bucket="4-8") == 64 * 12

@@ -10,15 +10,15 @@ import pytest
 def test_ready_follows_the_first_application() -> None:
     fastapi = pytest.importorskip("fastapi", reason="the engine's web framework is missing: pip install 'sere[vllm]'")
     testclient = pytest.importorskip("fastapi.testclient")
-    from sere_ext.control.live import SereControl
+    from sere_ext.control.routes import SereControl
 
     app = fastapi.FastAPI()
     SereControl().attach_router(app)
     client = testclient.TestClient(app)
     assert client.get("/sere/ready").status_code == 503  # no engine
 
-    async def state() -> dict[str, bool]:
-        return {"ready": applied}
+    async def state() -> SimpleNamespace:
+        return SimpleNamespace(ready=applied)
 
     applied = False
     app.state.sere = SimpleNamespace(ready=False, state=state)

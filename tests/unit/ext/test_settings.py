@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sere_ext.cli.serve import check_config, check_model, check_port, environment, option
+from sere_ext.cli.serve import check_config, check_model, check_port, environment, one_server, option
 from sere_ext.contract.errors import PolicyError, SimilarityError, UnsupportedError, UsageError
 from sere_ext.contract.policy import Policy
-from sere_ext.engine.plugin import check_engine_version
 from sere_ext.engine.settings import Settings, resolve
+from sere_ext.engine.versions import check_engine_version
 
 TOPK: dict[str, Any] = {"buckets": [{"minTokens": 8, "kind": "topk", "S": 2}]}
 
@@ -93,6 +93,22 @@ def test_serve_names_our_plugins_and_keeps_the_users() -> None:
 def test_serve_reads_options_as_vllm_does() -> None:
     assert option(["m", "--port", "1", "--port=2"], "--port") == "2"
     assert option(["m"], "--port") is None
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        (["m"], []),
+        (["m", "--data-parallel-size", "2"], ["--api-server-count", "1"]),
+        (["m", "-dp=2"], ["--api-server-count", "1"]),
+        (["m", "--data-parallel-size", "2", "--headless"], []),
+        (["m", "--data-parallel-size", "2", "--api-server-count", "1"], []),
+    ],
+)
+def test_serve_starts_a_single_api_server(given: list[str], added: list[str]) -> None:
+    assert one_server(given) == [*given, *added]
+    with pytest.raises(UsageError, match="leave the option out"):
+        one_server([*given, "--api-server-count=3"])
 
 
 def test_a_port_in_use_is_said_before_the_model_is_loaded() -> None:

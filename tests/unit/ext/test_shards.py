@@ -10,21 +10,11 @@ import kubernetes_validate
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sere_ext.contract.config_maps import config_maps, encoded, places, uri
 from sere_ext.contract.errors import SimilarityError
-from sere_ext.contract.shards import (
-    MAX_FILE_BYTES,
-    POLICY_SHARDS,
-    SHARD_BYTES,
-    config_maps,
-    encoded,
-    join,
-    piece_name,
-    pieces,
-    places,
-    split,
-    uri,
-)  # fmt: skip
+from sere_ext.contract.shards import SHARD_BYTES, join, split
 from sere_ext.contract.similarity import read_meta
+from sere_ext.contract.volume import MAX_FILE_BYTES, POLICY_SHARDS, piece_name, pieces
 
 CONTENT = bytes(range(256)) * 20  # 5,120 bytes: six shards of at most 1,500
 

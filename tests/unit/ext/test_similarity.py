@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from matrices import symmetric
 from safetensors.numpy import save_file
 from sere_ext.contract.errors import SimilarityError
-from sere_ext.contract.similarity import Changes, SimilarityMeta, model_config_digest, read_meta, similarity_digest
+from sere_ext.contract.model_config import model_config_digest
+from sere_ext.contract.similarity import Changes, SimilarityMeta, read_meta, similarity_digest, verified_digest
 from sere_ext.similarity.file import check_fits, packed_meta, read_similarity, sorted_neighbours, write_similarity
 from sere_ext.similarity.heatmap import render
 from sere_ext.similarity.packing import pack, unpack
 from sere_ext.similarity.stability import changes, describe
-from sere_operator.plan.objects.artefact import verified_digest
 
 CONFIG: dict[str, object] = {"model_type": "qwen3_moe", "num_experts": 3, "hidden_size": 8}
 

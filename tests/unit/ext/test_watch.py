@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.profile import ProfileKey
-from sere_ext.contract.shards import piece_name, split
+from sere_ext.contract.shards import split
+from sere_ext.contract.volume import desired, piece_name, policy_files
 from sere_ext.control.live import LiveControl
-from sere_ext.control.watch import Watcher, desired, policy_files, read_directory
+from sere_ext.control.watch import Watcher, read_directory
 
 TOPK = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 2}]})
 SERE = Policy.parse({"buckets": [{"minTokens": 8, "kind": "sere", "S": 2}], "similarityDigest": "sha256:" + "ab" * 32})
@@ -115,11 +116,11 @@ class Worker:
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
         replaced = self.policy.digest
-        if method.startswith("sere_try") and self.refusing:
+        if method in ("sere_check", "sere_apply") and self.refusing:
             return [{"refused": {"type": "SimilarityError", "message": "the file is truncated"}}]
         if method == "sere_note":
             self.note |= args[0]
-        if method == "sere_try_apply":
+        if method == "sere_apply":
             self.policy, self.generation, self.note = Policy.parse(args[0]), self.generation + 1, args[3]
             self.applied.append((self.policy.digest, args[2]))
             self.read += map(Path.read_bytes, map(Path, filter(None, args[2:3])))
@@ -127,7 +128,7 @@ class Worker:
             {
                 "rank": 0, "policy": self.policy.to_json_dict(), "policyDigest": self.policy.digest, "similarityDigest": None,
                 "generation": self.generation, "switches": 0, "error": None, "note": self.note, "replaced": replaced, "key": KEY.to_json_dict(),
-                "model": {"numExperts": 4, "topK": 2, "moeLayers": [0]}, "counters": {},
+                "model": {"numExperts": 4, "topK": 2, "moeLayers": [0]}, "counters": [],
             }
         ]  # fmt: skip
 
@@ -138,28 +139,28 @@ async def test_the_watcher_follows_the_volume_and_ready_waits_for_the_first_appl
     watcher = Watcher(control, tmp_path)
     await watcher.once()
     state = await control.state()
-    assert (state["ready"], state["source"]) == (False, "file")
-    assert "neither pod.policy nor stable" in state["error"]
+    assert (state.ready, state.source) == (False, "file")
+    assert "neither pod.policy nor stable" in state.error
 
     project(tmp_path, files(TOPK, stable=TOPK.digest), "1")
     await watcher.once()
     state = await control.state()
-    assert (state["ready"], state["policyDigest"], state["error"]) == (True, TOPK.digest, None)
+    assert (state.ready, state.policy_digest, state.error) == (True, TOPK.digest, None)
 
     project(tmp_path, files(TOPK, stable=TOPK.digest, pod_policy="sere-00000000"), "2")
     await watcher.once()
     state = await control.state()
-    assert state["policyDigest"] == TOPK.digest, "a missing digest keeps the policy in force"
-    assert "sere-00000000" in state["error"]
+    assert state.policy_digest == TOPK.digest, "a missing digest keeps the policy in force"
+    assert "sere-00000000" in state.error
 
     project(tmp_path, files(TOPK, stable=TOPK.digest, pod_override="exact"), "3")
     await watcher.once()
     state = await control.state()
-    assert (state["policyDigest"], state["override"], state["error"]) == ("exact", True, None)
+    assert (state.policy_digest, state.override, state.error) == ("exact", True, None)
     other_server = LiveControl(worker, None, str(tmp_path))  # of several; it runs no watcher
     assert not other_server.ready
     state = await other_server.state()
-    assert (state["ready"], state["override"], other_server.ready) == (True, True, True)
+    assert (state.ready, state.override, other_server.ready) == (True, True, True)
     count = len(worker.applied)
     await watcher.once()
     assert len(worker.applied) == count, "nothing changed, so nothing is applied"
@@ -193,14 +194,14 @@ async def test_what_the_engine_refuses_is_said_and_tried_again(tmp_path: Path, m
     project(tmp_path, files(SERE, stable=SERE.digest) | {SIMILARITY_FILE: b""}, "1")
     worker.refusing = True
     await watcher.once()
-    assert (await control.state())["error"] == "the file is truncated"
+    assert (await control.state()).error == "the file is truncated"
     worker.refusing = False
     await watcher.once()
     assert worker.applied == [], "not before the pause is over"
     await asyncio.sleep(0.06)
     await watcher.once()
     state = await control.state()
-    assert (state["policyDigest"], state["error"], state["ready"]) == (SERE.digest, None, True)
+    assert (state.policy_digest, state.error, state.ready) == (SERE.digest, None, True)
     assert worker.applied == [(SERE.digest, os.path.join(tmp_path, SIMILARITY_FILE))]
 
 
@@ -219,17 +220,17 @@ async def test_an_artefact_in_shards_is_joined_once_all_are_there(tmp_path: Path
     watcher = Watcher(control, volume)
     project(volume, files(TOPK, stable=TOPK.digest, pod_policy=SERE.digest), "0")
     await watcher.once()
-    assert "there is no" in (await control.state())["error"]
+    assert "there is no" in (await control.state()).error
     for there in range(4):
         parts = dict(list(SHARDS.items())[:there])
         project(volume, files(TOPK, SERE, stable=TOPK.digest, pod_policy=SERE.digest) | parts, f"{there + 1}")
         await watcher.once()
         state = await control.state()
-        assert (state["error"], state["policyDigest"], worker.applied) == (None, "exact", [])
+        assert (state.error, state.policy_digest, worker.applied) == (None, "exact", [])
     project(volume, files(TOPK, SERE, stable=TOPK.digest, pod_policy=SERE.digest) | SHARDS, "5")
     await watcher.once()
     state = await control.state()
-    assert (state["error"], state["policyDigest"]) == (None, SERE.digest)
+    assert (state.error, state.policy_digest) == (None, SERE.digest)
     assert worker.read == [CONTENT]
     assert list(scratch.iterdir()) == [], "it is read by now"
     await watcher.once()
@@ -242,17 +243,17 @@ async def test_what_never_arrives_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     watcher = Watcher(control, tmp_path)
     project(tmp_path, files(SERE, stable=SERE.digest), "1")
     await watcher.once()
-    assert (await control.state())["error"] is None
+    assert (await control.state()).error is None
     await asyncio.sleep(0.06)
     await watcher.once()
-    assert f"needs {SIMILARITY_FILE}, which is missing" in (await control.state())["error"]
+    assert f"needs {SIMILARITY_FILE}, which is missing" in (await control.state()).error
     project(tmp_path, files(SERE, stable=SERE.digest) | dict(list(SHARDS.items())[1:]), "2")
     await watcher.once()
-    assert "of which 3 of 4 shards are there" in (await control.state())["error"]
+    assert "of which 3 of 4 shards are there" in (await control.state()).error
     project(tmp_path, files(SERE, stable=SERE.digest) | SHARDS, "3")
     await watcher.once()
     state = await control.state()
-    assert (state["error"], state["policyDigest"]) == (None, SERE.digest)
+    assert (state.error, state.policy_digest) == (None, SERE.digest)
 
 
 async def test_shards_that_do_not_make_the_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,9 +264,9 @@ async def test_shards_that_do_not_make_the_file_are_refused(tmp_path: Path, monk
     torn = {name: shard[:-1] for name, shard in SHARDS.items()}
     project(tmp_path, files(SERE, stable=SERE.digest) | torn, "1")
     await watcher.once()
-    assert "shard 1 of 4 is damaged" in (await control.state())["error"]
+    assert "shard 1 of 4 is damaged" in (await control.state()).error
     assert control.refusals == {("file", "SimilarityError"): 1}
     project(tmp_path, files(SERE, stable=SERE.digest) | SHARDS, "2")
     await watcher.once()
-    assert (await control.state())["policyDigest"] == SERE.digest
+    assert (await control.state()).policy_digest == SERE.digest
     assert worker.read == [CONTENT]

@@ -8,10 +8,12 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+from sere_ext.contract.config_maps import encoded
+from sere_ext.contract.errors import SpecError
 from sere_ext.contract.policy import Policy
-from sere_ext.contract.shards import encoded, join
-from sere_ext.control.watch import desired
-from sere_operator.api.common import SpecError, parse_spec
+from sere_ext.contract.shards import join
+from sere_ext.contract.volume import desired
+from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan.objects import children, pods
 from sere_operator.plan.objects.children import Defaults

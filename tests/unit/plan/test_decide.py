@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from plan_world import DIGEST, POLICY, CrashError, Pod, World, profile_body
-from sere_ext.contract.shards import POLICY_SHARDS
+from sere_ext.contract.policy import Policy
+from sere_ext.contract.volume import POLICY_SHARDS
 from sere_operator.plan.decide import decide
 from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.rollout.candidate import SETTLE_S, WATCH_S, candidates_turn
 from sere_operator.plan.snapshot import Similarity
+from states import engine_state
 
 STATIC = {"mode": "Static", "policy": POLICY}
 PROFILE = {"mode": "Profile", "profileRef": {"name": "p"}}
@@ -208,8 +210,7 @@ def test_a_canary_whose_ranks_disagree_for_a_moment_is_not_given_up() -> None:
     assert world.status["rollout"]["stage"] == "Analysing"
     snapshot = world.observe()
     split = tuple(
-        replace(pod, state={**(pod.state or {}), "ranks": [{"policyDigest": DIGEST}, {"policyDigest": "exact"}]})
-        for pod in snapshot.pods
+        replace(pod, state=engine_state(pod.digest or "", world.pods[0].key, ranks=(DIGEST, "exact"))) for pod in snapshot.pods
     )
     plan = decide(replace(snapshot, pods=split), Defaults())
     assert [event.reason for event in plan.events] == []
@@ -319,6 +320,22 @@ def test_a_stale_profile_means_exact_at_once() -> None:
     assert "device NVIDIA H100, this pod runs cpu" in world.condition("PolicyApplied")["message"]
 
 
+METRICS = [("contains", None, " It is a, I think."), ("regex", r"is (\w)", " It is a, I think."), ("exact", None, "a\nQ: next")]
+
+
+@pytest.mark.parametrize(("metric", "pattern", "says"), METRICS, ids=[metric for metric, *_ in METRICS])
+@pytest.mark.parametrize("harmful", [False, True], ids=["as good", "harmful"])
+def test_a_canary_judges_answers_as_the_tuning_did(metric: str, pattern: str | None, says: str, harmful: bool) -> None:
+    prompt = {"metric": metric, "stop": ["\n"], **({"pattern": pattern} if pattern else {})}
+    world = World(2, routing=PROFILE)
+    world.says, world.profiles["p"] = says, profile_body(POLICY, **prompt)
+    if harmful:
+        world.harmful.add(DIGEST)
+    world.settle()
+    assert world.condition("PolicyApplied")["reason"] == ("Rejected" if harmful else "Applied")
+    assert world.stable == ("exact" if harmful else DIGEST)
+
+
 @pytest.mark.parametrize(
     ("profile", "rollout"),
     [
@@ -326,21 +343,29 @@ def test_a_stale_profile_means_exact_at_once() -> None:
         (profile_body(POLICY, speed=None), {}),
         (profile_body(POLICY, speed="undecided"), {}),
         (profile_body(POLICY, golden=0), {}),
+        (profile_body({"buckets": [{"minTokens": 300, "kind": "topk", "S": 2}]}), {}),
         (profile_body(POLICY), {"approval": "Manual"}),
     ],
-    ids=["advisory", "no word on speed", "not shown to be faster", "no golden prompts", "manual"],
+    ids=[
+        "advisory",
+        "no word on speed",
+        "not shown to be faster",
+        "no golden prompts",
+        "golden prompts that cannot meet the policy",
+        "manual",
+    ],
 )
 def test_what_needs_a_person_waits_for_one(profile: dict[str, Any], rollout: dict[str, Any]) -> None:
     world = World(2, routing=PROFILE, rollout={"canary": {"minRequests": 100}, **rollout})
-    world.profiles["p"] = profile
+    world.profiles["p"], digest = profile, Policy.parse(profile["spec"]["policy"]).digest
     for _ in range(100):
         world.step()
         world.tick()
     assert world.stable == "exact"
     assert world.condition("PolicyApplied")["reason"] == "AwaitingApproval"
-    world.annotate("serving.sere.dev/approved", DIGEST)
+    world.annotate("serving.sere.dev/approved", digest)
     world.settle()
-    assert world.stable == DIGEST
+    assert world.stable == digest
 
 
 def test_a_quiet_night_bans_nothing_and_is_tried_again() -> None:

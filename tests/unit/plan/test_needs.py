@@ -56,7 +56,7 @@ def test_histograms_are_read_only_while_a_canary_is_compared() -> None:
     assert {read.limits for read in seen["Analysing"] if isinstance(read, Metrics)} == {frozenset({"20", "35.5"})}
 
 
-@pytest.mark.parametrize(("least", "in_flight"), [(2, 8), (24, 24), (4096, 64)])
+@pytest.mark.parametrize(("least", "in_flight"), [(2, 8), (24, 24), (128, 128), (4096, 256)])
 def test_golden_prompts_are_run_one_pod_at_a_time_with_enough_requests_in_flight(least: int, in_flight: int) -> None:
     """With fewer requests in flight than the bucket's lower edge every decode step would route exactly, and show nothing."""
     world = World(3, routing=PROFILE)

@@ -1,11 +1,12 @@
-"""Reading what engines say: metrics and answers."""
+"""Reading what engines say: metrics."""
 
 from __future__ import annotations
 
 import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from sere_ext.contract.profile import GoldenPrompt
-from sere_operator.runtime.probe import golden_answer, golden_request, parse_metrics, right
+from sere_operator.runtime.golden import request_of, text_of
+from sere_operator.runtime.probe import parse_metrics
 
 
 def test_metrics_as_the_plug_in_writes_them() -> None:
@@ -28,27 +29,11 @@ def test_metrics_as_the_plug_in_writes_them() -> None:
 
 
 def test_a_golden_prompt_is_asked_as_the_tuner_asked_it() -> None:
-    plain = GoldenPrompt(prompt="1+1=", answer="2", max_tokens=4)
-    assert golden_request("m", plain) == (
-        "/v1/completions", {"model": "m", "prompt": "1+1=", "max_tokens": 4, "temperature": 0},
+    plain = GoldenPrompt(prompt="1+1=", answer="2", max_tokens=4, stop=("\n",))
+    assert request_of("m", plain) == (
+        "/v1/completions", {"model": "m", "prompt": "1+1=", "max_tokens": 4, "temperature": 0, "stop": ["\n"]},
     )  # fmt: skip
     messages = [{"role": "user", "content": "1+1="}]
-    path, body = golden_request("m", GoldenPrompt.model_validate({**plain.to_json_dict(), "messages": messages}))
+    path, body = request_of("m", GoldenPrompt.model_validate({**plain.to_json_dict(), "messages": messages}))
     assert (path, body["messages"]) == ("/v1/chat/completions", messages) and "prompt" not in body
-    assert golden_answer({"choices": [{"text": "2"}]}) == golden_answer({"choices": [{"message": {"content": "2"}}]}) == "2"
-
-
-@pytest.mark.parametrize(
-    ("text", "answer", "expected"),
-    [
-        (" 42\n", "42", True),
-        ("42\nQ: next", "42", True),
-        ("421", "42", False),
-        ("", "42", False),
-        ("so it is 1,042", "1042", True),
-        ("41 or 42 or 43", "42", False),
-        ("forty", "forty", True),
-    ],
-)
-def test_right(text: str, answer: str, expected: bool) -> None:
-    assert right(text, answer) is expected
+    assert text_of({"choices": [{"text": "2"}]}) == text_of({"choices": [{"message": {"content": "2"}}]}) == "2"

@@ -10,14 +10,15 @@ from typing import Any
 import kubernetes_validate
 import pytest
 from plan_world import POLICY, profile_body
-from sere_ext.contract.errors import SimilarityError
+from sere_ext.contract.config_maps import encoded, places
+from sere_ext.contract.errors import SimilarityError, SpecError
 from sere_ext.contract.policy import Policy
-from sere_ext.contract.shards import POLICY_SHARDS, encoded, join, places
-from sere_ext.contract.similarity import SimilarityMeta, similarity_digest
-from sere_operator.api.common import SpecError, parse_spec
+from sere_ext.contract.shards import join
+from sere_ext.contract.similarity import SimilarityMeta, similarity_digest, verified_digest
+from sere_ext.contract.volume import POLICY_SHARDS
+from sere_operator.api.common import parse_spec
 from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan.objects import pods
-from sere_operator.plan.objects.artefact import verified_digest
 from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.reads import Child, Listed, Read
 from sere_operator.plan.snapshot import Similarity, TuningSnapshot
@@ -310,7 +311,7 @@ def test_the_artefacts_digest_is_recomputed() -> None:
         verified_digest(bytes(raw))
     with pytest.raises(SimilarityError, match="truncated"):
         verified_digest(bytes(raw[:-4]))
-    with pytest.raises(SimilarityError, match="no similarity artefact"):
+    with pytest.raises(SimilarityError, match="is no safetensors file"):
         verified_digest(b"!!!")
 
 

@@ -1,5 +1,8 @@
 """`--help` at 80 columns: nothing is cut off, and every option says its type and what holds without it."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -78,3 +81,50 @@ def test_every_option_of_the_tuning_file_stands_there_whole(command: str) -> Non
 def test_types_bounds_and_defaults_are_the_models_own(flag: str, type_: str, notes: str) -> None:
     leaf = next(leaf for leaf in leaves() if leaf.flag == flag)
     assert (leaf.type, leaf.notes) == (type_, notes)
+
+
+def run_without(modules: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`sere ARGUMENTS` where some modules are not installed."""
+    code = f"""
+import sys, importlib.util
+hidden, find = {modules!r}, importlib.util.find_spec
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in hidden:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hide())
+importlib.util.find_spec = lambda name, package=None: None if name in hidden else find(name, package)
+sys.argv = ["sere", *{arguments!r}]
+from sere_ext.cli.main import main
+main()
+"""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+def test_help_names_what_all_missing_parts_need() -> None:
+    shown = run_without(("optuna", "kopf"), "--help")
+    assert shown.returncode == 0
+    assert "pip install 'sere[autotune,operator]'` (optuna, kopf are missing)" in " ".join(shown.stdout.split())
+    assert "similarity" in shown.stdout and " tune " not in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hidden", "extra"),
+    [
+        (("similarity", "show", "x"), "numpy", "similarity"),
+        (("similarity", "shard", "x", "--name", "n"), "numpy", "similarity"),
+        (("calibrate", "m", "--data", "d", "--out", "o"), "torch", "vllm"),
+        (("calibrate", "m", "--data", "d", "--out", "o"), "numpy", "similarity"),
+    ],
+)
+def test_a_command_without_its_modules_is_one_sentence(arguments: tuple[str, ...], hidden: str, extra: str) -> None:
+    ended = run_without((hidden,), *arguments)
+    assert ended.returncode == 2
+    assert ended.stderr == f"sere: this command needs `pip install 'sere[{extra}]'` ({hidden} is missing)\n"

@@ -1,7 +1,7 @@
 """The names that cross a part's border are the documented ones."""
 
-from sere_ext.contract.policy import outside_name
 from sere_ext.contract.profile import Evidence
+from sere_ext.contract.record import outside_name
 
 
 def test_a_digit_inside_a_word_does_not_start_a_new_word() -> None:

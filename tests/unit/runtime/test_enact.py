@@ -7,11 +7,12 @@ from typing import Any, cast
 
 import pytest
 from kubernetes.client.rest import ApiException
-from sere_operator.kube import ApiError
+from sere_ext.contract.errors import ApiError, NotLeadingError
+from sere_operator.kube import refused
 from sere_operator.plan.patch import merged
 from sere_operator.plan.snapshot import Event, Plan, PodPatch, Resource, Snapshot, TuningSnapshot
 from sere_operator.runtime.client import Client
-from sere_operator.runtime.enact import NotLeadingError, enact
+from sere_operator.runtime.enact import enact
 
 READY = {"type": "Ready", "status": "True", "reason": "Serving", "message": "", "observedGeneration": 1}
 SENTENCE = 'Deployment.apps "m" is forbidden: exceeded quota: compute, requested: count/deployments.apps=1'
@@ -50,7 +51,7 @@ class Server:
         if kind in self.refuse:
             error = ApiException(status=self.status, reason="Forbidden")
             error.body = json.dumps({"kind": "Status", "message": self.words, "reason": "Forbidden"})
-            raise ApiError.refused(f"{verb} {kind}", error)
+            raise refused(f"{verb} {kind}", error)
 
     async def replace(self, body: dict[str, Any]) -> None:
         self._write("replace", body["kind"])

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 
 import pytest
-from sere_operator.runtime.enact import NotLeadingError
+from sere_ext.contract.errors import NotLeadingError
 from sere_operator.runtime.reconciler import Key, Place, Reconciler
 
 A: Key = ("SereDeployment", "ns", "a")

@@ -10,11 +10,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+from sere_ext.contract.errors import NoAnswerError
 from sere_ext.contract.profile import GoldenPrompt
 from sere_operator.runtime.answers import Answers
-from sere_operator.runtime.fetch import MIB, NoAnswerError, fetch, new_client
+from sere_operator.runtime.fetch import MIB, fetch, new_client
 from sere_operator.runtime.probe import Prober, parse_metrics
 from sere_operator.runtime.reconciler import Key, Place, Reconciler
+from states import engine_state
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -108,7 +110,8 @@ async def test_what_swells_when_unpacked_is_refused() -> None:
             await fetch(client, "GET", f"{base}/sere", deadline_s=5)
 
 
-GOOD = {"policyDigest": "exact", "ready": True, "ranks": [{"policyDigest": "exact"}], "error": None, "key": {}}
+KEY = {"modelName": "m", "configDigest": "c", "engineVersion": "0.32.0", "pluginVersion": "0.1.0", "device": "cpu"}
+GOOD = engine_state("exact", KEY).to_json_dict()
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ async def test_a_good_state_is_kept_with_its_error_cut_to_what_a_status_can_hold
     async with pod(says({**GOOD, "error": "e" * 100_000})) as base:
         state = await prober.state(base)
     await prober.close()
-    assert state == {**GOOD, "error": "e" * 1000}
+    assert state is not None and state.to_json_dict() == {**GOOD, "error": "e" * 1000}
 
 
 LINE = 'sere_tpot_seconds_{}{{policy="exact",bucket="8-64"{}}} {}\n'
@@ -191,7 +194,7 @@ async def test_golden_prompts_run_aside_and_count_only_while_the_policy_is_in_fo
         async with pod(says(right, after)) as base:
 
             async def golden(prober: Prober = prober, base: str = base) -> Any:
-                return await prober.golden(base, "m", (GoldenPrompt(prompt="a", answer="A", max_tokens=4),), 8, "uid", "exact")
+                return await prober.golden(base, "m", (GoldenPrompt(prompt="a", answer="A", max_tokens=4),), 1, "uid", "exact")
 
             assert await golden() is None, "never waited for"
             await asyncio.wait_for(woken.wait(), 10)

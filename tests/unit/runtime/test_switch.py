@@ -6,8 +6,8 @@ import asyncio
 from typing import Any, cast
 
 import pytest
+from sere_ext.contract.errors import NotLeadingError
 from sere_operator.runtime.client import Client
-from sere_operator.runtime.enact import NotLeadingError
 from sere_operator.runtime.handlers import Wakes
 from sere_operator.runtime.reconciler import Key, Place, Reconciler
 from sere_operator.runtime.switch import KillSwitch

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from sere_ext.contract.names import ENGINE_PORT
 from sere_ext.contract.tuning import LatencyLimits
+from sere_ext.contract.volume import POD_OVERRIDE, POD_POLICY, POD_REFRESH
 
 from sere_operator.api import meta
 from sere_operator.api.deployment import SereDeploymentSpec
@@ -20,7 +22,6 @@ from sere_operator.plan.objects.revision import as_annotations, revision
 
 Object = dict[str, Any]
 
-PORT = 8000
 ROLLED_OUT_LABELS = (meta.INSTANCE_LABEL, meta.MANAGED_BY_LABEL, meta.COMPONENT_LABEL)
 
 
@@ -83,7 +84,7 @@ def names(name: str) -> dict[str, str]:
 
 def base(address: str) -> str:
     """`http://<address>:<port>` of a pod or Service, with an IPv6 address in brackets."""
-    return f"http://[{address}]:{PORT}" if ":" in address else f"http://{address}:{PORT}"
+    return f"http://[{address}]:{ENGINE_PORT}" if ":" in address else f"http://{address}:{ENGINE_PORT}"
 
 
 def pod_base(pod: Object) -> str | None:
@@ -132,9 +133,9 @@ def policy_volume(name: str) -> Object:
     It has every shard's ConfigMap that there may ever be, as optional: whichever are there at a time, the template stays.
     """
     annotation = {
-        "pod.policy": meta.POLICY_ANNOTATION,
-        "pod.override": meta.OVERRIDE_ANNOTATION,
-        "pod.refresh": meta.REFRESH_ANNOTATION,
+        POD_POLICY: meta.POLICY_ANNOTATION,
+        POD_OVERRIDE: meta.OVERRIDE_ANNOTATION,
+        POD_REFRESH: meta.REFRESH_ANNOTATION,
     }
     items = [
         {"path": path, "fieldRef": {"apiVersion": "v1", "fieldPath": f"metadata.annotations['{key}']"}}
@@ -155,7 +156,7 @@ def pod_template(name: str, spec: SereDeploymentSpec, defaults: Defaults) -> Obj
     storage.mounts.append({"name": "policy", "mountPath": pods.POLICY_DIR, "readOnly": True})
 
     engine = spec.engine
-    args = ["serve", model, "--port", str(PORT), "--served-model-name", served_name(name, spec)]
+    args = ["serve", model, "--port", str(ENGINE_PORT), "--served-model-name", served_name(name, spec)]
     if spec.model.name is not None and spec.model.revision:
         args += ["--revision", spec.model.revision]
     if engine.tensor_parallel_size > 1:
@@ -180,7 +181,7 @@ def pod_template(name: str, spec: SereDeploymentSpec, defaults: Defaults) -> Obj
         "command": ["sere"],
         "args": args,
         "env": pods.with_api_key(pods.environment(spec.model, engine.env, fixed), engine.api_key_secret),
-        "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
+        "ports": [{"name": "http", "containerPort": ENGINE_PORT, "protocol": "TCP"}],
         # Loading may take an hour; a fixed liveness delay kills big loads (kserve#5062), a startup probe does not.
         "startupProbe": probe("/health", periodSeconds=5, timeoutSeconds=5, failureThreshold=1440),
         # Patient: an engine on a busy node answers late, and taking it out of the Service would only load the others more.
@@ -244,7 +245,7 @@ def service(owner: Object) -> Object:
         "spec": {
             "type": "ClusterIP",
             "selector": selector(name),
-            "ports": [{"name": "http", "port": PORT, "targetPort": "http", "protocol": "TCP"}],
+            "ports": [{"name": "http", "port": ENGINE_PORT, "targetPort": "http", "protocol": "TCP"}],
         },
     }
 

@@ -15,7 +15,7 @@ import re
 from decimal import Decimal
 from typing import Any
 
-from sere_ext.contract.policy import canonical_json
+from sere_ext.contract.record import canonical_json
 
 from sere_operator.api.meta import CONFIG_HASH_ANNOTATION
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from sere_ext.contract.policy import canonical_json
+from sere_ext.contract.record import canonical_json
 
 from sere_operator.api import meta
 from sere_operator.api.deployment import SereDeploymentSpec

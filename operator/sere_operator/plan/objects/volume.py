@@ -2,7 +2,7 @@
 
 `NAME-policy` holds `stable` and every policy by digest. Similarity artefacts lie beside it in shards, one ConfigMap each:
 `NAME-policy-shard-0`, `-1`, ... A shard stays where it is while its artefact is needed, so that a pod that starts amid a change
-finds what it needs. Files are in ARCHITECTURE.md, declarative source.
+finds what it needs. Names of files: `sere_ext.contract.volume`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from sere_ext.contract.errors import SereError
-from sere_ext.contract.policy import EXACT_POLICY, Policy
+from sere_ext.contract.policy import EXACT, EXACT_POLICY, Policy
 from sere_ext.contract.profile import ProfileKey
-from sere_ext.contract.shards import MAX_FILE_BYTES, POLICY_SHARDS, piece_name, pieces
-from sere_ext.contract.similarity import similarity_file
+from sere_ext.contract.volume import (
+    MAX_FILE_BYTES,
+    OVERRIDE,
+    POLICY_SHARDS,
+    STABLE,
+    named_key,
+    named_policy,
+    piece_name,
+    pieces,
+    policy_files,
+    similarity_file,
+)
 
 from sere_operator.api import meta
 from sere_operator.plan.objects.children import metadata
 from sere_operator.plan.snapshot import Snapshot
 
 Object = dict[str, Any]
-
-EXACT = "exact"  # digest of exact routing
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class PolicyEntry:
 def stable_digest(snapshot: Snapshot) -> str:
     """What pods without an annotation run: the ConfigMap's word, else (it was deleted) the status's, else exact."""
     live = (snapshot.children.get("ConfigMap") or {}).get("data") or {}
-    digest = live.get(meta.STABLE_KEY) or (snapshot.status.get("policy") or {}).get("stable") or EXACT
+    digest = live.get(STABLE) or (snapshot.status.get("policy") or {}).get("stable") or EXACT
     return str(digest)
 
 
@@ -48,11 +56,8 @@ def recovered_entry(snapshot: Snapshot, digest: str) -> PolicyEntry | None:
         return PolicyEntry(EXACT_POLICY)
     data = (snapshot.children.get("ConfigMap") or {}).get("data") or {}
     try:
-        policy = Policy.parse(data[f"{digest}.json"])
-        key = ProfileKey.model_validate_json(data[f"{digest}.key.json"]) if f"{digest}.key.json" in data else None
-    except (KeyError, ValueError, SereError):
-        return None
-    if policy.digest != digest:
+        policy, key = named_policy(data, digest), named_key(data, digest)
+    except SereError:
         return None
     if not policy.needs_similarity():
         return PolicyEntry(policy, key)
@@ -68,13 +73,11 @@ def policy_config_map(owner: Object, stable: str, override: bool, entries: Mappi
         entries: by policy digest; `exact` needs none.
     """
     name = owner["metadata"]["name"]
-    data = {meta.STABLE_KEY: stable}
+    data = {STABLE: stable}
     if override:
-        data[meta.OVERRIDE_KEY] = meta.OVERRIDE_EXACT
-    for digest, entry in sorted(entries.items()):
-        data[f"{digest}.json"] = entry.policy.model_dump_json(by_alias=True, exclude_none=True)
-        if entry.key is not None:
-            data[f"{digest}.key.json"] = entry.key.model_dump_json(by_alias=True, exclude_none=True)
+        data[OVERRIDE] = EXACT
+    for _, entry in sorted(entries.items()):
+        data |= policy_files(entry.policy, entry.key)
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

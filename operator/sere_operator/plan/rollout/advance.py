@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from sere_ext.contract.policy import EXACT
+
 from sere_operator.api import meta
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import SereDeploymentSpec
-from sere_operator.plan.objects.volume import EXACT
 from sere_operator.plan.rollout import candidate
 from sere_operator.plan.rollout.aftermath import refused
 from sere_operator.plan.rollout.evidence import Stage
@@ -77,7 +78,7 @@ def _settle(snapshot: Snapshot, base: Step, wanted: Wanted) -> Step:
     under_way = snapshot.status.get("rollout") or {}
     promoting = under_way.get("stage") == Stage.PROMOTING and under_way.get("candidate") == wanted.digest
     if behind:
-        refused = next((str(pod.state["error"]) for pod in behind if pod.state and pod.state.get("error")), None)
+        refused = next((pod.state.error for pod in behind if pod.state and pod.state.error), None)
         reason, message = Reason.POLICY_PENDING, f"{len(behind)} of {len(pods)} pods do not show {wanted.digest} yet"
         if promoting:
             reason = Reason.PROMOTING

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 
-from sere_ext.contract.policy import canonical_json
+from sere_ext.contract.policy import EXACT
+from sere_ext.contract.record import canonical_json
 
 from sere_operator.api import meta
-from sere_operator.plan.objects.volume import EXACT
 from sere_operator.plan.rollout.step import Step
 from sere_operator.plan.rollout.wanted import overridden
 from sere_operator.plan.snapshot import Object, PodPatch, PodView, Snapshot
@@ -53,7 +53,7 @@ def refresh_nonce(snapshot: Snapshot, step: Step, config_map: Object, pod: PodVi
     match = re.fullmatch(r"([0-9a-f]{10})\.(\d+)", pod.annotations.get(meta.REFRESH_ANNOTATION, ""))
     if match is None or match[1] != fingerprint:
         return f"{fingerprint}.{int(snapshot.now)}"
-    silent = pod.state is None or bool(pod.state.get("error")) or not pod.state.get("ready")
+    silent = pod.state is None or bool(pod.state.error) or not pod.state.ready
     behind = pod.digest != expected_digest(snapshot, step, pod)
     if behind and not silent and snapshot.now - int(match[2]) > REFRESH_AGAIN_S:
         return f"{fingerprint}.{int(snapshot.now)}"

@@ -19,7 +19,15 @@ from sere_operator.api.deployment import Approval, SereDeploymentSpec
 from sere_operator.plan.rollout import analysis
 from sere_operator.plan.rollout.aftermath import inconclusive, reject, waiting
 from sere_operator.plan.rollout.analysis import Outcome
-from sere_operator.plan.rollout.evidence import Stage, arms, collect_golden, golden_answers, golden_count, with_state
+from sere_operator.plan.rollout.evidence import (
+    Stage,
+    arms,
+    collect_golden,
+    golden_answers,
+    golden_beyond_reach,
+    golden_count,
+    with_state,
+)
 from sere_operator.plan.rollout.step import POLL_S, Step, seconds, stamp
 from sere_operator.plan.rollout.wanted import Wanted
 from sere_operator.plan.snapshot import Event, Object, PodView, Snapshot
@@ -157,7 +165,7 @@ def _await_canary(attempt: Attempt) -> Step:
     if all(pod.ready and pod.digest == digest and pod.proven == digest for pod in attempt.canaries):
         message = "canary pods run the policy; it is being compared"
         return attempt.to(Stage.ANALYSING, message).step(message, requeue_after=0.5)
-    refused = next((str(pod.state["error"]) for pod in attempt.canaries if pod.state and pod.state.get("error")), None)
+    refused = next((pod.state.error for pod in attempt.canaries if pod.state and pod.state.error), None)
     since = attempt.state.get("refusedSince")
     if bool(refused) != bool(since):
         attempt = attempt.noting(refusedSince=stamp(now) if refused else None)
@@ -183,6 +191,8 @@ def _analyse(attempt: Attempt) -> Step:
         return attempt.step(f"golden prompts are being answered by the canary and the stable side ({prompts} each)")
     if wanted.profile is not None and not prompts:
         return _ask(attempt, "the profile has no golden prompts, so the canary cannot be checked for harm to answers")
+    if wanted.profile is not None and (why := golden_beyond_reach(wanted.profile.policy)):
+        return _ask(attempt, why)
     known, stable, canary = arms(attempt.snapshot, attempt.base.stable, wanted.digest, known, attempt.canaries)
     attempt = replace(attempt, known=known)
     if stable is None or canary is None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
-from sere_ext.contract.policy import Policy
+from sere_ext.contract.policy import Kind, Policy
 
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan import histogram
@@ -18,6 +18,8 @@ from sere_operator.plan.rollout.analysis import Side
 from sere_operator.plan.rollout.wanted import Wanted
 from sere_operator.plan.snapshot import Object, PodView, Snapshot
 
+LEAST_GOLDEN_IN_FLIGHT = 8  # for policies of small batches: the prompts would take long one by one
+MAX_GOLDEN_IN_FLIGHT = 256  # a batch that vLLM schedules by default
 MAX_STABLE_PODS = 8  # of the stable side, whose counters are remembered
 
 
@@ -36,6 +38,23 @@ def with_state(known: Object, **changes: Any) -> Object:
 
 def golden_count(wanted: Wanted) -> int:
     return len(wanted.profile.golden_prompts) if wanted.profile is not None else 0
+
+
+def golden_in_flight(policy: Policy) -> int:
+    """How many golden prompts must decode beside each other, so that the policy's buckets of the largest batches are met."""
+    edges = [bucket.min_tokens for table in policy.tables() for bucket in table if bucket.kind is not Kind.EXACT]
+    return min(MAX_GOLDEN_IN_FLIGHT, max([LEAST_GOLDEN_IN_FLIGHT, *edges]))
+
+
+def golden_beyond_reach(policy: Policy) -> str | None:
+    """Why golden prompts cannot show what the policy does to answers, None where they can."""
+    edges = [b.min_tokens for table in policy.tables() for b in table if b.kind is not Kind.EXACT]
+    if not edges or max(edges) <= MAX_GOLDEN_IN_FLIGHT:
+        return None
+    return (
+        f"the policy begins at {max(edges)} tokens a step, and golden prompts put at most {MAX_GOLDEN_IN_FLIGHT} in flight, so the "
+        "canary cannot be checked for harm to answers"
+    )
 
 
 def golden_answers(known: Object, side: str) -> tuple[bool | None, ...] | None:
@@ -83,12 +102,6 @@ def slo_limits(spec: SereDeploymentSpec) -> frozenset[str]:
     """The limits of the SLO as keys of `Histogram.over` (ms); other bounds are not needed and would swell the status."""
     parts = (spec.slo.tpot_ms, spec.slo.ttft_ms) if spec.slo else ()
     return frozenset(f"{limit:g}" for part in parts if part for limit in part.limits().values())
-
-
-def golden_concurrency(policy: Policy) -> int:
-    """Requests at a time that bring decode steps into the policy's largest-reaching bucket, at most 64."""
-    edges = [bucket.min_tokens for table in policy.tables() for bucket in table if bucket.kind.value != "exact"]
-    return min(64, max([8, *edges]))
 
 
 def _counters(pod: PodView, digest: str) -> Object | None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sere_ext.contract.policy import EXACT
+
 from sere_operator.api.conditions import ConditionType, Reason, find_condition, held_rollout
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan.objects import children
 from sere_operator.plan.objects.revision import changing, waiting
-from sere_operator.plan.objects.volume import EXACT
 from sere_operator.plan.rollout.step import seconds
 from sere_operator.plan.rollout.wanted import Wanted, overridden, read_profile, tuning_job_name, tuning_job_of
 from sere_operator.plan.snapshot import Object, Snapshot

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from sere_ext.contract.errors import ProfileError
-from sere_ext.contract.policy import EXACT_POLICY, canonical_json
+from sere_ext.contract.policy import EXACT, EXACT_POLICY
 from sere_ext.contract.profile import Profile, ProfileKey, ProfileSpec
+from sere_ext.contract.record import canonical_json
 
 from sere_operator.api import meta
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
 from sere_operator.plan.objects.revision import changing, replacing
-from sere_operator.plan.objects.volume import EXACT, PolicyEntry
+from sere_operator.plan.objects.volume import PolicyEntry
 from sere_operator.plan.snapshot import Object, Similarity, Snapshot
 
 
@@ -164,13 +165,7 @@ def _from_profile(snapshot: Snapshot, spec: SereDeploymentSpec, name: str, found
 def stale_reason(snapshot: Snapshot, key: ProfileKey) -> str | None:
     """The first difference between what a profile was measured on and what some pod says it runs."""
     for pod in snapshot.live_pods:
-        running = (pod.state or {}).get("key")
-        if not running:
-            continue
-        try:
-            reason = key.mismatch(ProfileKey.model_validate(running))
-        except ValueError:
-            continue
+        reason = key.mismatch(pod.state.key) if pod.state is not None else None
         if reason is not None:
             return reason
     return None

@@ -1,0 +1,1 @@
+"""When to tune, the objects of a tuning run, and what its result means. Pure."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from sere_ext.contract.errors import SpecError
+
 from sere_operator.api import meta
-from sere_operator.api.common import SpecError, parse_spec
+from sere_operator.api.common import parse_spec
 from sere_operator.api.conditions import ConditionType, Reason, find_condition
 from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan import status

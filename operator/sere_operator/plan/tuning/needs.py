@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from sere_ext.contract.errors import SpecError
+
 from sere_operator.api import meta
-from sere_operator.api.common import SpecError, parse_spec
+from sere_operator.api.common import parse_spec
 from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan.objects.children import Defaults, text
 from sere_operator.plan.reads import Artefact, Child, Listed, Read

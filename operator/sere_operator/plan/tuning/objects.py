@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 
-from sere_ext.contract.shards import OPENINGS_NAME, POLICY_SHARDS, config_map_name
+from sere_ext.contract.config_maps import config_map_name
+from sere_ext.contract.errors import ExitCode
+from sere_ext.contract.names import OPENINGS_NAME
 from sere_ext.contract.tuning import SearchBudget
+from sere_ext.contract.volume import POLICY_SHARDS
 
 from sere_operator.api import meta
 from sere_operator.api.tuning import SereTuningJobSpec
@@ -19,8 +22,8 @@ from sere_operator.plan.snapshot import Object, TuningSnapshot
 
 TUNING_DIR = "/etc/sere-tuning"
 RUN_DIR = "/var/lib/sere"
-# Exit codes of `sere tune` that are answers and were told (ARCHITECTURE.md); running again would say the same.
-FINAL_EXIT_CODES = [1, 2, 3, 4, 5]
+# Exit codes of `sere tune` that are answers; running it again would say the same.
+FINAL_EXIT_CODES = sorted(int(code) for code in ExitCode if code not in (ExitCode.DONE, ExitCode.UNPUBLISHED))
 RETRIES = 6  # pods after one that crashed, where the study is kept
 
 

@@ -9,12 +9,11 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from sere_ext.contract.errors import SereError
+from sere_ext.contract.config_maps import config_maps, uri
+from sere_ext.contract.errors import SereError, SpecError
 from sere_ext.contract.profile import Profile, SimilarityRef
-from sere_ext.contract.shards import config_maps, uri
 
 from sere_operator.api import meta
-from sere_operator.api.common import SpecError
 from sere_operator.api.conditions import Reason
 from sere_operator.api.profile import profile_name
 from sere_operator.api.tuning import MAX_CANDIDATES, SereTuningJobSpec

@@ -1,0 +1,29 @@
+"""What a model's config.json says of the model, and whether a name means a folder or a model of the hub. Pure."""
+
+from __future__ import annotations
+
+from sere_ext.contract.record import canonical_json, content_digest
+
+# What of a model's config.json decides whether similarity still fits: shape and routing, not serving details.
+_CONFIG_KEYS = (
+    "model_type", "hidden_size", "num_hidden_layers", "moe_intermediate_size", "intermediate_size", "num_experts",
+    "num_local_experts", "n_routed_experts", "num_experts_per_tok", "vocab_size", "first_k_dense_replace",
+    "decoder_sparse_step", "mlp_only_layers",
+)  # fmt: skip
+
+
+def names_folder(model: str) -> bool:
+    """Whether a model's name is meant as a local folder: a name of the hub has one slash at most."""
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1
+
+
+def language_config(config: dict[str, object]) -> dict[str, object]:
+    """A decoded config.json with the settings of its language model on top, which multimodal models nest."""
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, dict) else config
+
+
+def model_config_digest(config: dict[str, object]) -> str:
+    """Digest of the parts of a decoded config.json that similarity depends on. `sha256:` and 64 hex digits."""
+    source = language_config(config)
+    return content_digest(canonical_json({key: source.get(key) for key in _CONFIG_KEYS}))
