@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,21 +252,34 @@ def whole(studies: int, seed: int) -> dict[str, dict[str, int]]:
     return rows
 
 
-def summary(rows: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """The result: both shares over all studies with their upper limits, and each world's row."""
-    total = sum(row["studies"] for row in rows.values())
+WHOLE = {"whole: every policy 0.05 points over the limit": "falseCertificates", "whole: every policy is slower": "falseFaster"}
+BASELINE = "exact routing is right on 0 to 5 %"
 
-    def share(kind: str) -> dict[str, Any]:
-        count = sum(row[kind] for row in rows.values())
-        return {"studies": total, "count": count, "upperLimit": round(clopper_pearson(count, total)[1], 5)}
+
+def at_risk(kind: str) -> set[str]:
+    """The worlds in which whatever is chosen is false in that way."""
+    if kind == "falseFaster":
+        found = {name for name, world in WORLDS.items() if not any(policy.faster for policy in world.ladder)}
+    else:
+        found = {BASELINE, *(name for name, world in WORLDS.items() if all(policy.harmful for policy in world.ladder))}
+    return found | {name for name, way in WHOLE.items() if way == kind}
+
+
+def summary(rows: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """The result: both shares over all studies, and over those in which nothing true can be chosen; and each world's row."""
+
+    def share(kind: str, names: Collection[str]) -> dict[str, Any]:
+        studies, count = (sum(rows[name][key] for name in names) for key in ("studies", kind))
+        return {"studies": studies, "count": count, "upperLimit": round(clopper_pearson(count, studies)[1], 5)}
 
     limits = {
         name: {**row, **{f"{kind}UpperLimit": round(clopper_pearson(row[kind], row["studies"])[1], 4) for kind in ("falseCertificates", "falseFaster")}}
         for name, row in rows.items()
     }  # fmt: skip
+    kinds = ("falseCertificates", "falseFaster")
     return {
-        "allowed": ALLOWED, "confidence": 0.95, "falseCertificates": share("falseCertificates"), "falseFaster": share("falseFaster"),
-        "worlds": limits,
+        "allowed": ALLOWED, "confidence": 0.95, **{kind: share(kind, rows) for kind in kinds},
+        "whereNothingTrueCanBeChosen": {kind: share(kind, at_risk(kind) & rows.keys()) for kind in kinds}, "worlds": limits,
     }  # fmt: skip
 
 
@@ -282,7 +295,7 @@ def run(studies: int, whole_studies: int, seed: int, say: Callable[[str], None] 
         families = max(2, studies // (1 + world.earlier) if world.earlier else studies)
         rows[name] = simulate(name, world, families, seed)
         say(f"{name}: {rows[name]}")
-    rows["exact routing is right on 0 to 5 %"] = baseline(studies, seed)
+    rows[BASELINE] = baseline(studies, seed)
     if whole_studies:
         rows |= whole(whole_studies, seed)
     return summary(rows)

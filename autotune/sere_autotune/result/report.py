@@ -121,7 +121,7 @@ def _certificate(summary: dict[str, Any]) -> str:
         rows.append([f"{part['kind']} {part['name']}", "", "", f"{part['items']:,} items", f"{_points(drop)} points{word}"])
     d = (result["losses"] + result["gains"]) / max(result["items"], 1)
     note = (
-        f"Non-inferiority by the score test on {result['items']:,} distinct held-out items, declared beforehand, each once per arm: "
+        f"Non-inferiority by the score test on {result['items']:,} distinct held-out items, declared beforehand, each once with each routing: "
         f"{result['losses']} lost, {result['gains']} gained ({d:.2%} discordant), p = {result['p_value']:.2g} at "
         f"alpha = {result['alpha']:.3g}; design effect {result['design_effect']:.2f}; {result['left_out']:,} items left out, unanswered; the drop is at most {result['upper_bound'] * 100:.2f} points at this confidence. "
         f"Speed-ups are exact / chosen at {summary['condition']}, with t intervals from paired blocks; the speed verdict's limits are one-sided at {1 - speed['alpha']:.1%} each."

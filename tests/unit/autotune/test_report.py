@@ -96,3 +96,28 @@ def test_the_stepped_line_keeps_to_trials_within_the_limits(finished) -> None:
     assert (with_far is None) == (without is None)
     if with_far and without:
         assert len(with_far.group(1).split()) == len(without.group(1).split())
+
+
+def test_the_verdict_on_speed_and_the_drops_by_load_and_task_are_shown(finished) -> None:
+    parts = [
+        {
+            "kind": "load",
+            "name": "equal concurrency 4",
+            "items": 1000,
+            "losses": 30,
+            "gains": 5,
+            "p_value": 0.001,
+            "harmed": True,
+        },
+        {"kind": "task", "name": "sums.jsonl", "items": 500, "losses": 1, "gains": 3, "p_value": 1.0, "harmed": False},
+    ]
+    ladder = [
+        {**row, "result": {**row["result"], "parts": parts}} if row["result"] else row for row in finished.summary["ladder"]
+    ]
+    summary = {**finished.summary, "ladder": ladder}
+    text, page = screen.lines(summary), render(summary)
+    assert re.search(r"^speed +faster: mean TPOT \d\.\d\dx \[[\d.]+, [\d.]+\], one-sided at 9\d(\.\d+)?%$", text, re.MULTILINE)
+    assert "load equal concurrency 4: -2.50 points on 1,000 items, shown to be over the limit" in text
+    assert "task sums.jsonl: +0.40 points on 500 items" in text
+    assert "speed verdict" in page and "faster, " in page
+    assert "-2.50 points, harm shown" in page and "task sums.jsonl" in page

@@ -1,5 +1,6 @@
-"""`make bench-verdicts`: a tiny run of it."""
+"""`make bench-verdicts`: a tiny run of it, and the committed result."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -23,3 +24,14 @@ def test_a_tiny_run_counts_every_world_and_tells_false_from_true(monkeypatch: py
     )
     told = verdicts.run(studies=2, whole_studies=0, seed=0)
     assert told["falseCertificates"]["count"] == told["falseFaster"]["count"] + 2 == 4, "a judge that passes everything is seen"
+
+
+def test_the_committed_result_is_of_enough_studies_and_within_what_is_promised() -> None:
+    result = json.loads(Path(verdicts.RESULTS).read_text())
+    for kind in ("falseCertificates", "falseFaster"):
+        assert result[kind]["studies"] >= 2000
+        assert result[kind]["count"] / result[kind]["studies"] <= result[kind]["upperLimit"] <= 0.05
+    assert set(verdicts.WORLDS) < set(result["worlds"])
+    for kind in verdicts.WHOLE.values():
+        risk = result["whereNothingTrueCanBeChosen"][kind]
+        assert risk["count"] == result[kind]["count"] and risk["count"] / risk["studies"] <= 0.05
