@@ -81,7 +81,12 @@ def test_children_are_valid_and_the_rights_end_at_the_result() -> None:
     by_kind = {body["kind"]: body for body in bodies if body["kind"] != "ConfigMap"}
     (rule,) = by_kind["Role"]["rules"]
     assert (rule["apiGroups"], rule["resources"], rule["verbs"]) == ([""], ["configmaps"], ["create", "patch"])
-    assert rule["resourceNames"] == ["m-tune-1-result", *(f"m-tune-1-result-{i}" for i in range(1, POLICY_SHARDS + 1))]
+    shards = [f"m-tune-1-result-{i}" for i in range(1, POLICY_SHARDS + 1)]
+    assert rule["resourceNames"] == ["m-tune-1-result", *shards, "sere-openings"]
+    environment = {
+        entry["name"]: entry.get("value") for entry in by_kind["Job"]["spec"]["template"]["spec"]["containers"][0]["env"]
+    }
+    assert environment["XDG_STATE_HOME"].startswith(f"{RUN_DIR}/"), "with storage, the ledger of opened items outlives the pod"
     job = by_kind["Job"]["spec"]
     assert job["template"]["spec"]["restartPolicy"] == "Never"
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2, 3, 4, 5]
