@@ -174,7 +174,7 @@ class RerouteContract:
             held = out.weights[row] != 0
             if call["freed_minus_one"]:
                 used = [int(i) for i, w in zip(out.ids[row], out.weights[row], strict=True) if 0 <= i < experts and w != 0]
-                distinct = len(set(ids[row].tolist())) == ids.shape[1]
+                distinct = len(set(ids[row].tolist())) == ids.shape[1] and not weights[row].isnan().any()
                 assert not distinct or len(used) == len(set(used)), "a token names an expert twice"
             else:
                 assert {int(i) for i in out.ids[row] if i < 0 or i >= experts} == outside, "an id was freed to outside [0, E)"
