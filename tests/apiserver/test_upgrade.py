@@ -26,8 +26,9 @@ def test_an_upgrade_replaces_the_pods_of_one_model_at_a_time(world: World, kubec
     fewest = [1]
 
     def replaced() -> bool:
-        newest = {name: world.get("Deployment", name) for name in names}
-        new = [d for d in newest.values() if d["spec"]["template"]["spec"]["containers"][0]["image"] == "sere-engine:newer"]
+        # One request, so that all are seen at one moment.
+        found = world.items("Deployment")
+        new = [d for d in found if d["spec"]["template"]["spec"]["containers"][0]["image"] == "sere-engine:newer"]
         loading = [d for d in new if d["status"].get("updatedReplicas", 0) < 1 or d["status"].get("unavailableReplicas", 0)]
         at_once.append(len(loading))
         fewest.append(min(sum(pod.ready for pod in world.pods() if pod.name.startswith(f"{name}-")) for name in names))

@@ -87,6 +87,7 @@ class FakeNode:
         self.load_s, self.project_s = load_s, project_s
         self.key: dict[str, Any] = dict(KEY)
         self.reachable = True
+        self.api_key: str | None = None  # that clients of /v1 must send
         self.sick: dict[str, str] = {}  # by a prefix of pods' names: "hangs" or "drips" its answers
         self.errors: list[str] = []
         self._addresses: set[str] = set()
@@ -297,6 +298,11 @@ class FakeNode:
         how = next((how for prefix, how in self.sick.items() if pod.name.startswith(prefix)), None)
         if how is not None:
             self._be_sick(request, how)
+            return
+        if self.api_key and "/v1/" in request.path and request.headers["Authorization"] != f"Bearer {self.api_key}":
+            request.send_response(401)
+            request.send_header("Content-Length", "0")
+            request.end_headers()
             return
         status, answer = 200, self._body(pod, request.path, body)
         if isinstance(answer, dict):
