@@ -71,17 +71,18 @@ class Operator:
         self.client = Client(Api(in_cluster_or_kubeconfig(), meta.FIELD_MANAGER))
         self.prober = Prober()
         self.reconciler = Reconciler(self.work, workers=settings.workers)
-        self.switch_client = Client(Api(in_cluster_or_kubeconfig(), meta.FIELD_MANAGER, timeout_s=5.0), threads=8)
-        self.switch = Reconciler(KillSwitch(self.switch_client, lambda: self.elector.leads).work, workers=settings.workers)
+        # The kill switch and the Lease have threads and connections of their own, so that nothing else delays them.
+        self.urgent = Client(Api(in_cluster_or_kubeconfig(), meta.FIELD_MANAGER, timeout_s=5.0), threads=8)
+        self.switch = Reconciler(KillSwitch(self.urgent, lambda: self.elector.leads).work, workers=settings.workers)
         self.attention = Attention()
         self._token_problems: dict[Key, str] = {}  # the last Warning about refused tokens, by resource
         self.healing = Healing()
         self.rollouts = Rollouts(settings.engine_rollouts)
         self._challenged: dict[str, float] = {}  # by uid: when another operator's ownership was last asked about
         self.wakes = handlers.Wakes(self.reconciler, self.switch)
-        self.health = Health(self.reconciler, (self.client, self.switch_client))
+        self.health = Health(self.reconciler, (self.client, self.urgent))
         lease = LeaseSettings.of(settings.namespace, settings.lease_name, settings.lease_s)
-        self.elector = Elector(self.client, lease, settings.identity)
+        self.elector = Elector(self.urgent, lease, settings.identity)
         self._stop = asyncio.Event()
 
     async def work(self, key: Key, place: Place) -> float | None:
