@@ -50,6 +50,10 @@ class Pod:
     counts: dict[str, list[float]] = field(default_factory=dict)  # digest -> [requests, seconds, over 20 ms]
     ran: list[str] = field(default_factory=list)
     ready: bool = True
+    labels: dict[str, str] = field(default_factory=dict)
+    created: str = "2026-01-01T00:00:00Z"
+    device: str = "cpu"
+    status: dict[str, Any] = field(default_factory=dict)  # further fields of the pod's status
     template: dict[str, Any] | None = None  # that it was made of; None: before there was a Deployment
 
     @property
@@ -64,7 +68,7 @@ class Pod:
 
     @property
     def key(self) -> dict[str, Any]:
-        return {**KEY, "modelRevision": self.revision}
+        return {**KEY, "modelRevision": self.revision, "device": self.device}
 
 
 def profile_body(
@@ -127,6 +131,11 @@ class World:
         self.golden_runs: list[tuple[str, str]] = []
         self.watching_since = self.now  # by the operator's process, without a gap
         self.errors: dict[str, str] = {}  # by pod: what keeps it from applying a policy
+        self.unproven: set[str] = set()  # pods that give no token
+        self.sick: set[str] = set()  # pods whose histograms cannot be read
+        self.silent: set[str] = set()  # pods that pass the kubelet's probe and do not answer the operator
+        self.deployment_conditions: list[dict[str, Any]] = []
+        self.routable = True  # a token comes through the Service
 
     # ---- what the operator reads ----
 
@@ -148,17 +157,17 @@ class World:
     def body(self, pod: Pod) -> dict[str, Any]:
         """The pod as the API server has it."""
         return {
-            "metadata": {"name": pod.name, "uid": pod.uid, "annotations": dict(pod.annotations), "labels": {}},
+            "metadata": {"name": pod.name, "uid": pod.uid, "annotations": dict(pod.annotations), "labels": dict(pod.labels), "creationTimestamp": pod.created},
             "spec": (pod.template or {}).get("spec") or {"containers": []},
             "status": {
                 "phase": "Running", "podIP": "10.0.0.1", "conditions": [{"type": "Ready", "status": str(pod.ready)}],
-                "containerStatuses": [{"restartCount": pod.restarts}],
+                "containerStatuses": [{"restartCount": pod.restarts}], **pod.status,
             },
         }  # fmt: skip
 
     def state(self, pod: Pod) -> EngineState | None:
         """What the pod answers to GET /sere."""
-        if not pod.ready:
+        if not pod.ready or pod.name in self.silent:
             return None
         return engine_state(pod.digest, pod.key, error=self.errors.get(pod.name) or self._refusal(pod))
 
@@ -198,11 +207,11 @@ class World:
             case State(uid):
                 return self.state(pods[uid])
             case Token(uid):
-                return pods[uid].digest if pods[uid].ready else None
+                return pods[uid].digest if pods[uid].ready and pods[uid].name not in self.unproven else None
             case Metrics(uid):
-                return self.metrics(pods[uid])
+                return self.metrics(pods[uid]) if pods[uid].name not in self.sick else None
             case ServiceToken():
-                return self.pods[0].digest if self.pods else None
+                return self.pods[0].digest if self.pods and self.routable else None
             case Golden(uid, digest=digest, prompts=prompts):
                 self.golden_runs.append((pods[uid].name, digest))
                 return GoldenResult(
@@ -266,7 +275,7 @@ class World:
             updated = sum(pod.template == live["spec"]["template"] for pod in self.pods)
             live["status"] = {
                 "observedGeneration": 1, "replicas": len(self.pods), "updatedReplicas": updated,
-                "availableReplicas": sum(pod.ready for pod in self.pods),
+                "availableReplicas": sum(pod.ready for pod in self.pods), "conditions": self.deployment_conditions,
             }  # fmt: skip
 
     def _annotate(self, patch: Any) -> None:

@@ -60,7 +60,7 @@ def tuning_yaml(job: dict[str, Any]) -> dict[str, Any]:
     search = {key: tuning[key] for key in ("trials", "deviceHours", "rungs", "policies") if key in tuning}
     return {
         "model": "m",
-        "engine": {key: value for key, value in job["engine"].items() if key not in ("image", "env")},
+        "engine": {key: value for key, value in job["engine"].items() if key not in ("image", "env", "shutdown")},
         "slo": job["slo"],
         "accuracy": {**accuracy, "tasks": files},
         "workload": tuning["workload"],
@@ -76,7 +76,19 @@ def cases() -> Iterator[Case]:
         yield from _cases(schema["properties"][part], schema["$defs"], (part,))
 
 
-_NOT_SHARED = {"image", "env", "resources", "volumes", "storage", "similarity", "uri", "configMap", "dataset"}
+_NOT_SHARED = {
+    "image",
+    "env",
+    "resources",
+    "volumes",
+    "storage",
+    "similarity",
+    "uri",
+    "configMap",
+    "dataset",
+    "podTemplate",
+    "shutdown",
+}
 
 
 def _cases(schema: dict[str, Any], defs: dict[str, Any], place: Place) -> Iterator[Case]:

@@ -187,6 +187,14 @@ class EnvVar(Constrained):
     value_from: Annotated[SecretEnv | None, Field(description="from a Secret")] = None
 
 
+class Shutdown(Record):
+    """How a pod ends: it is taken out of the Service, then it finishes what it answers."""
+
+    grace_seconds: Annotated[
+        int, Field(ge=0, le=86_400, description="for requests in flight; then they are aborted. Default: 120.")
+    ] = 120
+
+
 class Engine(EngineOptions):
     """How vLLM is run."""
 
@@ -198,6 +206,7 @@ class Engine(EngineOptions):
             description="Secret with the key that clients must send. The operator sends it too, and needs the right to read it."
         ),
     ] = None
+    shutdown: Annotated[Shutdown, Field(description="how a pod ends")] = Shutdown()
 
 
 class Resources(Record):

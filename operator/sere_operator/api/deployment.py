@@ -27,8 +27,10 @@ from sere_operator.api.common import (
     volumes_beside_tuning,
 )
 from sere_operator.api.conditions import Conditions
+from sere_operator.api.pod_template import PodTemplate
 from sere_operator.api.tuning import Accuracy, Tuning
 
+MAX_RUNS = 8  # tuning runs that are remembered
 MAX_REJECTED = 16  # digests that are remembered as rejected
 MAX_CANARY_PODS = 64  # that the status can name
 NEEDS_SIMILARITY = "buckets of kind sere need the similarity artefact; make one with `sere calibrate` and name it here"
@@ -189,6 +191,9 @@ class SereDeploymentSpec(Constrained):
     node_selector: Annotated[dict[str, str] | None, Field(max_length=16, description="labels that a node must have")] = None
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16, description="taints that the pods tolerate")] = ()
     runtime_class_name: Annotated[DnsName | None, Field(description="such as nvidia")] = None
+    pod_template: Annotated[
+        PodTemplate | None, Field(description="what else the engine pods are to have; see tuning.podTemplate for tuning pods")
+    ] = None
 
     @property
     def wanted_replicas(self) -> int | None:
@@ -224,6 +229,9 @@ class PolicyStatus(Record):
     """Where the routing policy stands. All digests are policy digests, or `exact`."""
 
     wanted: Annotated[str | None, Field(description="what the spec leads to, before kill switch and rejection")] = None
+    wanted_since: Annotated[
+        str | None, Field(json_schema_extra={"format": "date-time"}, description="a policy is tried once it has stayed wanted")
+    ] = None
     stable: Annotated[str | None, Field(description="what pods without an annotation run; also the column POLICY")] = None
     previous: Annotated[str | None, Field(description="what was stable before; `kubectl sere rollback` goes there")] = None
     description: Annotated[str | None, Field(max_length=2048, description="the stable policy in words")] = None
@@ -263,6 +271,27 @@ class Rejection(Record):
     at: Annotated[str | None, Field(json_schema_extra={"format": "date-time"}, description="when")] = None
 
 
+class TuningRun(Record):
+    """A tuning run that was begun for this resource."""
+
+    name: Annotated[str, Field(description="of the SereTuningJob")]
+    outcome: Annotated[str | None, Field(description="Chosen, Infeasible, BudgetExhausted, CannotCertify or Failed")] = None
+    profile: Annotated[str | None, Field(description="the SereProfile that it made")] = None
+    device_hours: Annotated[str | None, Field(description="device time spent, hours")] = None
+    start_time: Annotated[str | None, Field(json_schema_extra={"format": "date-time"}, description="of its pod")] = None
+    message: Annotated[str | None, Field(max_length=512, description="the tuner's own")] = None
+    asked: Annotated[str | None, Field(description="value of the annotation that asked for it once more")] = None
+
+
+class ContestedField(Record):
+    """A field that the operator put back, and that somebody else changed again."""
+
+    object: Annotated[str, Field(description="kind and name")]
+    field: Annotated[str, Field(description="path in the object")]
+    times: Annotated[int, Field(description="that it was changed; above 2 it is left as it is")]
+    at: Annotated[str, Field(json_schema_extra={"format": "date-time"}, description="the last time")]
+
+
 class SereDeploymentStatus(Record):
     """What has become of it. Figures are strings with their unit, as last certified, so that a quiet minute writes nothing."""
 
@@ -279,6 +308,13 @@ class SereDeploymentStatus(Record):
     rollout: Annotated[RolloutStatus | None, Field(description="a policy rollout under way")] = None
     rejected: Annotated[
         tuple[Rejection, ...], Field(max_length=MAX_REJECTED, description="policies that a canary showed to be worse")
+    ] = ()
+    tuning_runs: Annotated[
+        tuple[TuningRun, ...],
+        Field(max_length=MAX_RUNS, description="runs that were begun; deleting their jobs begins none anew"),
+    ] = ()
+    contested: Annotated[
+        tuple[ContestedField, ...], Field(max_length=32, description="fields of children that somebody else changes, too")
     ] = ()
     tuning_job: Annotated[str | None, Field(description="the SereTuningJob of this spec")] = None
     tpot_p95: Annotated[str | None, Field(description="as certified: 17.9ms")] = None

@@ -28,10 +28,13 @@ POLICY_ANNOTATION: Final = f"{GROUP}/policy"  # digest that this pod is to run; 
 OVERRIDE_ANNOTATION: Final = f"{GROUP}/override"  # OVERRIDE_EXACT or absent; also on the SereDeployment
 REFRESH_ANNOTATION: Final = f"{GROUP}/refresh"  # a nonce; a change makes the kubelet refresh the volume at once
 CONFIG_HASH_ANNOTATION: Final = f"{GROUP}/config-hash"  # of what the operator last applied to a child
+SUSPENDED_ANNOTATION: Final = f"{GROUP}/suspended"  # of a tuning Job: whether the operator has suspended it
+DECIDED_ANNOTATION: Final = f"{GROUP}/decided"  # hash of what the operator wrote into the policy ConfigMap
 REVISION_ANNOTATION: Final = f"{GROUP}/revision"  # of the model and engine that a Deployment's pods are of
 TEMPLATE_ANNOTATION: Final = f"{GROUP}/template"  # the pod template that the operator last applied to a Deployment
 # Annotations of a SereDeployment that people set.
 ROLLBACK_ANNOTATION: Final = f"{GROUP}/rollback"  # digest of the policy to give up; cleared by removing it
+RETUNE_ANNOTATION: Final = f"{GROUP}/tune-again"  # name of the SereTuningJob to run once more, with its whole budget
 APPROVED_ANNOTATION: Final = f"{GROUP}/approved"  # digest that may be promoted where rollout.approval is Manual
 OVERRIDE_EXACT: Final = EXACT
 

@@ -6,9 +6,9 @@ mounts where the file has paths.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from sere_ext.contract.constraints import Constrained, exactly_one, rule
 from sere_ext.contract.record import Record
 from sere_ext.contract.tuning import (
@@ -41,6 +41,7 @@ from sere_operator.api.common import (
     volumes_beside_tuning,
 )
 from sere_operator.api.conditions import Conditions
+from sere_operator.api.pod_template import PodTemplate
 
 MAX_CANDIDATES = 5
 
@@ -95,6 +96,12 @@ class Tuning(SearchBudget, Constrained):
     certify: Annotated[CertifySpec | None, Field(description="how the finalists are measured")] = None
     resources: Annotated[Resources | None, Field(description="of the tuning pod. Default: spec.resources.")] = None
     volumes: Annotated[Volumes, Field(description="further claims, beside spec.volumes")] = ()
+    pod_template: Annotated[
+        PodTemplate | None,
+        Field(
+            description="what else the tuning pod is to have; its service account is the operator's, which may write the result"
+        ),
+    ] = None
     storage: Annotated[
         Claim | None,
         Field(
@@ -103,6 +110,14 @@ class Tuning(SearchBudget, Constrained):
             "fails, or begins anew after suspend"
         ),
     ] = None
+
+    @model_validator(mode="after")
+    def _own_service_account(self) -> Self:
+        if self.pod_template is not None and (self.pod_template.spec or {}).keys() & {"serviceAccountName", "serviceAccount"}:
+            raise ValueError(
+                "podTemplate.spec.serviceAccountName: the tuning pod has its own, which may write the result; remove it here"
+            )
+        return self
 
 
 class SereTuningJobSpec(Constrained):

@@ -15,6 +15,7 @@ from sere_operator.plan import status
 from sere_operator.plan.chain import first
 from sere_operator.plan.objects import children, drift
 from sere_operator.plan.objects.children import Defaults
+from sere_operator.plan.objects.contested import Contested
 from sere_operator.plan.objects.revision import effective, kept, replacing
 from sere_operator.plan.objects.volume import (
     PolicyEntry,
@@ -23,15 +24,17 @@ from sere_operator.plan.objects.volume import (
     recovered_entry,
     shard_config_maps,
     stable_digest,
+    switched,
     too_large,
 )
 from sere_operator.plan.patch import merge_patch, without_none
 from sere_operator.plan.rollout.advance import advance
-from sere_operator.plan.rollout.annotations import pod_patch
+from sere_operator.plan.rollout.annotations import override_patch, pod_patch
 from sere_operator.plan.rollout.step import Step
-from sere_operator.plan.rollout.tuning_first import Hold, held
-from sere_operator.plan.rollout.wanted import Wanted, blocked, overridden, stale_reason, wanted
+from sere_operator.plan.rollout.tuning_first import held
+from sere_operator.plan.rollout.wanted import Wanted, all_misfit, blocked, misfits, overridden, wanted
 from sere_operator.plan.snapshot import Event, Object, Plan, Snapshot
+from sere_operator.plan.status import Case
 from sere_operator.plan.tuning.wanted import plan_tuning
 
 IDLE_POLL_S = 45.0  # how often pods are asked when nothing is going on
@@ -54,7 +57,7 @@ def being_deleted(snapshot: Snapshot, defaults: Defaults) -> Plan | None:
 
 
 def spec_cannot_be_read(snapshot: Snapshot, defaults: Defaults) -> Plan | None:
-    """The status names the field; nothing else is touched."""
+    """The status names the field; nothing but the kill switch is touched."""
     try:
         parse_spec(SereDeploymentSpec, snapshot.spec)
     except SpecError as error:
@@ -63,18 +66,18 @@ def spec_cannot_be_read(snapshot: Snapshot, defaults: Defaults) -> Plan | None:
 
 
 def suspended(snapshot: Snapshot, defaults: Defaults) -> Plan | None:
-    """The status says so; nothing else is touched."""
+    """The status says so; nothing but the kill switch is touched."""
     if not parse_spec(SereDeploymentSpec, snapshot.spec).suspend:
         return None
     return _only_status(snapshot, Reason.SUSPENDED, "spec.suspend is true: the operator changes nothing, what runs goes on")
 
 
 def name_is_taken(snapshot: Snapshot, defaults: Defaults) -> Plan | None:
-    """Somebody else's object has a child's name: the status names the object; nothing is touched."""
+    """Somebody else's object has a child's name: the status names the object; nothing but the kill switch is touched."""
     spec = parse_spec(SereDeploymentSpec, snapshot.spec)
     autoscaled = children.autoscaler(snapshot.object, spec) is not None
     needed = [child for kind, child in snapshot.children.items() if kind != "HorizontalPodAutoscaler" or autoscaled]
-    taken = next((child for child in (*needed, *snapshot.shards.values()) if not children.owned(snapshot.object, child)), None)
+    taken = next((child for child in (*needed, *snapshot.shards.values()) if not children.ours(snapshot.object, child)), None)
     if taken is None:
         return None
     what = f"{taken['kind']} {taken['metadata']['name']}"
@@ -85,18 +88,25 @@ def carried_out(snapshot: Snapshot, defaults: Defaults) -> Plan | None:
     """Policy, pods, children, tuning and status as the spec wants them."""
     spec = effective(parse_spec(SereDeploymentSpec, snapshot.spec), defaults.engine_image)
     choice = _choose(snapshot, spec)
-    deployment = children.deployment(snapshot.object, spec, defaults)
-    hold = held(snapshot, spec, choice.wanted, choice.stable, deployment["spec"]["template"])
+    deployment = children.deployment(snapshot.object, spec, defaults, first="Deployment" not in snapshot.children)
+    template = deployment["spec"]["template"]
+    hold = held(snapshot, spec, choice.wanted, choice.stable, template)
     if hold is not None:
         deployment = kept(deployment, snapshot.children["Deployment"])
     step = advance(snapshot, spec, choice.wanted, choice.stable)
     entries = _entries(snapshot, step, choice.known)
     if step.stable != EXACT and step.stable not in entries:
         step = replace(step, stable=EXACT)  # `stable` must never name what is not there: pods would keep what they have
-    plan = Plan()
-    _plan_objects(snapshot, spec, step, entries, deployment, plan)
-    plan_tuning(snapshot, spec, plan)
-    _plan_status(snapshot, spec, choice.wanted, step, hold, plan)
+    key = entries[step.stable].key if step.stable in entries else None
+    step = replace(step, misfits=misfits(snapshot, key) if key is not None else {})
+    plan, contested = Plan(), Contested.read(snapshot.status, snapshot.now)
+    _plan_objects(snapshot, spec, step, entries, deployment, plan, contested)
+    runs = plan_tuning(snapshot, spec, plan)
+    case = Case(snapshot, spec, choice.wanted, step, hold)
+    new = without_none({**status.build(case), "tuningRuns": runs or None, "contested": contested.told()})
+    plan.status = merge_patch(new, snapshot.status)
+    plan.events += [*step.events, *contested.events, *_transitions(snapshot, new)]
+    plan.requeue_after = IDLE_POLL_S if hold is not None and step.requeue_after is None else _requeue(snapshot, new, step)
     return plan
 
 
@@ -104,8 +114,15 @@ CHECKS = (being_deleted, spec_cannot_be_read, suspended, name_is_taken, carried_
 
 
 def _only_status(snapshot: Snapshot, reason: Reason, message: str) -> Plan:
+    """The status, and the kill switch: it works whatever the spec says, and while nothing else may be changed."""
     new = status.problem(snapshot, reason, message)
-    return Plan(status=merge_patch(without_none(new), snapshot.status), requeue_after=IDLE_POLL_S)
+    plan = Plan(status=merge_patch(without_none(new), snapshot.status), requeue_after=IDLE_POLL_S)
+    live, on = snapshot.children.get("ConfigMap"), overridden(snapshot)
+    body = switched(snapshot.object, live, on) if live is not None and children.owned(snapshot.object, live) else None
+    if body is not None:
+        plan.apply.append(drift.stamped(body))
+    plan.pods = [patch for pod in snapshot.live_pods if (patch := override_patch(pod, on)) is not None]
+    return plan
 
 
 # ---- the policy --------------------------------------------------------------------------------------------------
@@ -132,7 +149,7 @@ def _choose(snapshot: Snapshot, spec: SereDeploymentSpec) -> Choice:
     known = {EXACT: PolicyEntry(EXACT_POLICY), **({} if chosen.blocked else {chosen.digest: chosen.entry})}
     if stable not in known and recovered is None:
         stable = EXACT  # the ConfigMap was lost: exact is always right, and the wanted policy comes by its canary again
-    refused = recovered is not None and recovered.key is not None and stale_reason(snapshot, recovered.key) is not None
+    refused = recovered is not None and recovered.key is not None and all_misfit(snapshot, recovered.key)
     if refused and replacing(snapshot) is None and (chosen.blocked or chosen.digest != EXACT):
         # The policy in force is of the engine before, so that all pods refuse it; a wanted policy of the same digest
         # needs a canary on the pods of this engine.
@@ -165,6 +182,7 @@ def _plan_objects(
     entries: dict[str, PolicyEntry],
     deployment: Object,
     plan: Plan,
+    contested: Contested,
 ) -> None:
     """Children in the order in which they need each other, the hand-over of `replicas`, deletions, and pods' annotations."""
     owner = snapshot.object
@@ -175,9 +193,9 @@ def _plan_objects(
     if autoscaler is not None:
         wanted_bodies.append(autoscaler)
     for body in shards:  # before the policies that need them
-        _plan_body(plan, body, snapshot.shards.get(body["metadata"]["name"]))
+        _plan_body(plan, contested, body, snapshot.shards.get(body["metadata"]["name"]))
     for body in (config_map, *map(drift.stamped, wanted_bodies)):
-        _plan_body(plan, body, snapshot.children.get(body["kind"]))
+        _plan_body(plan, contested, body, snapshot.children.get(body["kind"]))
     handed_over = children.replicas_handed_over(spec, snapshot.children.get("Deployment"))
     if handed_over is not None:
         plan.hand_over.append(handed_over)
@@ -189,19 +207,34 @@ def _plan_objects(
     plan.pods = [patch for pod in snapshot.live_pods if (patch := pod_patch(snapshot, step, config_map, pod)) is not None]
 
 
-def _plan_body(plan: Plan, body: Object, live: Object | None) -> None:
-    """Apply one child where it is missing or changed, and take out what does not belong into it; foreign changes are told."""
+def _plan_body(plan: Plan, contested: Contested, body: Object, live: Object | None) -> None:
+    """Apply one child where it is missing or changed, and take out what does not belong into it; foreign changes are told.
+
+    What somebody else changes again and again is left, but for ConfigMaps, which say what pods run.
+    """
     what = f"{body['kind']} {body['metadata']['name']}"
-    unchanged = live is not None and _same_config(body, live)  # what we want is what we applied last
-    cleaned = drift.without_foreign(body, live) if live is not None and unchanged else None
-    if cleaned is not None:
-        plan.replace.append(cleaned)
-        plan.events.append(Event("Normal", "Healed", f"foreign parts of {what} were removed"))
-    where = drift.drift(body, live)
-    if where is not None:
-        plan.apply.append(body)
-        if unchanged:
-            plan.events.append(Event("Normal", "Healed", f"{what}: {where} was put back"))
+    if live is None or not _same_config(body, live):  # what we want is not what we applied last
+        contested.forget(what)
+        if drift.drift(body, live) is not None:
+            plan.apply.append(body)
+        return
+    foreign = drift.without_foreign(body, live)
+    wrong = [*drift.drifts(body, live), *(foreign[1] if foreign is not None else [])]
+    heal = wrong if body["kind"] == "ConfigMap" else contested.settle(what, wrong)
+    left = set(wrong) - set(heal)
+    foreign = drift.without_foreign(body, live, left)
+    if foreign is not None:
+        plan.replace.append(foreign[0])
+        plan.events.append(Event("Normal", "Healed", f"{what}: {_listed(foreign[1])} was taken out"))
+    wanted_body = drift.leaving(body, live, left)
+    where = list(drift.drifts(wanted_body, live))
+    if where:
+        plan.apply.append(wanted_body)
+        plan.events.append(Event("Normal", "Healed", f"{what}: {_listed(where)} was put back"))
+
+
+def _listed(paths: list[str]) -> str:
+    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
 def _same_config(body: Object, live: Object) -> bool:
@@ -210,13 +243,6 @@ def _same_config(body: Object, live: Object) -> bool:
 
 
 # ---- status and events -------------------------------------------------------------------------------------------
-
-
-def _plan_status(snapshot: Snapshot, spec: SereDeploymentSpec, chosen: Wanted, step: Step, hold: Hold | None, plan: Plan) -> None:
-    new = without_none(status.build(snapshot, spec, chosen, step, hold))
-    plan.status = merge_patch(new, snapshot.status)
-    plan.events += [*step.events, *_transitions(snapshot, new)]
-    plan.requeue_after = IDLE_POLL_S if hold is not None and step.requeue_after is None else _requeue(snapshot, new, step)
 
 
 # Reasons that are too common for an event, or that the rollout posts an event of its own for.

@@ -159,7 +159,7 @@ def _with(snapshot: Snapshot, read: Read, answer: Any) -> Snapshot:
             return replace(snapshot, shards={name: found[name] for name in names if name in found})
         case Listed():
             # Anybody may make one with our labels.
-            return replace(snapshot, tuning_jobs=tuple(job for job in answer if children.owned(snapshot.object, job)))
+            return replace(snapshot, tuning_jobs=tuple(job for job in answer if children.ours(snapshot.object, job)))
         case Artefact(uri):
             return replace(snapshot, similarities={**snapshot.similarities, uri: answer})
         case State(uid):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from sere_operator.api import meta
 from sere_operator.plan.patch import merge_patch, merged
-from sere_operator.plan.rollout.step import seconds, stamp
 from sere_operator.plan.snapshot import Event, Plan, Resource
+from sere_operator.plan.times import seconds, stamp
 
 CHALLENGE_S = 120.0  # a new leader takes over from a lost one much sooner
 YIELD_S = 600.0

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from sere_ext.contract.profile import ProfileKey
 from sere_ext.contract.state import EngineState
 
 from sere_operator.plan.histogram import Histogram
@@ -69,6 +70,17 @@ class PodView:
     def digest(self) -> str | None:
         """The policy that all its ranks say they apply, None while they differ or do not answer."""
         return self.state.serves if self.state is not None else None
+
+    @property
+    def key(self) -> ProfileKey | None:
+        """What the pod says it is: model, engine, device. None where it does not answer."""
+        return self.state.key if self.state is not None else None
+
+    @property
+    def error(self) -> str | None:
+        """Why the pod does not apply the policy that it was given, in its own words, cut to 300 characters."""
+        found = self.state.error if self.state is not None else None
+        return " ".join(found.split())[:300] if found else None
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,22 @@ def option(arguments: Sequence[str], name: str) -> str | None:
     return value
 
 
+def every_address(arguments: Sequence[str]) -> list[str]:
+    """`--host ::` where the user names no host and the kernel lets one socket take IPv6 and IPv4; else nothing.
+
+    Without --host vLLM listens on IPv4 alone, so that on a cluster of IPv6 no probe and no client would reach it.
+    """
+    if option(arguments, "--host") is not None or option(arguments, "--uds") is not None:
+        return []
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::", 0))
+            both = probe.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 0
+    except OSError:
+        return []
+    return ["--host", "::"] if both else []
+
+
 def check_port(arguments: Sequence[str]) -> None:
     """Raise UsageError now if the port is taken; vLLM would say so only after loading the model.
 
@@ -116,6 +132,7 @@ def run(arguments: Sequence[str]) -> int:
     if importlib.util.find_spec("vllm") is None:
         raise UnsupportedError("vLLM is not installed; `pip install 'sere[vllm]'`, or the CPU engine's lock file")
     if not {"-h", "--help", "--version"} & {argument.partition("=")[0] for argument in arguments}:
+        arguments = [*arguments, *every_address(arguments)]
         check_port(arguments)
         check_model(arguments)
         check_config(arguments)

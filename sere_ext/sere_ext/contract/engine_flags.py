@@ -30,6 +30,7 @@ OWNED_FLAGS: Final[dict[str, str]] = {
     "--host": _LISTENS,
     "--port": _LISTENS,
     "--uds": _LISTENS,
+    "--shutdown-timeout": "set engine.shutdown.graceSeconds",
     "--root-path": "the operator's probes ask for /sere and /health at the root",
     "--middleware": "the operator's probes would pass through it",
     "--api-key": "an argument shows the key to everyone who may read pods; name its Secret in spec.engine.apiKeySecret, or set VLLM_API_KEY",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sere_ext.cli.serve import check_config, check_model, check_port, environment, one_server, option
+from sere_ext.cli.serve import check_config, check_model, check_port, environment, every_address, one_server, option
 from sere_ext.contract.errors import PolicyError, SimilarityError, UnsupportedError, UsageError
 from sere_ext.contract.policy import Policy
 from sere_ext.engine.settings import Settings, resolve
@@ -158,3 +158,23 @@ def test_an_engine_version_that_was_never_tried_is_refused_with_the_range(versio
         return
     with pytest.raises(UnsupportedError, match=f"vLLM {version} on {device} is outside the range.*install a vLLM in that range"):
         check_engine_version(version, device)
+
+
+def test_without_a_host_every_address_is_served_where_the_kernel_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """IPv6-only clusters have no other; a kernel without IPv6 must not end in an error."""
+    assert every_address(["m", "--host", "127.0.0.1"]) == []
+    assert every_address(["m", "--uds=/tmp/s"]) == []
+    found = every_address(["m"])
+    if found:
+        host = found[1]
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as server:  # as vLLM makes it
+            server.bind((host, 0))
+            server.listen()
+            for address in ("127.0.0.1", "::1"):
+                socket.create_connection((address, server.getsockname()[1]), timeout=5).close()
+
+    def no_ipv6(*args: object) -> socket.socket:
+        raise OSError(97, "Address family not supported by protocol")
+
+    monkeypatch.setattr(socket, "socket", no_ipv6)
+    assert every_address(["m"]) == []

@@ -15,6 +15,7 @@ from sere_operator.plan.rollout.analysis import (
     FLAGRANT_RATIO,
     LEAST_INDEPENDENT,
     SLOWER_RATIO,
+    Case,
     Outcome,
     Side,
     compare_means,
@@ -40,7 +41,7 @@ def histogram(n: int, mean_ms: float, over: int = 0, spread: float = 0.3) -> His
     return Histogram(n, total_s, {"20": over}, (total_s, n * (mean_ms / 1e3) ** 2 * (1 + spread**2)))
 
 
-def arm(n: int, tpot_ms: float, over: int, right: int | None = 16, bucket: str = "8-15", spread: float = 0.3) -> Side:
+def side(n: int, tpot_ms: float, over: int, right: int | None = 16, bucket: str = "8-15", spread: float = 0.3) -> Side:
     seen = {bucket: histogram(n, tpot_ms, over, spread)}
     golden = None if right is None else (True,) * right + (False,) * (16 - right)
     return Side(seen, seen, golden)
@@ -48,27 +49,27 @@ def arm(n: int, tpot_ms: float, over: int, right: int | None = 16, bucket: str =
 
 def verdict(stable: Side, canary: Side, **changes: Any) -> Outcome:
     given: dict[str, Any] = {"min_requests": 500, "golden_prompts": 16, "deadline_over": False, **changes}
-    return judge(stable, canary, SLO, **given).outcome
+    return judge(Case(stable, canary, SLO, **given)).outcome
 
 
 @pytest.mark.parametrize(
     ("stable", "canary", "expected"),
     [
-        (arm(1000, 18, 20), arm(1000, 14, 10), Outcome.PASSED),
-        (arm(1000, 18, 20), arm(3000, 18, 900), Outcome.REJECTED),  # 30 % over the limit, 5 % allowed
-        (arm(1000, 30, 990), arm(1000, 30, 980), Outcome.PASSED),  # breaks the limit, but less than stable does
-        (arm(1000, 18, 20), arm(1000, 19, 90), Outcome.PASSED),  # 9 % over; too few independent requests to be sure
-        (arm(1000, 30, 990), arm(1000, 30, 999), Outcome.PASSED),  # both break it, by a difference that chance explains
-        (arm(3000, 10, 0), arm(3000, 18, 0), Outcome.REJECTED),  # within the SLO, yet 1.8 times slower
-        (arm(1000, 10, 0), arm(1000, 13, 0), Outcome.PENDING),  # 1.3 times slower, but not for certain
-        (arm(100, 10, 0), arm(599, 18, 0), Outcome.PENDING),  # too few to know the spread: no ban
-        (arm(3000, 10, 0, bucket="1"), arm(3000, 18, 0), Outcome.PENDING),  # no batch size in common: not comparable
-        (arm(1000, 18, 20), arm(1000, 14, 10, right=6), Outcome.REJECTED),
-        (arm(1000, 18, 20), arm(1000, 14, 10, right=13), Outcome.PASSED),  # 3 of 16 lost: chance
-        (arm(1000, 18, 20), arm(1000, 14, 10, right=None), Outcome.PENDING),
-        (arm(1000, 18, 20, right=2), arm(1000, 14, 10, right=2), Outcome.PENDING),  # prompts that nobody answers show nothing
-        (arm(1000, 18, 20), arm(499, 14, 10), Outcome.PENDING),
-        (arm(499, 18, 20), arm(1000, 14, 10), Outcome.PENDING),
+        (side(1000, 18, 20), side(1000, 14, 10), Outcome.PASSED),
+        (side(1000, 18, 20), side(3000, 18, 900), Outcome.REJECTED),  # 30 % over the limit, 5 % allowed
+        (side(1000, 30, 990), side(1000, 30, 980), Outcome.PASSED),  # breaks the limit, but less than stable does
+        (side(1000, 18, 20), side(1000, 19, 90), Outcome.PASSED),  # 9 % over; too few independent requests to be sure
+        (side(1000, 30, 990), side(1000, 30, 999), Outcome.PASSED),  # both break it, by a difference that chance explains
+        (side(3000, 10, 0), side(3000, 18, 0), Outcome.REJECTED),  # within the SLO, yet 1.8 times slower
+        (side(1000, 10, 0), side(1000, 13, 0), Outcome.PENDING),  # 1.3 times slower, but not for certain
+        (side(100, 10, 0), side(599, 18, 0), Outcome.PENDING),  # too few to know the spread: no ban
+        (side(3000, 10, 0, bucket="1"), side(3000, 18, 0), Outcome.PENDING),  # no batch size in common: not comparable
+        (side(1000, 18, 20), side(1000, 14, 10, right=6), Outcome.REJECTED),
+        (side(1000, 18, 20), side(1000, 14, 10, right=13), Outcome.PASSED),  # 3 of 16 lost: chance
+        (side(1000, 18, 20), side(1000, 14, 10, right=None), Outcome.PENDING),
+        (side(1000, 18, 20, right=2), side(1000, 14, 10, right=2), Outcome.PENDING),  # prompts that nobody answers show nothing
+        (side(1000, 18, 20), side(499, 14, 10), Outcome.PENDING),
+        (side(499, 18, 20), side(1000, 14, 10), Outcome.PENDING),
         (Side(), Side(), Outcome.PENDING),
     ],
 )
@@ -76,28 +77,28 @@ def test_verdicts(stable: Side, canary: Side, expected: Outcome) -> None:
     assert verdict(stable, canary) is expected
 
 
-@pytest.mark.parametrize("canary", [arm(1000, 14, 10, right=None), arm(10, 14, 0), Side()])
+@pytest.mark.parametrize("canary", [side(1000, 14, 10, right=None), side(10, 14, 0), Side()])
 def test_missing_data_never_passes(canary: Side) -> None:
-    assert verdict(arm(1000, 18, 20), canary, deadline_over=True) is Outcome.INCONCLUSIVE
+    assert verdict(side(1000, 18, 20), canary, deadline_over=True) is Outcome.INCONCLUSIVE
 
 
 def test_turns_on_one_pod_ban_nothing_for_latency() -> None:
     """More load explains it as well; worse answers it does not explain."""
-    slow, stable = arm(3000, 40, 2900), arm(1000, 18, 20)
+    slow, stable = side(3000, 40, 2900), side(1000, 18, 20)
     assert verdict(stable, slow, watched=False) is Outcome.PENDING
     assert verdict(stable, slow) is Outcome.REJECTED
     assert verdict(stable, slow, side_by_side=False) is Outcome.INCONCLUSIVE
-    assert verdict(stable, arm(1000, 14, 10, right=6), side_by_side=False) is Outcome.REJECTED
+    assert verdict(stable, side(1000, 14, 10, right=6), side_by_side=False) is Outcome.REJECTED
 
 
 def test_a_limit_without_a_bound_cannot_be_judged() -> None:
     seen = {"8-15": Histogram(1000, 14.0, {})}
     unseen = Side(seen, seen, (True,) * 16)
-    assert verdict(arm(1000, 18, 20), unseen) is Outcome.PENDING
+    assert verdict(side(1000, 18, 20), unseen) is Outcome.PENDING
 
 
 def test_the_message_tells_share_limit_and_certainty() -> None:
-    told = judge(arm(1000, 18, 20), arm(3000, 18, 900), SLO, min_requests=500, golden_prompts=0, deadline_over=False).message
+    told = judge(Case(side(1000, 18, 20), side(3000, 18, 900), SLO, 500, 0, deadline_over=False)).message
     assert told.startswith("canary TPOT p95 above the limit of 20 ms (30.0% of 3,000 requests over it, at least ")
     assert told.endswith("at 95%, 5% allowed)")
 
@@ -142,13 +143,13 @@ def test_share_upper_limit_mirrors_the_lower() -> None:
 def test_a_static_policy_is_taken_back_only_for_flagrant_slowness() -> None:
     """Its author answers for it: what is only probably slower, or rarely used, stays."""
     static = {"min_requests": 0, "golden_prompts": 0}
-    assert verdict(arm(3000, 10, 0), arm(3000, 14, 0), **static) is Outcome.PASSED
-    assert verdict(arm(100, 10, 0), arm(100, 19, 0), **static) is Outcome.PASSED
-    assert verdict(arm(100, 10, 0), Side(), **static) is Outcome.PASSED
-    assert verdict(Side(), arm(3000, 30, 2900), **static) is Outcome.PASSED  # nothing to compare with: no harm shown
-    assert verdict(arm(3000, 10, 0), arm(3000, 19, 0), **static) is Outcome.REJECTED
-    assert verdict(arm(3000, 10, 0), arm(3000, 19, 0), **static, watched=False) is Outcome.PENDING
-    assert verdict(arm(3000, 10, 0), arm(3000, 30, 2900), **static) is Outcome.REJECTED  # breaks the SLO as well
+    assert verdict(side(3000, 10, 0), side(3000, 14, 0), **static) is Outcome.PASSED
+    assert verdict(side(100, 10, 0), side(100, 19, 0), **static) is Outcome.PASSED
+    assert verdict(side(100, 10, 0), Side(), **static) is Outcome.PASSED
+    assert verdict(Side(), side(3000, 30, 2900), **static) is Outcome.PASSED  # nothing to compare with: no harm shown
+    assert verdict(side(3000, 10, 0), side(3000, 19, 0), **static) is Outcome.REJECTED
+    assert verdict(side(3000, 10, 0), side(3000, 19, 0), **static, watched=False) is Outcome.PENDING
+    assert verdict(side(3000, 10, 0), side(3000, 30, 2900), **static) is Outcome.REJECTED  # breaks the SLO as well
 
 
 def test_means_are_compared_at_equal_buckets() -> None:
@@ -255,3 +256,21 @@ def test_too_few_requests_say_nothing_about_the_spread() -> None:
         means = compare_means({"1": histogram(n, 90)}, {"1": histogram(n, 10)}, CONFIDENCE)
         assert means is not None
         assert (means.least > SLOWER_RATIO) is known
+
+
+@pytest.mark.parametrize(
+    ("at_most", "total_s"),
+    [
+        ({0.01: 1.0, math.inf: math.inf}, 1.0),
+        ({0.01: 1.0, math.inf: math.nan}, 1.0),
+        ({0.01: 1.0, math.inf: 2.0}, math.nan),
+        ({0.01: 1.0, math.inf: 2.0}, -1.0),
+        ({0.01: 5.0, math.inf: 2.0}, 1.0),
+        ({math.nan: 1.0, math.inf: 2.0}, 1.0),
+    ],
+    ids=["infinite count", "no count", "no sum", "negative sum", "falling counts", "no bound"],
+)
+def test_figures_that_are_not_finite_are_no_histogram(at_most: dict[float, float], total_s: float) -> None:
+    """A sick engine says so; the prober reads a ValueError as no answer."""
+    with pytest.raises(ValueError, match="a histogram"):
+        from_bounds(at_most, total_s, {"10"})

@@ -15,7 +15,7 @@ from sere_ext.contract.shards import join
 from sere_ext.contract.volume import desired
 from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
-from sere_operator.plan.objects import children, pods
+from sere_operator.plan.objects import children, drift, pods
 from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.objects.revision import revision
 from sere_operator.plan.objects.volume import PolicyEntry, policy_config_map, shard_config_maps
@@ -87,7 +87,7 @@ def test_the_engine_is_told_what_the_spec_says() -> None:
     (container,) = children.pod_template("m", wanted, Defaults())["spec"]["containers"]
     assert container["args"] == [
         "serve", "org/model", "--port", "8000", "--served-model-name", "org/model", "--revision", "abc",
-        "--tensor-parallel-size", "4", "--max-model-len", "512", "--enforce-eager",
+        "--tensor-parallel-size", "4", "--max-model-len", "512", "--shutdown-timeout", "120", "--enforce-eager",
     ]  # fmt: skip
     env = {variable["name"]: variable.get("value") or variable.get("valueFrom") for variable in container["env"]}
     assert env["SERE_POLICY_DIR"] == "/etc/sere"
@@ -196,3 +196,111 @@ def test_the_api_key_reaches_the_engine_alone_and_is_no_other_engine() -> None:
     assert tuning_hash(keyed) == tuning_hash(plain), "no tuning again because of it"
     with pytest.raises(SpecError, match=r"--api-key may not stand here.*spec\.engine\.apiKeySecret"):
         spec(engine={"extraArgs": ["--api-key", "s"]})
+
+
+# ---- how pods end ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grace_s", [None, 0, 600])
+def test_a_pod_that_ends_has_time_for_its_requests(grace_s: int | None) -> None:
+    """Out of the endpoints first, then as long as the spec says, and the kubelet kills nothing before that."""
+    engine = {} if grace_s is None else {"shutdown": {"graceSeconds": grace_s}}
+    pod = children.pod_template("m", spec(engine=engine), Defaults())["spec"]
+    (container,) = pod["containers"]
+    args = container["args"]
+    grace = int(args[args.index("--shutdown-timeout") + 1])
+    assert grace == (120 if grace_s is None else grace_s)
+    leave = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert leave >= 5
+    assert pod["terminationGracePeriodSeconds"] >= leave + grace + 20
+
+
+def test_how_pods_end_is_no_other_engine() -> None:
+    """Else a change of the grace would be tuned anew."""
+    one, other = (spec(engine={"shutdown": {"graceSeconds": seconds}}) for seconds in (10, 20))
+    assert revision(one) == revision(other)
+    assert tuning_hash(one) == tuning_hash(other)
+
+
+def test_pods_that_serve_nobody_do_not_keep_a_node() -> None:
+    budget = children.disruption_budget(OWNER, spec())["spec"]
+    assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+
+
+def test_a_first_deployment_has_the_autoscalers_least_number_of_pods() -> None:
+    scaled = spec(autoscaling={"min": 2, "max": 3})
+    assert children.deployment(OWNER, scaled, Defaults(), first=True)["spec"]["replicas"] == 2
+    assert "replicas" not in children.deployment(OWNER, scaled, Defaults())["spec"]
+
+
+# ---- podTemplate -------------------------------------------------------------------------------------------------
+
+
+def test_what_the_user_gives_is_merged_as_server_side_apply_merges() -> None:
+    given = {
+        "metadata": {"labels": {"team": "a"}, "annotations": {"karpenter.sh/do-not-disrupt": "true"}},
+        "spec": {
+            "imagePullSecrets": [{"name": "registry"}], "serviceAccountName": "models", "priorityClassName": "high",
+            "securityContext": {"runAsUser": None, "fsGroup": None, "supplementalGroups": [5]},
+            "volumes": [{"name": "ca", "configMap": {"name": "ca"}}],
+            "containers": [
+                {
+                    "name": "engine", "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}],
+                    "volumeMounts": [{"name": "ca", "mountPath": "/etc/ssl/ca"}], "resources": {"claims": [{"name": "gpu"}]},
+                },
+                {"name": "sidecar", "image": "s:1"},
+            ],
+        },
+    }  # fmt: skip
+    before = children.pod_template("m", spec(), Defaults())
+    body = children.deployment(OWNER, spec(podTemplate=given), Defaults())
+    kubernetes_validate.validate(body, "1.34", strict=True)
+    template = body["spec"]["template"]
+    pod = template["spec"]
+    assert template["metadata"]["labels"] == {**before["metadata"]["labels"], "team": "a"}
+    assert pod["serviceAccountName"] == "models"
+    assert "runAsUser" not in pod["securityContext"] and pod["securityContext"]["runAsNonRoot"] is True
+    assert [volume["name"] for volume in pod["volumes"]] == [*(v["name"] for v in before["spec"]["volumes"]), "ca"]
+    engine, sidecar = pod["containers"]
+    assert sidecar == {"name": "sidecar", "image": "s:1"}
+    ours = before["spec"]["containers"][0]
+    assert engine["args"] == ours["args"]
+    assert engine["volumeMounts"] == [*ours["volumeMounts"], {"name": "ca", "mountPath": "/etc/ssl/ca"}]
+    assert {variable["name"] for variable in engine["env"]} == {variable["name"] for variable in ours["env"]} | {"HF_HUB_OFFLINE"}
+    stamps = [drift.stamped(children.deployment(OWNER, one, Defaults())) for one in (spec(), spec(podTemplate=given))]
+    hashes = {stamp["metadata"]["annotations"]["serving.sere.dev/config-hash"] for stamp in stamps}
+    assert len(hashes) == 2, "the rollout hash covers it"
+    assert drift.without_foreign(stamps[1], stamps[1]) is None
+
+
+def engine_with(**fields: Any) -> dict[str, Any]:
+    return {"spec": {"containers": [{"name": "engine", **fields}]}}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (engine_with(image="x"), "spec.containers[engine].image is set by spec.engine.image"),
+        (engine_with(args=["serve"]), "spec.engine.extraArgs"),
+        (engine_with(lifecycle={}), "spec.engine.shutdown.graceSeconds"),
+        (engine_with(readinessProbe={}), "readinessProbe is set by the operator itself"),
+        (engine_with(env=[{"name": "SERE_POLICY_DIR", "value": "/x"}]), "SERE_POLICY_DIR is set by the operator or the image"),
+        (engine_with(volumeMounts=[{"name": "x", "mountPath": "/etc/sere/"}]), "/etc/sere is where the operator mounts"),
+        ({"spec": {"terminationGracePeriodSeconds": 5}}, "spec.engine.shutdown.graceSeconds"),
+        ({"spec": {"volumes": [{"name": "policy", "emptyDir": {}}]}}, "policy is a name of the operator's own volumes"),
+        ({"spec": {"containers": [{"image": "nameless"}]}}, "spec.containers must be a list of objects, each with a name"),
+        (
+            {"metadata": {"labels": {"app.kubernetes.io/instance": "x"}}},
+            "app.kubernetes.io/instance is set by the operator itself",
+        ),
+        (
+            {"metadata": {"annotations": {"serving.sere.dev/policy": "x"}}},
+            "serving.sere.dev/policy is set by the operator itself",
+        ),
+    ],
+)
+def test_what_the_operator_needs_is_refused_inside_it(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        spec(podTemplate=given)
+    assert words in str(refused.value)
+    assert "podTemplate" in str(refused.value)

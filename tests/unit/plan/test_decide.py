@@ -146,8 +146,11 @@ def test_a_static_policy_is_taken_back_only_for_flagrant_harm(tpot_ms: float, re
 
 def canary_of(world: World) -> Pod:
     """Look until the canary is annotated; it has not applied the policy yet."""
-    for _ in range(5):
+    for _ in range(8):
         world.step()
+        if any("serving.sere.dev/policy" in pod.annotations for pod in world.pods):
+            break
+        world.tick()
     (canary,) = (pod for pod in world.pods if "serving.sere.dev/policy" in pod.annotations)
     return canary
 
@@ -156,6 +159,12 @@ def look_for(world: World, seconds: int) -> None:
     for _ in range(seconds):
         world.step()
         world.tick()
+
+
+def canary_of_last(world: World) -> str:
+    """The pod that refuses policies."""
+    (name,) = world.errors
+    return name
 
 
 PATIENT = {"canary": {"minRequests": 100, "deadline": "10m"}}
@@ -172,7 +181,8 @@ def test_a_canary_that_names_an_error_goes_back_after_a_grace_of_looking() -> No
     assert world.condition("PolicyApplied")["reason"] == "Canary"
     look_for(world, 20)
     assert world.condition("PolicyApplied")["reason"] == "Inconclusive"
-    assert "did not apply the policy: policy needs a similarity artefact" in world.condition("PolicyApplied")["message"]
+    message = world.condition("PolicyApplied")["message"]
+    assert f"did not apply the policy; pod {canary_of_last(world)} says: policy needs a similarity artefact" in message
 
 
 def test_a_pod_that_is_slow_to_answer_is_waited_for() -> None:
@@ -206,7 +216,7 @@ def test_a_canary_whose_ranks_disagree_for_a_moment_is_not_given_up() -> None:
     world = settled()
     world.profiles["p"] = profile_body(POLICY)
     world.edit(routing=PROFILE)
-    look_for(world, 5)
+    look_for(world, 8)
     assert world.status["rollout"]["stage"] == "Analysing"
     snapshot = world.observe()
     split = tuple(
@@ -410,7 +420,7 @@ def test_a_profile_that_is_gone_is_said_and_not_taken_for_tuning() -> None:
     world.settle()
     tuned = world.condition("Tuned")
     assert (tuned["status"], tuned["reason"]) == ("False", "ProfileMissing")
-    assert f"delete SereTuningJob {world.jobs[0]['metadata']['name']}" in tuned["message"]
+    assert f"serving.sere.dev/tune-again={world.jobs[0]['metadata']['name']}" in tuned["message"]
     assert {pod.digest for pod in world.pods} == {DIGEST}, "what serves stays"
 
 
@@ -516,6 +526,8 @@ def test_another_artefact_is_rolled_out_without_a_new_pod_template() -> None:
 def test_shards_are_written_before_the_policy_that_needs_them() -> None:
     world = settled()
     world.edit(routing=with_artefact(world, "a", 3))
+    world.step()
+    world.tick(3)
     written = [body["metadata"]["name"] for body in world.step().apply]
     assert written == ["m-policy-shard-0", "m-policy-shard-1", "m-policy-shard-2", "m-policy"]
 
@@ -604,6 +616,8 @@ def test_a_pod_that_does_not_follow_gets_another_nonce_later() -> None:
     world = settled()
     world.edit(routing=STATIC)
     world.step()
+    world.now += 3
+    world.step()
     world.step()
     nonces = {pod.name: pod.annotations["serving.sere.dev/refresh"] for pod in world.pods}
     world.now += 5
@@ -617,10 +631,11 @@ def test_a_pod_that_does_not_follow_gets_another_nonce_later() -> None:
 
 def test_no_free_gpu_is_said_in_the_schedulers_words_after_a_grace() -> None:
     from sere_operator.plan import status
-    from sere_operator.plan.rollout.step import stamp
     from sere_operator.plan.snapshot import PodView
+    from sere_operator.plan.times import stamp
 
     world = settled()
+    serving = world.observe().pods[0]
     since = {"type": "PodScheduled", "status": "False", "lastTransitionTime": stamp(world.now)}
     pod = PodView(
         {
@@ -628,9 +643,11 @@ def test_no_free_gpu_is_said_in_the_schedulers_words_after_a_grace() -> None:
             "status": {"conditions": [{**since, "message": "0/1: Insufficient nvidia.com/gpu."}]},
         }
     )
-    snapshot = replace(world.observe(), pods=(pod,))
-    assert status.rollout_problem(snapshot) is None
+    snapshot = replace(world.observe(), pods=(serving, pod))
+    assert status.pods_trouble(snapshot, world.spec) is None
     later = replace(snapshot, now=snapshot.now + 11)
-    assert status.rollout_problem(later) == (
+    assert status.pods_trouble(later, world.spec) == (
         "InsufficientGPU: 0/1: Insufficient nvidia.com/gpu; set rollout.strategy: DrainFirst or add a node"
     )
+    alone = replace(later, pods=(pod,))
+    assert str(status.pods_trouble(alone, world.spec)).endswith("nvidia.com/gpu; add a node"), "there is no pod to drain"

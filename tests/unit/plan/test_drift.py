@@ -80,9 +80,27 @@ def test_foreign_parts_go_and_injected_sidecars_stay() -> None:
     containers = found["spec"]["template"]["spec"]["containers"]
     containers += [{"name": "miner", "image": "x"}, {"name": "istio-proxy", "image": "istio"}]
     found["spec"]["template"]["metadata"]["annotations"] = {"kubectl.kubernetes.io/restartedAt": "now", "foreign": "1"}
-    cleaned = drift.without_foreign(wanted, found)
-    assert cleaned is not None
+    taken = drift.without_foreign(wanted, found)
+    assert taken is not None
+    cleaned, paths = taken
+    inside = "spec.template.spec.containers"
+    assert paths == [f"{inside}[miner]", f"{inside}[engine].env[FOREIGN]"]
     assert [c["name"] for c in cleaned["spec"]["template"]["spec"]["containers"]] == ["engine", "istio-proxy"]
     assert engine(cleaned)["env"] == [{"name": "A", "value": "1"}]
-    assert cleaned["spec"]["template"]["metadata"]["annotations"] == {"kubectl.kubernetes.io/restartedAt": "now"}
+    assert len(cleaned["spec"]["template"]["metadata"]["annotations"]) == 2, "annotations of the template are anybody's"
     assert cleaned["metadata"]["resourceVersion"] == "5", "the write is guarded by the version that was read"
+
+
+def test_what_is_left_is_applied_as_it_is() -> None:
+    wanted = drift.stamped(body())
+    found = live(wanted)
+    engine(found)["image"] = "mirror.example/a:1"
+    engine(found)["env"] = []
+    found["spec"]["template"]["spec"]["containers"].append({"name": "proxy", "image": "p"})
+    image, variable = "spec.template.spec.containers[engine].image", "spec.template.spec.containers[engine].env[A]"
+    assert list(drift.drifts(wanted, found)) == [image, variable]
+    applied = drift.leaving(wanted, found, {image, variable})
+    assert engine(applied)["image"] == "mirror.example/a:1"
+    assert engine(applied)["env"] == []
+    assert drift.drift(applied, found) is None
+    assert drift.without_foreign(wanted, found, {"spec.template.spec.containers[proxy]"}) is None

@@ -384,3 +384,73 @@ def test_before_the_tuner_may_write_them_it_is_read_what_stands_under_its_names(
     assert Child("ConfigMap", "m-tune-1-result-1") in last
     known = rounds(("Role", "m-tune-1-tuner"))[-1]
     assert Child("Job", "m-tune-1-tuner") in known and Child("ConfigMap", "m-tune-1-result-1") not in known
+
+
+# ---- queues, and Jobs that were deleted --------------------------------------------------------------------------
+
+JOB = ("Job", "m-tune-1-tuner")
+
+
+def a_job(*, suspend: bool, by_us: bool = False, **status: Any) -> dict[str, Any]:
+    annotations = {"serving.sere.dev/suspended": str(by_us).lower()}
+    return {"kind": "Job", "metadata": {**OURS, "annotations": annotations}, "spec": {"suspend": suspend}, "status": status}
+
+
+def test_a_job_that_a_queue_suspended_stays_so_and_that_is_said() -> None:
+    given = snapshot({}, children={JOB: a_job(suspend=True)})
+    plan = decide_tuning(given, Defaults())
+    assert plan.replace == []
+    assert plan.status is not None
+    complete = plan.status["conditions"][0]
+    assert (complete["reason"], plan.status["stage"]) == ("Suspended", "queued")
+    assert "suspended by somebody else, such as a queue" in complete["message"]
+
+
+def test_what_the_operator_suspended_it_resumes() -> None:
+    suspended = snapshot({}, children={JOB: a_job(suspend=False)}, spec={"suspend": True})
+    (body,) = decide_tuning(suspended, Defaults()).replace
+    assert body["spec"]["suspend"] is True
+    (body,) = decide_tuning(snapshot({}, children={JOB: body}), Defaults()).replace
+    assert (body["spec"]["suspend"], body["metadata"]["annotations"]) == (False, {"serving.sere.dev/suspended": "false"})
+    assert decide_tuning(snapshot({}, children={JOB: body}), Defaults()).replace == []
+
+
+BEGAN = {"startTime": "2027-01-15T07:00:00Z", "trials": {"completed": 7}}  # an hour before `now`
+
+
+def test_a_job_deleted_in_the_middle_spends_no_budget_anew_and_what_was_spent_is_said() -> None:
+    plan = decide_tuning(snapshot({}, status=BEGAN, spec={"engine": {"tensorParallelSize": 2}}), Defaults())
+    assert "Job" not in {body["kind"] for body in plan.apply}
+    assert plan.status is not None
+    assert (plan.status["outcome"], plan.status["deviceHours"]) == ("Failed", "2.00")
+    assert "the tuning Job was deleted before it had ended" in plan.status["conditions"][0]["message"]
+
+
+@pytest.mark.parametrize("kept", ["the study", "the answer"])
+def test_a_deleted_job_whose_study_or_answer_is_there_loses_nothing(kept: str) -> None:
+    if kept == "the answer":
+        plan = decide_tuning(snapshot(**chosen(), status=BEGAN), Defaults())
+        assert plan.status is not None and plan.status["outcome"] == "Chosen"
+        return
+    tuning = {**SPEC["tuning"], "storage": {"claimName": "studies"}}  # type: ignore[dict-item]
+    plan = decide_tuning(snapshot({}, status=BEGAN, spec={"tuning": tuning}), Defaults())
+    assert "Job" in {body["kind"] for body in plan.apply}, "another pod goes on with the study"
+
+
+def test_a_job_that_has_not_begun_is_made_again() -> None:
+    assert "Job" in {body["kind"] for body in decide_tuning(snapshot({}, status={"stage": "queued"}), Defaults()).apply}
+
+
+def test_the_tuning_pod_has_what_the_user_gives_but_its_own_service_account() -> None:
+    def spec_with(template: dict[str, Any]) -> SereTuningJobSpec:
+        return parse_spec(SereTuningJobSpec, {**SPEC, "tuning": {**SPEC["tuning"], "podTemplate": template}})  # type: ignore[dict-item]
+
+    given = {"metadata": {"labels": {"team": "a"}}, "spec": {"imagePullSecrets": [{"name": "registry"}]}}
+    job = build(snapshot(), spec_with(given), Defaults())[-1]
+    kubernetes_validate.validate(job, "1.34", strict=True)
+    template = job["spec"]["template"]
+    assert template["metadata"]["labels"]["team"] == "a"
+    assert template["spec"]["imagePullSecrets"] == [{"name": "registry"}]
+    assert template["spec"]["serviceAccountName"] == "m-tune-1-tuner"
+    with pytest.raises(SpecError, match="the tuning pod has its own"):
+        spec_with({"spec": {"serviceAccountName": "deployer"}})

@@ -18,16 +18,25 @@ from sere_ext.contract.volume import POD_OVERRIDE, POD_POLICY, POD_REFRESH
 from sere_operator.api import meta
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan.objects import drift, pods
+from sere_operator.plan.objects.merging import with_template
 from sere_operator.plan.objects.revision import as_annotations, revision
 
 Object = dict[str, Any]
 
+# A pod ends in three steps: it is taken out of the Service's endpoints everywhere, it finishes its requests
+# (spec.engine.shutdown.graceSeconds), its processes end.
+LEAVE_S = 5
+END_S = 25
 ROLLED_OUT_LABELS = (meta.INSTANCE_LABEL, meta.MANAGED_BY_LABEL, meta.COMPONENT_LABEL)
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the operator was installed with."""
+    """What the operator was installed with.
+
+    engine_image       of SereDeployments that name none
+    image_pull_policy  of engine and tuner pods
+    """
 
     engine_image: str = "sere-engine:0.1.0"
     image_pull_policy: str = "IfNotPresent"
@@ -48,6 +57,25 @@ def owned(owner: Object, child: Object) -> bool:
     """Only an object that names the owner's uid as its controller is ours; equal names prove nothing."""
     references = child["metadata"].get("ownerReferences") or []
     return any(reference.get("uid") == owner["metadata"]["uid"] and reference.get("controller") for reference in references)
+
+
+def ours(owner: Object, child: Object) -> bool:
+    """Whether a child is owned, or was: deleting its owner with `--cascade=orphan` leaves it without a controller.
+
+    Such a child still has our labels, and our field manager has applied it.
+    """
+    if owned(owner, child):
+        return True
+    metadata = child["metadata"]
+    if any(reference.get("controller") for reference in metadata.get("ownerReferences") or []):
+        return False
+    told = metadata.get("labels") or {}
+    label = {meta.MANAGED_BY_LABEL: meta.FIELD_MANAGER, meta.DEPLOYMENT_LABEL: meta.label_value(owner["metadata"]["name"])}
+    applied = any(
+        entry.get("manager") == meta.FIELD_MANAGER and entry.get("operation") == "Apply"
+        for entry in metadata.get("managedFields") or []
+    )
+    return applied and all(told.get(key) == value for key, value in label.items())
 
 
 def labels(name: str, component: str) -> dict[str, str]:
@@ -118,7 +146,7 @@ def made_of(pod: Object, template: Object) -> bool:
     """Whether a pod runs what this template's engine would: its image, arguments, environment and volumes. Not on what."""
     told = ("name", "image", "args", "env")
     wanted, found = template["spec"], pod["spec"]
-    containers = [{key: container[key] for key in told} for container in wanted["containers"]]
+    containers = [{key: container[key] for key in told if key in container} for container in wanted["containers"]]
     return drift.difference({"containers": containers, "volumes": wanted["volumes"]}, found) is None
 
 
@@ -163,7 +191,8 @@ def pod_template(name: str, spec: SereDeploymentSpec, defaults: Defaults) -> Obj
         args += ["--tensor-parallel-size", str(engine.tensor_parallel_size)]
     if engine.max_model_len is not None:
         args += ["--max-model-len", str(engine.max_model_len)]
-    args += engine.extra_args
+    grace_s = engine.shutdown.grace_seconds
+    args += ["--shutdown-timeout", str(grace_s), *engine.extra_args]
 
     fixed = {"SERE_POLICY_DIR": pods.POLICY_DIR}
     if spec.slo is not None:
@@ -188,27 +217,34 @@ def pod_template(name: str, spec: SereDeploymentSpec, defaults: Defaults) -> Obj
         "readinessProbe": probe("/sere/ready", periodSeconds=5, timeoutSeconds=10, failureThreshold=3),
         "livenessProbe": probe("/health", periodSeconds=20, timeoutSeconds=10, failureThreshold=6),
         # Endpoints are taken out before the server stops to listen, so that no request meets a closed port.
-        "lifecycle": {"preStop": {"sleep": {"seconds": 5}}},
+        "lifecycle": {"preStop": {"sleep": {"seconds": LEAVE_S}}},
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": pods.CONTAINER_SECURITY,
         "volumeMounts": storage.mounts,
     }
     if spec.resources is not None:
         container["resources"] = pods.resources(spec.resources)
-    return {
+    template: Object = {
         "metadata": {"labels": labels(name, meta.ENGINE_COMPONENT)},
         "spec": {
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,  # a Service called vllm would set VLLM_PORT, which vLLM reads
             "securityContext": pods.POD_SECURITY,
-            "terminationGracePeriodSeconds": 90,
+            "terminationGracePeriodSeconds": LEAVE_S + grace_s + END_S,
             **pods.scheduling(spec.node_selector, spec.tolerations, spec.runtime_class_name),
             "containers": [container],
             "volumes": storage.volumes,
         },
     }
+    return with_template(template, spec.pod_template)
 
 
-def deployment(owner: Object, spec: SereDeploymentSpec, defaults: Defaults) -> Object:
+def deployment(owner: Object, spec: SereDeploymentSpec, defaults: Defaults, *, first: bool = False) -> Object:
+    """The Deployment of the engine pods.
+
+    Args:
+        first: there is none yet.
+    """
     name = owner["metadata"]["name"]
     template = pod_template(name, spec, defaults)
     body: Object = {
@@ -223,6 +259,8 @@ def deployment(owner: Object, spec: SereDeploymentSpec, defaults: Defaults) -> O
     }
     if spec.wanted_replicas is not None:
         body["replicas"] = spec.wanted_replicas
+    elif first and spec.autoscaling is not None:
+        body["replicas"] = spec.autoscaling.min  # handed over once it is there; an autoscaler of the user may come later
     annotated = {**metadata(owner, deployment_name(name)), "annotations": as_annotations(revision(spec), template)}
     return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": annotated, "spec": body}
 
@@ -257,7 +295,11 @@ def disruption_budget(owner: Object, spec: SereDeploymentSpec) -> Object:
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
         "metadata": metadata(owner, meta.fit_name(name)),
-        "spec": {"maxUnavailable": max(1, spec.rollout.unavailable), "selector": {"matchLabels": selector(name)}},
+        "spec": {
+            "maxUnavailable": max(1, spec.rollout.unavailable),
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",  # a pod that serves nobody must not keep a node from being drained
+            "selector": {"matchLabels": selector(name)},
+        },
     }
 
 

@@ -8,15 +8,20 @@ import json
 from sere_ext.contract.record import canonical_json
 
 from sere_operator.api import meta
+from sere_operator.api.common import Engine
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan.snapshot import Object, Snapshot
 
 
 def revision(spec: SereDeploymentSpec) -> str:
     """The model and engine (of an `effective` spec), as rejections and the Deployment remember them. 12 hex digits."""
-    engine = spec.engine.model_copy(update={"api_key_secret": None})  # who may ask is no part of what answers
-    state = {"model": spec.model.to_json_dict(), "engine": engine.to_json_dict()}
+    state = {"model": spec.model.to_json_dict(), "engine": what_runs(spec.engine)}
     return hashlib.sha256(canonical_json(state)).hexdigest()[:12]
+
+
+def what_runs(engine: Engine) -> Object:
+    """The engine without what says nothing about how it answers: who may ask, and how its pods end."""
+    return {key: value for key, value in engine.to_json_dict().items() if key not in ("apiKeySecret", "shutdown")}
 
 
 def effective(spec: SereDeploymentSpec, default_image: str) -> SereDeploymentSpec:

@@ -7,6 +7,7 @@ finds what it needs. Names of files: `sere_ext.contract.volume`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from sere_ext.contract.errors import SereError
 from sere_ext.contract.policy import EXACT, EXACT_POLICY, Policy
 from sere_ext.contract.profile import ProfileKey
+from sere_ext.contract.record import canonical_json
 from sere_ext.contract.volume import (
     MAX_FILE_BYTES,
     OVERRIDE,
@@ -33,6 +35,8 @@ from sere_operator.plan.snapshot import Snapshot
 
 Object = dict[str, Any]
 
+MAX_TEXT_BYTES = 1_000_000  # of policies in one ConfigMap, which holds 1 MiB
+
 
 @dataclass(frozen=True)
 class PolicyEntry:
@@ -44,10 +48,44 @@ class PolicyEntry:
 
 
 def stable_digest(snapshot: Snapshot) -> str:
-    """What pods without an annotation run: the ConfigMap's word, else (it was deleted) the status's, else exact."""
-    live = (snapshot.children.get("ConfigMap") or {}).get("data") or {}
-    digest = live.get(STABLE) or (snapshot.status.get("policy") or {}).get("stable") or EXACT
-    return str(digest)
+    """The policy in force, which is what was judged: the status's word.
+
+    Where the status was lost (a resource from a backup) the ConfigMap is believed, but only as the operator wrote it: who
+    edits it by hand promotes nothing. Else exact.
+    """
+    judged = (snapshot.status.get("policy") or {}).get("stable")
+    if judged:
+        return str(judged)
+    live = snapshot.children.get("ConfigMap") or {}
+    data, annotations = live.get("data") or {}, (live.get("metadata") or {}).get("annotations") or {}
+    written = annotations.get(meta.DECIDED_ANNOTATION) == _decided(data)
+    return str(data.get(STABLE) or EXACT) if written else EXACT
+
+
+def _decided(data: Mapping[str, str]) -> str:
+    """A hash of what the ConfigMap says, but for the kill switch."""
+    content = {key: value for key, value in data.items() if key != OVERRIDE}
+    return hashlib.sha256(canonical_json(content)).hexdigest()[:16]
+
+
+def switched(owner: Object, live: Object, override: bool) -> Object | None:
+    """The live policy ConfigMap with the kill switch as asked and all else as it is; None where that is so already."""
+    data = dict(live.get("data") or {})
+    if (data.get(OVERRIDE) == EXACT) == override:
+        return None
+    data.pop(OVERRIDE, None)
+    if override:
+        data[OVERRIDE] = EXACT
+    body = _body(owner, data)
+    known = (live["metadata"].get("annotations") or {}).get(meta.DECIDED_ANNOTATION, "")
+    body["metadata"]["annotations"][meta.DECIDED_ANNOTATION] = known
+    return body
+
+
+def _body(owner: Object, data: dict[str, str]) -> Object:
+    named = metadata(owner, meta.policy_config_map(owner["metadata"]["name"]))
+    annotated = {**named, "annotations": {meta.DECIDED_ANNOTATION: _decided(data)}}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": annotated, "data": data}
 
 
 def recovered_entry(snapshot: Snapshot, digest: str) -> PolicyEntry | None:
@@ -72,18 +110,16 @@ def policy_config_map(owner: Object, stable: str, override: bool, entries: Mappi
         stable: digest that pods without an annotation run.
         entries: by policy digest; `exact` needs none.
     """
-    name = owner["metadata"]["name"]
     data = {STABLE: stable}
     if override:
         data[OVERRIDE] = EXACT
     for _, entry in sorted(entries.items()):
         data |= policy_files(entry.policy, entry.key)
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": metadata(owner, meta.policy_config_map(name)),
-        "data": data,
-    }
+    return _body(owner, data)
+
+
+def _bytes(entry: PolicyEntry) -> int:
+    return sum(len(text) for text in policy_files(entry.policy, entry.key).values())
 
 
 def shard_config_maps(owner: Object, live: Mapping[str, Object], entries: Iterable[PolicyEntry]) -> list[Object]:
@@ -127,9 +163,11 @@ def recovered_shards(live: Iterable[Object], digest: str) -> tuple[str, ...] | N
 
 
 def too_large(entry: PolicyEntry) -> str | None:
-    """Why its artefact can never be given to pods, None if it can."""
-    if fit((entry,)) or entry.similarity is None:
+    """Why this policy can never be given to pods, None if it can."""
+    if fit((entry,)):
         return None
+    if _bytes(entry) > MAX_TEXT_BYTES:
+        return f"its {_bytes(entry) / 1e6:.1f} MB of text are more than the {MAX_TEXT_BYTES / 1e6:.1f} MB that a ConfigMap holds"
     return (
         f"its similarity artefact is larger than the {MAX_FILE_BYTES / 1e6:.0f} MB that pods can be given; make it smaller with "
         "`sere similarity pack`"
@@ -137,8 +175,10 @@ def too_large(entry: PolicyEntry) -> str | None:
 
 
 def fit(entries: Iterable[PolicyEntry | None]) -> bool:
-    """Whether there are places for these policies' similarity artefacts, each once."""
-    return sum(map(len, _artefacts(entry for entry in entries if entry is not None).values())) <= POLICY_SHARDS
+    """Whether there is room for these policies, and places for their similarity artefacts, each once."""
+    there = [entry for entry in entries if entry is not None]
+    texts = {entry.policy.digest: _bytes(entry) for entry in there}
+    return sum(texts.values()) <= MAX_TEXT_BYTES and sum(map(len, _artefacts(there).values())) <= POLICY_SHARDS
 
 
 def _artefacts(entries: Iterable[PolicyEntry]) -> dict[str, tuple[str, ...]]:

@@ -8,9 +8,10 @@ from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import MAX_REJECTED, SereDeploymentSpec
 from sere_operator.plan.objects.revision import revision
 from sere_operator.plan.rollout.evidence import Stage
-from sere_operator.plan.rollout.step import POLL_S, Step, seconds, stamp
+from sere_operator.plan.rollout.step import POLL_S, Step
 from sere_operator.plan.rollout.wanted import Wanted
 from sere_operator.plan.snapshot import Event, Object, Snapshot
+from sere_operator.plan.times import seconds, stamp
 
 BACKOFF_S = 300.0  # before an inconclusive policy is tried again; doubles
 MAX_BACKOFF_S = 6 * 3600.0

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 from sere_ext.contract.tuning import LatencyLimits, LatencySlo
 
+from sere_operator.plan.chain import first
 from sere_operator.plan.histogram import Histogram, total
 from sere_operator.plan.rollout.intervals import (
     CONFIDENCE,
@@ -49,7 +51,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Side:
-    """What one side did in its window: histograms by batch bucket, golden answers in the prompts' order."""
+    """What the canary, or the stable side, did in its window: histograms by batch bucket, golden answers in the prompts' order."""
 
     tpot: dict[str, Histogram] = field(default_factory=dict)
     ttft: dict[str, Histogram] = field(default_factory=dict)
@@ -61,78 +63,148 @@ class Side:
         return max(sum(h.count for h in self.ttft.values()), sum(h.count for h in self.tpot.values()))
 
 
-def judge(
-    stable: Side,
-    canary: Side,
-    slo: LatencySlo | None,
-    *,
-    min_requests: int,
-    golden_prompts: int,
-    deadline_over: bool,
-    side_by_side: bool = True,
-    watched: bool = True,
-) -> Verdict:
-    """The checklist, in order; the first that applies decides.
+@dataclass(frozen=True)
+class Case:
+    """What is judged.
 
-    1. canary breaks an SLO limit that stable keeps better     Rejected (not side by side: Inconclusive)
-    2. canary is slower than stable at equal buckets           Rejected (not side by side: Inconclusive)
-    3. golden prompts got worse                                Rejected
-    4. golden answers missing, or stable's mostly wrong        Pending, after the deadline Inconclusive
-    5. too few requests on a side                              Pending, after the deadline Inconclusive
-    6. slower, or not comparable, but not for certain          Pending, after the deadline Inconclusive
-    7. an SLO limit that the histograms have no bound for      Pending, after the deadline Inconclusive
-    8. all judged                                              Passed
-
-    1 and 2 are said only with confidence, and never without the stable side to compare with: a rejection bans the
-    policy, and a busy machine must not. It is looked at again and again; what keeps the chance of a false rejection
-    low over all looks is that the limit, not the estimate, must lie beyond `SLOWER_RATIO`.
-
-    Args:
-        min_requests: finished requests that each side needs; 0: judge on what there is (a Static policy), and take
-            only flagrant slowness for harm.
-        golden_prompts: how many prompts each side must have answered; 0: none are asked for.
-        side_by_side: both sides ran at the same time. If not (one pod alone, in turns), more load in a few turns explains
-            a higher latency as well as the policy does: it goes back, but is not banned.
-        watched: for long enough that slowness is no passing disturbance; until then 1 and 2 are Pending.
+    min_requests    finished requests that each side needs; 0: judge on what there is (a Static policy), and take only
+                    flagrant slowness for harm
+    golden_prompts  how many prompts each side must have answered; 0: none are asked for
+    side_by_side    both sides ran at the same time. If not (one pod alone, in turns), more load in a few turns explains a
+                    higher latency as well as the policy does: the policy goes back, but is not banned
+    watched         for long enough that slowness is no passing disturbance; until then slowness is Pending
     """
-    slow = Outcome.REJECTED if side_by_side else Outcome.INCONCLUSIVE
-    if not watched and not deadline_over:
-        slow = Outcome.PENDING
-    if slo is not None:
-        for name, limits, here, there in (
-            ("TPOT", slo.tpot_ms, canary.tpot, stable.tpot),
-            ("TTFT", slo.ttft_ms, canary.ttft, stable.ttft),
-        ):
-            broken = _breaks_limit(name, limits, total(here.values()), total(there.values()))
-            if broken:
-                return Verdict(slow, broken)
-    least, confidence = (SLOWER_RATIO, CONFIDENCE) if min_requests else (FLAGRANT_RATIO, FLAGRANT_CONFIDENCE)
-    means = compare_means(canary.tpot, stable.tpot, confidence)
-    if means is not None and means.least > least:
-        return Verdict(slow, means.words)
-    unanswered = Outcome.INCONCLUSIVE if deadline_over else Outcome.PENDING
-    if golden_prompts:
-        worse = golden_harm(stable.golden, canary.golden)
-        if worse:
-            return Verdict(Outcome.REJECTED, worse)
-        if not _complete(stable.golden, golden_prompts) or not _complete(canary.golden, golden_prompts):
-            return Verdict(unanswered, f"not all of {golden_prompts} golden prompts were answered on both sides")
-        known = sum(map(bool, stable.golden or ()))
-        if known < LEAST_GOLDEN_RIGHT * golden_prompts:
-            words = f"the stable side answered only {known} of {golden_prompts} golden prompts right, so they can show no harm"
-            return Verdict(unanswered, words)
-    for side, arm in (("canary", canary), ("stable", stable)):
-        if arm.requests < min_requests:
-            return Verdict(unanswered, f"{side} finished {arm.requests} of {min_requests} requests that are needed to judge")
-    if min_requests:
-        if means is not None and means.ratio > SLOWER_RATIO:
-            return Verdict(unanswered, f"not certain yet: {means.words}")
-        if means is None and any(h.count for h in canary.tpot.values()):
-            return Verdict(unanswered, "canary and stable side ran at no batch size in common, so TPOT cannot be compared")
-        unseen = _unseen_limit(slo, canary) if slo is not None else None
-        if unseen:
-            return Verdict(unanswered, unseen)
-    return Verdict(Outcome.PASSED, _summary(stable, canary, golden_prompts))
+
+    stable: Side
+    canary: Side
+    slo: LatencySlo | None
+    min_requests: int
+    golden_prompts: int
+    deadline_over: bool
+    side_by_side: bool = True
+    watched: bool = True
+
+    @property
+    def if_slow(self) -> Outcome:
+        """What a canary comes to that is slower for certain."""
+        if not self.watched and not self.deadline_over:
+            return Outcome.PENDING
+        return Outcome.REJECTED if self.side_by_side else Outcome.INCONCLUSIVE
+
+    @property
+    def if_unknown(self) -> Outcome:
+        """What a canary comes to of which too little is known."""
+        return Outcome.INCONCLUSIVE if self.deadline_over else Outcome.PENDING
+
+    @property
+    def least_ratio(self) -> float:
+        """Mean TPOT of the canary over the stable side's, beyond which the canary is slower."""
+        return SLOWER_RATIO if self.min_requests else FLAGRANT_RATIO
+
+    @cached_property
+    def means(self) -> Means | None:
+        """Mean TPOT of both sides compared at equal buckets."""
+        return compare_means(self.canary.tpot, self.stable.tpot, CONFIDENCE if self.min_requests else FLAGRANT_CONFIDENCE)
+
+
+def judge(case: Case) -> Verdict:
+    """The answer of the first of `CHECKS` that has one.
+
+    Harm is said only with confidence, and never without the stable side to compare with: a rejection bans the policy, and
+    a busy machine must not. A case is judged again and again; what keeps the chance of a false rejection low over all of
+    them is that the limit, not the estimate, must lie beyond `SLOWER_RATIO`.
+    """
+    verdict = first(CHECKS, case)
+    assert verdict is not None, "nothing_against_it always answers"
+    return verdict
+
+
+def breaks_a_limit_that_stable_keeps(case: Case) -> Verdict | None:
+    """The canary breaks a latency limit, and the stable side breaks it less often: Rejected."""
+    if case.slo is None:
+        return None
+    for name, limits, here, there in (
+        ("TPOT", case.slo.tpot_ms, case.canary.tpot, case.stable.tpot),
+        ("TTFT", case.slo.ttft_ms, case.canary.ttft, case.stable.ttft),
+    ):
+        broken = _breaks_limit(name, limits, total(here.values()), total(there.values()))
+        if broken:
+            return Verdict(case.if_slow, broken)
+    return None
+
+
+def slower_than_stable(case: Case) -> Verdict | None:
+    """The canary is slower at equal buckets, for certain: Rejected."""
+    if case.means is None or not case.means.least > case.least_ratio:
+        return None
+    return Verdict(case.if_slow, case.means.words)
+
+
+def golden_prompts_got_worse(case: Case) -> Verdict | None:
+    """The canary answers golden prompts wrong that the stable side answers right: Rejected."""
+    worse = golden_harm(case.stable.golden, case.canary.golden) if case.golden_prompts else None
+    return Verdict(Outcome.REJECTED, worse) if worse else None
+
+
+def golden_prompts_unanswered(case: Case) -> Verdict | None:
+    """Golden prompts are not answered yet, or the stable side answers too few right for harm to show."""
+    wanted = case.golden_prompts
+    if not wanted:
+        return None
+    if not _complete(case.stable.golden, wanted) or not _complete(case.canary.golden, wanted):
+        return Verdict(case.if_unknown, f"not all of {wanted} golden prompts were answered on both sides")
+    known = sum(map(bool, case.stable.golden or ()))
+    if known < LEAST_GOLDEN_RIGHT * wanted:
+        words = f"the stable side answered only {known} of {wanted} golden prompts right, so they can show no harm"
+        return Verdict(case.if_unknown, words)
+    return None
+
+
+def too_few_requests(case: Case) -> Verdict | None:
+    """A side finished too few requests to be judged."""
+    for name, side in (("canary", case.canary), ("stable", case.stable)):
+        if side.requests < case.min_requests:
+            words = f"{name} finished {side.requests} of {case.min_requests} requests that are needed to judge"
+            return Verdict(case.if_unknown, words)
+    return None
+
+
+def slower_but_not_for_certain(case: Case) -> Verdict | None:
+    """The estimate lies beyond the limit, its confidence interval does not. Of a Static policy nobody asks."""
+    if not case.min_requests or case.means is None or case.means.ratio <= SLOWER_RATIO:
+        return None
+    return Verdict(case.if_unknown, f"not certain yet: {case.means.words}")
+
+
+def nothing_in_common(case: Case) -> Verdict | None:
+    """Both sides ran, but at no batch size in common. Of a Static policy nobody asks."""
+    if not case.min_requests or case.means is not None or not any(h.count for h in case.canary.tpot.values()):
+        return None
+    return Verdict(case.if_unknown, "canary and stable side ran at no batch size in common, so TPOT cannot be compared")
+
+
+def limit_without_a_bound(case: Case) -> Verdict | None:
+    """The pods' histograms have no bound at a limit, so it cannot be judged. Of a Static policy nobody asks."""
+    unseen = _unseen_limit(case.slo, case.canary) if case.min_requests and case.slo is not None else None
+    return Verdict(case.if_unknown, unseen) if unseen else None
+
+
+def nothing_against_it(case: Case) -> Verdict | None:
+    """All of it was judged: Passed."""
+    return Verdict(Outcome.PASSED, _summary(case.stable, case.canary, case.golden_prompts))
+
+
+CHECKS = (
+    breaks_a_limit_that_stable_keeps,
+    slower_than_stable,
+    golden_prompts_got_worse,
+    golden_prompts_unanswered,
+    too_few_requests,
+    slower_but_not_for_certain,
+    nothing_in_common,
+    limit_without_a_bound,
+    nothing_against_it,
+)
 
 
 def _breaks_limit(name: str, limits: LatencyLimits | None, canary: Histogram, stable: Histogram) -> str | None:

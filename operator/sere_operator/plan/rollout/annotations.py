@@ -13,12 +13,16 @@ from sere_operator.plan.rollout.step import Step
 from sere_operator.plan.rollout.wanted import overridden
 from sere_operator.plan.snapshot import Object, PodPatch, PodView, Snapshot
 
+DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
+CANARY_COST = "1000"
 REFRESH_AGAIN_S = 15.0  # a pod that shows another policy than its own so long after its last nonce gets a new nonce
 
 
 def expected_digest(snapshot: Snapshot, step: Step, pod: PodView) -> str:
-    """The policy that this pod is meant to run at this moment."""
-    return EXACT if overridden(snapshot) else step.pod_policy.get(pod.name, step.stable)
+    """The policy that this pod is meant to run at this moment; a pod that it was not made for refuses it and routes exactly."""
+    if overridden(snapshot) or pod.name in step.misfits:
+        return EXACT
+    return step.pod_policy.get(pod.name, step.stable)
 
 
 def right_digests(snapshot: Snapshot, step: Step, pod: PodView) -> set[str]:
@@ -37,9 +41,26 @@ def pod_patch(snapshot: Snapshot, step: Step, config_map: Object, pod: PodView) 
         meta.POLICY_ANNOTATION: step.pod_policy.get(pod.name),
         meta.OVERRIDE_ANNOTATION: meta.OVERRIDE_EXACT if overridden(snapshot) else None,
         meta.REFRESH_ANNOTATION: refresh_nonce(snapshot, step, config_map, pod),
+        DELETION_COST: _deletion_cost(step, pod),
     }
     changed = {key: value for key, value in wanted.items() if pod.annotations.get(key) != value}
     return PodPatch(pod.name, pod.uid, changed) if changed else None
+
+
+def override_patch(pod: PodView, override: bool) -> PodPatch | None:
+    """The change of the kill switch alone, or None if it is as it should be."""
+    wanted = meta.OVERRIDE_EXACT if override else None
+    if pod.annotations.get(meta.OVERRIDE_ANNOTATION) == wanted:
+        return None
+    return PodPatch(pod.name, pod.uid, {meta.OVERRIDE_ANNOTATION: wanted})
+
+
+def _deletion_cost(step: Step, pod: PodView) -> str | None:
+    """A canary is the last pod that a scale-down takes. What somebody else wrote there stays."""
+    given = pod.annotations.get(DELETION_COST)
+    if pod.name in ((step.rollout or {}).get("canaryPods") or ()):
+        return CANARY_COST if given is None else given
+    return None if given == CANARY_COST else given
 
 
 def refresh_nonce(snapshot: Snapshot, step: Step, config_map: Object, pod: PodView) -> str:

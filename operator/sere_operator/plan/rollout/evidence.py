@@ -1,6 +1,6 @@
 """What a rollout has seen so far: counters of both sides and golden answers, kept in `status.rollout.state`. Pure.
 
-Each side of the comparison is a `Side`. Counters are remembered when a window opens and subtracted later, so that a
+Counters are remembered when a window opens and subtracted later, so that a
 restarted operator goes on counting where it was.
 """
 
@@ -15,12 +15,14 @@ from sere_ext.contract.policy import Kind, Policy
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan import histogram
 from sere_operator.plan.rollout.analysis import Side
-from sere_operator.plan.rollout.wanted import Wanted
+from sere_operator.plan.rollout.wanted import Wanted, suited
 from sere_operator.plan.snapshot import Object, PodView, Snapshot
+from sere_operator.plan.times import stamp
 
 LEAST_GOLDEN_IN_FLIGHT = 8  # for policies of small batches: the prompts would take long one by one
 MAX_GOLDEN_IN_FLIGHT = 256  # a batch that vLLM schedules by default
 MAX_STABLE_PODS = 8  # of the stable side, whose counters are remembered
+MAX_SERIES = 1000  # of one pod; with more, what it says is no answer of ours and would swell the status
 
 
 class Stage(StrEnum):
@@ -71,7 +73,7 @@ def collect_golden(snapshot: Snapshot, known: Object, side: str, digest: str) ->
         belongs = canary if (side == "canary" or known["state"]["alone"]) else not canary
         if result.digest == digest and belongs and None not in result.right:
             answers = {**(known["state"].get("golden") or {}), side: list(result.right)}
-            return with_state(known, golden=answers, start=None, stableStart=None)
+            return with_state(known, golden=answers, start=None, stableStart=None, countedSince=None)
     return known
 
 
@@ -80,12 +82,15 @@ def golden_needed(snapshot: Snapshot, wanted: Wanted, stable: str) -> list[tuple
     known = snapshot.status.get("rollout") or {}
     if not golden_count(wanted) or known.get("candidate") != wanted.digest or not known.get("canaryPods"):
         return []
-    canaries = [pod for pod in snapshot.live_pods if pod.name in known["canaryPods"] and pod.ready]
-    others = [pod for pod in snapshot.live_pods if pod.name not in known["canaryPods"] and pod.ready and pod.digest == stable]
+    canaries = [pod for pod in suited(snapshot, wanted) if pod.name in known["canaryPods"] and pod.ready]
+    others = [
+        pod for pod in suited(snapshot, wanted)
+        if pod.name not in known["canaryPods"] and pod.ready and pod.digest == stable
+    ]  # fmt: skip
     needed: list[tuple[PodView, str]] = []
     if known.get("stage") == Stage.BASELINE and golden_answers(known, "stable") is None:
         needed += [(pod, stable) for pod in canaries[:1]]
-    if known.get("stage") == Stage.ANALYSING:
+    if known.get("stage") in (Stage.ANALYSING, Stage.AWAITING_APPROVAL):
         if golden_answers(known, "canary") is None:
             needed += [(pod, wanted.digest) for pod in canaries[:1]]
         if golden_answers(known, "stable") is None and not known["state"]["alone"]:
@@ -95,7 +100,7 @@ def golden_needed(snapshot: Snapshot, wanted: Wanted, stable: str) -> list[tuple
 
 def metrics_needed(status: Object) -> bool:
     """Whether `observe` must read the pods' histograms."""
-    return (status.get("rollout") or {}).get("stage") == Stage.ANALYSING
+    return (status.get("rollout") or {}).get("stage") in (Stage.ANALYSING, Stage.AWAITING_APPROVAL)
 
 
 def slo_limits(spec: SereDeploymentSpec) -> frozenset[str]:
@@ -106,7 +111,7 @@ def slo_limits(spec: SereDeploymentSpec) -> frozenset[str]:
 
 def _counters(pod: PodView, digest: str) -> Object | None:
     """A pod's histograms under one policy, packed by bucket."""
-    if pod.metrics is None:
+    if pod.metrics is None or len(pod.metrics.tpot) + len(pod.metrics.ttft) > MAX_SERIES:
         return None
     return {
         name: histogram.packed({bucket: h for (policy, bucket), h in series.items() if policy == digest})
@@ -115,7 +120,14 @@ def _counters(pod: PodView, digest: str) -> Object | None:
 
 
 def measured(known: Object, pods: list[PodView], digest: str, key: str = "start") -> tuple[Object, Side | None]:
-    """What these pods did since the remembered start; the first look only remembers. A restarted pod starts anew."""
+    """What these pods did under one policy since the remembered start: (`status.rollout`, the side).
+
+    Where no start is remembered, the pods' counters become it and there is no side yet. A pod whose counters fell has
+    restarted and counts for nothing.
+
+    Args:
+        key: of `status.rollout.state`, where the start is remembered.
+    """
     start: Object | None = known["state"].get(key)
     if start is None:
         counters = {pod.uid: _counters(pod, digest) for pod in pods[:MAX_STABLE_PODS]}
@@ -136,16 +148,27 @@ def measured(known: Object, pods: list[PodView], digest: str, key: str = "start"
     return known, Side(histogram.merged(tpot), histogram.merged(ttft))
 
 
-def arms(
-    snapshot: Snapshot, stable: str, candidate: str, known: Object, canaries: list[PodView]
+def sides(
+    snapshot: Snapshot, stable: str, wanted: Wanted, known: Object, canaries: list[PodView]
 ) -> tuple[Object, Side | None, Side | None]:
-    """Both sides. Where there are no other pods, the canary pods are both, in turns: histograms tell policies apart."""
-    known, canary = measured(known, canaries, candidate)
-    others = [pod for pod in snapshot.live_pods if pod.name not in known["canaryPods"] and pod.digest == stable]
-    known, arm = measured(known, canaries if known["state"]["alone"] else others, stable, "stableStart")
+    """What both sides did since counting began: (`status.rollout`, stable side, canary); None: counting begins now.
+
+    Where there are no other pods, the canary pods are both sides, in turns: histograms tell policies apart.
+
+    Args:
+        stable: digest of the policy in force.
+        known: `status.rollout`.
+    """
+    known, canary = measured(known, canaries, wanted.digest)
+    others = [pod for pod in suited(snapshot, wanted) if pod.name not in known["canaryPods"] and pod.digest == stable]
+    known, side = measured(known, canaries if known["state"]["alone"] else others, stable, "stableStart")
+    if canary is None or side is None:
+        counting = known["state"].get("start") and known["state"].get("stableStart")
+        if counting and not known["state"].get("countedSince"):
+            known = with_state(known, countedSince=stamp(snapshot.now))
     canary_golden, stable_golden = golden_answers(known, "canary"), golden_answers(known, "stable")
     return (
         known,
-        replace(arm, golden=stable_golden) if arm is not None else None,
+        replace(side, golden=stable_golden) if side is not None else None,
         replace(canary, golden=canary_golden) if canary is not None else None,
     )

@@ -6,16 +6,20 @@ Exact routing at a number of pods sized for the tuned speed falls off a cliff, s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
 
 from sere_ext.contract.policy import EXACT
 
+from sere_operator.api import meta
 from sere_operator.api.conditions import ConditionType, Reason, find_condition, held_rollout
 from sere_operator.api.deployment import SereDeploymentSpec
+from sere_operator.plan.chain import first
 from sere_operator.plan.objects import children
 from sere_operator.plan.objects.revision import changing, waiting
-from sere_operator.plan.rollout.step import seconds
 from sere_operator.plan.rollout.wanted import Wanted, overridden, read_profile, tuning_job_name, tuning_job_of
 from sere_operator.plan.snapshot import Object, Snapshot
+from sere_operator.plan.times import seconds
 
 DOWN_S = 600.0  # pods that answer nothing for so long serve nobody who could fall off the cliff
 
@@ -28,54 +32,130 @@ class Hold:
     message: str
 
 
-def held(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable: str, template: Object) -> Hold | None:
-    """The checklist, in order; None: the pods may be replaced by ones of `template`.
+class Go(Enum):
+    """The pods may be replaced."""
 
-    1. no profile is required, or model and engine are what runs       go
-    2. nothing tuned serves: a first install, exact routing, the kill switch, no pod that answers     go; but pods that are
-       held already stay when the kill switch is set: it must never restart one
-    3. pods of just this template serve by the policy in force         go: the change was taken back before it was rolled out
-    4. the tuning of the new spec made a certified profile             go
-    5. it ended with anything else                                     hold until a person decides
-    6. otherwise                                                       hold until it has ended
+    PROCEED = "proceed"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A spec whose model or engine may differ from what the pods are of.
+
+    stable    digest of the policy in force
+    template  the pod template that the spec leads to
     """
-    if not spec.profile_required or not changing(snapshot, spec):
-        return None
-    # A profile that was deleted while its policy serves is no reason to let the pods go.
-    tuned = stable != EXACT and (
-        wanted.problem is Reason.PROFILE_MISSING or (wanted.profile is not None and wanted.problem is not Reason.POLICY_STALE)
+
+    snapshot: Snapshot
+    spec: SereDeploymentSpec
+    wanted: Wanted
+    stable: str
+    template: Object
+
+    @cached_property
+    def job(self) -> Object:
+        """Status of the tuning run of the new spec; empty where there is none."""
+        return (tuning_job_of(self.snapshot, self.spec) or {}).get("status") or {}
+
+    @property
+    def ended(self) -> Object:
+        """The run's condition Complete; empty where there is none."""
+        return find_condition(self.job.get("conditions") or [], ConditionType.COMPLETE) or {}
+
+    @property
+    def waits_too(self) -> str:
+        more = waiting(self.template, self.snapshot.children["Deployment"])
+        return f"; what else changes their pods waits too: {', '.join(more)}" if more else ""
+
+
+def held(snapshot: Snapshot, spec: SereDeploymentSpec, wanted: Wanted, stable: str, template: Object) -> Hold | None:
+    """The answer of the first of `CHECKS` that has one; None: the pods may be replaced by ones of `template`.
+
+    Args:
+        stable: digest of the policy in force.
+        template: the pod template that the spec leads to.
+    """
+    answer = first(CHECKS, Change(snapshot, spec, wanted, stable, template))
+    return answer if isinstance(answer, Hold) else None
+
+
+def no_profile_is_required(change: Change) -> Go | Hold | None:
+    """The spec asks for none, or model and engine are what the pods are of."""
+    return None if change.spec.profile_required and changing(change.snapshot, change.spec) else Go.PROCEED
+
+
+def nothing_tuned_serves(change: Change) -> Go | Hold | None:
+    """A first install, exact routing, or a stale profile. A profile that was deleted while its policy serves still counts."""
+    missing = change.wanted.problem is Reason.PROFILE_MISSING
+    stale = change.wanted.problem is Reason.POLICY_STALE
+    tuned = change.stable != EXACT and (missing or (change.wanted.profile is not None and not stale))
+    return None if tuned else Go.PROCEED
+
+
+def kill_switch_was_on_before(change: Change) -> Go | Hold | None:
+    """The kill switch makes pods route exactly. Pods that are held already stay: it must never restart one."""
+    held_already = held_rollout(change.snapshot.status.get("conditions") or []) is not None
+    return Go.PROCEED if overridden(change.snapshot) and not held_already else None
+
+
+def nobody_is_served(change: Change) -> Go | Hold | None:
+    """No pod has answered for `DOWN_S`."""
+    return None if _serves(change.snapshot) else Go.PROCEED
+
+
+def taken_back_before_it_began(change: Change) -> Go | Hold | None:
+    """Pods of just this template serve by the policy in force: the change was taken back in the middle of its rollout."""
+    back = any(
+        pod.ready and pod.digest == change.stable and children.made_of(pod.object, change.template)
+        for pod in change.snapshot.live_pods
     )
-    switched_off = overridden(snapshot) and held_rollout(snapshot.status.get("conditions") or []) is None
-    if not tuned or switched_off or not _serves(snapshot):
+    return Go.PROCEED if back else None
+
+
+def still_being_tuned(change: Change) -> Go | Hold | None:
+    """The run of the new spec has not ended: hold until it has."""
+    if change.job.get("outcome") is not None:
         return None
-    if any(pod.ready and pod.digest == stable and children.made_of(pod.object, template) for pod in snapshot.live_pods):
+    blocked = change.ended.get("reason") == Reason.TUNING_BLOCKED
+    trials = f"{change.job.get('stage') or 'tuning begins'}, {change.job.get('progress') or '0'} trials"
+    doing = change.ended.get("message") if blocked else trials
+    message = f"the new model or engine is tuned before the pods of the old one go ({doing}){change.waits_too}"
+    return Hold(Reason.TUNING_FIRST, f"{message}; to replace them now, set rollout.requireProfile: false")
+
+
+def made_a_certified_profile(change: Change) -> Go | Hold | None:
+    """The run of the new spec made a certified profile, which is still there."""
+    if change.job.get("outcome") != "Chosen":
         return None
-    more = waiting(template, snapshot.children["Deployment"])
-    too = f"; what else changes their pods waits too: {', '.join(more)}" if more else ""
-    status = (tuning_job_of(snapshot, spec) or {}).get("status") or {}
-    complete = find_condition(status.get("conditions") or [], ConditionType.COMPLETE) or {}
-    outcome = status.get("outcome")
-    if outcome is None:
-        blocked = complete.get("reason") == Reason.TUNING_BLOCKED
-        doing = (
-            complete.get("message")
-            if blocked
-            else f"{status.get('stage') or 'tuning begins'}, {status.get('progress') or '0'} trials"
-        )
-        message = f"the new model or engine is tuned before the pods of the old one go ({doing}){too}"
-        return Hold(Reason.TUNING_FIRST, f"{message}; to replace them now, set rollout.requireProfile: false")
-    why = str(complete.get("message") or outcome)
+    profile = read_profile(change.snapshot, change.job.get("profile"))
+    return Go.PROCEED if profile is not None and profile.evidence.certified else None
+
+
+def ended_without_one(change: Change) -> Go | Hold | None:
+    """The run of the new spec ended with anything else: hold until a person decides."""
+    outcome = change.job.get("outcome")
+    why = str(change.ended.get("message") or outcome)
     if outcome == "Chosen":
-        profile = read_profile(snapshot, status.get("profile"))
-        if profile is not None and profile.evidence.certified:
-            return None
-        why = f"profile {status.get('profile')} is {'gone' if profile is None else 'advisory, not certified'}"
+        gone = read_profile(change.snapshot, change.job.get("profile")) is None
+        why = f"profile {change.job.get('profile')} is {'gone' if gone else 'advisory, not certified'}"
     message = f"the pods of the old model or engine serve on, since the new one has no certified profile: {why}"
-    again = f"delete SereTuningJob {tuning_job_name(snapshot.name, spec)} to tune again"
+    again = f"tune again with annotation {meta.RETUNE_ANNOTATION}={tuning_job_name(change.snapshot.name, change.spec)}"
     way_out = (
         f"set rollout.requireProfile: false to go on with exact routing, change the limits, {again}, or take the change back"
     )
-    return Hold(Reason.PROFILE_REQUIRED, f"{message[:700]}{too}; {way_out}")
+    return Hold(Reason.PROFILE_REQUIRED, f"{message[:700]}{change.waits_too}; {way_out}")
+
+
+CHECKS = (
+    no_profile_is_required,
+    nothing_tuned_serves,
+    kill_switch_was_on_before,
+    nobody_is_served,
+    taken_back_before_it_began,
+    still_being_tuned,
+    made_a_certified_profile,
+    ended_without_one,
+)
 
 
 def _serves(snapshot: Snapshot) -> bool:

@@ -1,9 +1,10 @@
-"""Which routing policy is wanted, judged from the spec and what is known. Pure; nothing here looks at pods' progress."""
+"""Which routing policy is wanted, judged from the spec and what is known. Pure; nothing here reads pods' progress."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from sere_ext.contract.errors import ProfileError
@@ -14,19 +15,20 @@ from sere_ext.contract.record import canonical_json
 from sere_operator.api import meta
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
-from sere_operator.plan.objects.revision import changing, replacing
+from sere_operator.plan.chain import first
+from sere_operator.plan.objects.revision import changing, replacing, what_runs
 from sere_operator.plan.objects.volume import PolicyEntry
-from sere_operator.plan.snapshot import Object, Similarity, Snapshot
+from sere_operator.plan.snapshot import Object, PodView, Similarity, Snapshot
 
 
 @dataclass(frozen=True)
 class Wanted:
     """The policy that the spec leads to.
 
-    profile      the SereProfile it comes from; None for Exact and Static
-    problem      why it is exact (or held) although the spec asks for more
+    profile      the SereProfile that the policy comes from; None for Exact and Static
+    problem      why the policy is exact (or blocked) although the spec asks for more
     blocked      the policy in force is kept: the answer is not known yet, or the wanted policy cannot be had
-    by_hand      mode Static: the user answers for its accuracy, so no golden prompts are asked for
+    misfits      pods that the policy was not made for, by name, with the reason: they route exactly, the others by the policy
     """
 
     entry: PolicyEntry
@@ -37,14 +39,21 @@ class Wanted:
     problem: Reason | None = None
     message: str = ""
     blocked: bool = False
+    misfits: dict[str, str] = field(default_factory=dict)
 
     @property
     def by_hand(self) -> bool:
+        """Mode Static: the user answers for the policy's accuracy, so no golden prompts are asked for."""
         return self.source is RoutingMode.STATIC
 
 
 def _exact(mode: RoutingMode, problem: Reason | None = None, message: str = "", *, blocked: bool = False) -> Wanted:
     return Wanted(PolicyEntry(EXACT_POLICY), EXACT, mode, problem=problem, message=message, blocked=blocked)
+
+
+def blocked(chosen: Wanted, message: str) -> Wanted:
+    """The same policy, but not to be rolled out as things are."""
+    return replace(chosen, problem=Reason.INVALID_SPEC, message=message, blocked=True)
 
 
 def overridden(snapshot: Snapshot) -> bool:
@@ -54,13 +63,14 @@ def overridden(snapshot: Snapshot) -> bool:
 
 def tuning_hash(spec: SereDeploymentSpec) -> str:
     """What a tuning run is for, of an `engine.effective` spec. Any change asks for another run; replicas, rollout and routing
-    do not, nor where the study is kept. 8 hex digits."""
+    do not, nor where the study is kept, what else the tuning pod has, and how engine pods end. 8 hex digits."""
     state = {
         field: getattr(spec, field).to_json_dict() if getattr(spec, field) is not None else None
         for field in ("model", "engine", "resources", "slo", "accuracy", "tuning")
     }
-    (state["tuning"] or {}).pop("storage", None)
-    (state["engine"] or {}).pop("apiKeySecret", None)
+    state["engine"] = what_runs(spec.engine)
+    for part in ("storage", "podTemplate"):
+        (state["tuning"] or {}).pop(part, None)
     return hashlib.sha256(canonical_json(state)).hexdigest()[:8]
 
 
@@ -70,34 +80,148 @@ def tuning_job_name(name: str, spec: SereDeploymentSpec) -> str:
 
 
 def tuning_job_of(snapshot: Snapshot, spec: SereDeploymentSpec) -> Object | None:
+    """This spec's SereTuningJob, or what is remembered of one that was deleted after its run; None if there was none."""
     name = tuning_job_name(snapshot.name, spec)
-    return next((job for job in snapshot.tuning_jobs if job["metadata"]["name"] == name), None)
+    live = next((job for job in snapshot.tuning_jobs if job["metadata"]["name"] == name), None)
+    runs = snapshot.status.get("tuningRuns") or []
+    run = next((run for run in runs if run["name"] == name and run.get("outcome")), None)
+    if live is not None or run is None:
+        return live
+    complete = {"type": "Complete", "status": "True", "reason": run["outcome"], "message": run.get("message", "")}
+    status = {"outcome": run["outcome"], "profile": run.get("profile"), "stage": "ended", "conditions": [complete]}
+    return {"metadata": {"name": name}, "status": status}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A snapshot and its spec, and the profile that they lead to, read once."""
+
+    snapshot: Snapshot
+    spec: SereDeploymentSpec
+
+    @property
+    def mode(self) -> RoutingMode:
+        return self.spec.routing.mode
+
+    @cached_property
+    def name(self) -> str | None:
+        """The wanted profile's name."""
+        return profile_name(self.snapshot, self.spec)
+
+    @cached_property
+    def profile(self) -> ProfileSpec | ProfileError | None:
+        """The wanted profile, why it cannot be read, or None where there is none."""
+        found = self.snapshot.profiles.get(self.name or "")
+        try:
+            return _parse(found) if found is not None else None
+        except ProfileError as error:
+            return error
+
+    @cached_property
+    def misfits(self) -> dict[str, str]:
+        """Pods that the wanted profile was not made for."""
+        return misfits(self.snapshot, self.profile.key) if isinstance(self.profile, ProfileSpec) else {}
+
+    def missing(self, message: str) -> Wanted:
+        return _exact(self.mode, Reason.PROFILE_MISSING, message, blocked=True)
 
 
 def wanted(snapshot: Snapshot, spec: SereDeploymentSpec) -> Wanted:
-    """The checklist, in order; the first that applies decides.
+    """The answer of the first of `CHECKS` that has one.
 
-    1. Exact                  exact routing, as asked.
-    2. Static                 the given policy; held while its similarity artefact cannot be had.
-    3. Profile                the named profile; missing or of another digest: held, and said.
-    4. Tuned                  the newest profile that this spec's tuning made, else an earlier one; none yet: exact.
-    5. a profile made for another model, engine or plug-in than runs: held while pods are being replaced, since those of
-       the one revision may still serve and each refuses what is not for it; then exact, PolicyStale.
+    Args:
+        spec: with the engine image that the pods get (`revision.effective`).
     """
-    routing = spec.routing
-    if routing.mode is RoutingMode.EXACT:
-        return _exact(routing.mode)
-    if routing.mode is RoutingMode.STATIC:
-        policy = routing.policy or EXACT_POLICY
-        return _with_similarity(snapshot, spec, Wanted(PolicyEntry(policy), policy.digest, routing.mode), spec.static_similarity)
-    name = profile_name(snapshot, spec)
-    if name is None:
-        return _exact(routing.mode, Reason.AWAITING_PROFILE, "routing is exact until tuning has made a profile")
-    found = snapshot.profiles.get(name)
-    if found is None:
-        message = f"profile {name} does not exist; apply it, or correct spec.routing.profileRef"
-        return _exact(routing.mode, Reason.PROFILE_MISSING, message, blocked=True)
-    return _from_profile(snapshot, spec, name, found)
+    answer = first(CHECKS, Question(snapshot, spec))
+    assert answer is not None, "policy_of_the_profile always answers"
+    return answer
+
+
+def exact_was_asked_for(q: Question) -> Wanted | None:
+    """Mode Exact."""
+    return _exact(q.mode) if q.mode is RoutingMode.EXACT else None
+
+
+def static_policy(q: Question) -> Wanted | None:
+    """Mode Static: the given policy, blocked while its similarity artefact cannot be had."""
+    if q.mode is not RoutingMode.STATIC:
+        return None
+    policy = q.spec.routing.policy or EXACT_POLICY
+    chosen = Wanted(PolicyEntry(policy), policy.digest, q.mode)
+    return _with_similarity(q.snapshot, chosen, q.spec.static_similarity)
+
+
+def no_profile_yet(q: Question) -> Wanted | None:
+    """Mode Tuned before the first run has made a profile: exact."""
+    if q.name is not None:
+        return None
+    return _exact(q.mode, Reason.AWAITING_PROFILE, "routing is exact until tuning has made a profile")
+
+
+def profile_is_missing(q: Question) -> Wanted | None:
+    """The profile was deleted, or never applied: the policy in force is kept."""
+    if q.profile is not None:
+        return None
+    tuned = f"tune again with annotation {meta.RETUNE_ANNOTATION}={tuning_job_name(q.snapshot.name, q.spec)}"
+    way_out = tuned if q.mode is RoutingMode.TUNED else "apply it, or correct spec.routing.profileRef"
+    return q.missing(f"profile {q.name} does not exist; {way_out}")
+
+
+def profile_cannot_be_read(q: Question) -> Wanted | None:
+    """The profile is of another release's form: the policy in force is kept."""
+    return q.missing(f"profile {q.name} cannot be read: {q.profile}") if isinstance(q.profile, ProfileError) else None
+
+
+def profile_is_of_other_content(q: Question) -> Wanted | None:
+    """The spec pins a digest, and the profile of that name has another: the policy in force is kept."""
+    assert isinstance(q.profile, ProfileSpec)
+    pinned = q.spec.routing.profile_ref.digest if q.spec.routing.profile_ref else None
+    if pinned is None or pinned == q.profile.digest:
+        return None
+    return q.missing(f"profile {q.name} has digest {q.profile.digest}, spec.routing.profileRef asks for {pinned}")
+
+
+def profile_waits_for_its_pods(q: Question) -> Wanted | None:
+    """Pods are not what the profile was made for, but they are being replaced: the policy in force is kept until then.
+
+    Pods of the one revision may still serve by their policy, and each pod refuses a policy that was not made for it.
+    """
+    assert isinstance(q.profile, ProfileSpec)
+    rolling = replacing(q.snapshot)
+    if rolling is None or not q.misfits:
+        return None
+    message = f"{_told(q.misfits)}, but pods are being replaced ({rolling}); the policy in force stays until they are"
+    return replace(_exact(q.mode, Reason.POLICY_PENDING, message, blocked=True), profile_name=q.name, profile=q.profile)
+
+
+def profile_is_stale(q: Question) -> Wanted | None:
+    """No pod is what the profile was made for: exact."""
+    assert isinstance(q.profile, ProfileSpec)
+    if not _all_misfit(q.snapshot, q.misfits):
+        return None
+    message = f"{_told(q.misfits)}; serving exact routing until the next tuning"
+    return replace(_exact(q.mode, Reason.POLICY_STALE, message), profile_name=q.name, profile=q.profile)
+
+
+def policy_of_the_profile(q: Question) -> Wanted | None:
+    """The profile's policy, blocked while its similarity artefact cannot be had."""
+    assert isinstance(q.profile, ProfileSpec)
+    entry = PolicyEntry(q.profile.policy, key=q.profile.key)
+    chosen = Wanted(entry, q.profile.policy.digest, q.mode, q.name, q.profile, misfits=q.misfits)
+    return _with_similarity(q.snapshot, chosen, q.profile.similarity.uri if q.profile.similarity else None)
+
+
+CHECKS = (
+    exact_was_asked_for,
+    static_policy,
+    no_profile_yet,
+    profile_is_missing,
+    profile_cannot_be_read,
+    profile_is_of_other_content,
+    profile_waits_for_its_pods,
+    profile_is_stale,
+    policy_of_the_profile,
+)
 
 
 def profile_name(snapshot: Snapshot, spec: SereDeploymentSpec) -> str | None:
@@ -127,7 +251,7 @@ def profiles_needed(snapshot: Snapshot, spec: SereDeploymentSpec) -> list[str]:
 
 
 def read_profile(snapshot: Snapshot, name: str | None) -> ProfileSpec | None:
-    """None where there is no such profile, or none that this release can read."""
+    """The profile of that name; None where there is none, or none that this release can read."""
     found = snapshot.profiles.get(name or "")
     try:
         return _parse(found) if found is not None else None
@@ -139,39 +263,38 @@ def _parse(found: Object) -> ProfileSpec:
     return Profile.parse({key: found[key] for key in ("apiVersion", "kind", "spec") if key in found}).spec
 
 
-def _from_profile(snapshot: Snapshot, spec: SereDeploymentSpec, name: str, found: Object) -> Wanted:
-    mode = spec.routing.mode
-    try:
-        profile = _parse(found)
-    except ProfileError as error:
-        return _exact(mode, Reason.PROFILE_MISSING, f"profile {name} cannot be read: {error}", blocked=True)
-    pinned = spec.routing.profile_ref.digest if spec.routing.profile_ref else None
-    if pinned is not None and pinned != profile.digest:
-        message = f"profile {name} has digest {profile.digest}, spec.routing.profileRef asks for {pinned}"
-        return _exact(mode, Reason.PROFILE_MISSING, message, blocked=True)
-    stale = stale_reason(snapshot, profile.key)
-    rolling = replacing(snapshot)
-    if stale is not None and rolling is not None:
-        message = f"{stale}, but pods are being replaced ({rolling}); the policy in force stays until they are"
-        return Wanted(PolicyEntry(EXACT_POLICY), EXACT, mode, name, profile, Reason.POLICY_PENDING, message, blocked=True)
-    if stale is not None:
-        message = f"{stale}; serving exact routing until the next tuning"
-        return Wanted(PolicyEntry(EXACT_POLICY), EXACT, mode, name, profile, Reason.POLICY_STALE, message)
-    entry = PolicyEntry(profile.policy, key=profile.key)
-    chosen = Wanted(entry, profile.policy.digest, mode, name, profile)
-    return _with_similarity(snapshot, spec, chosen, profile.similarity.uri if profile.similarity else None)
-
-
-def stale_reason(snapshot: Snapshot, key: ProfileKey) -> str | None:
-    """The first difference between what a profile was measured on and what some pod says it runs."""
+def misfits(snapshot: Snapshot, key: ProfileKey) -> dict[str, str]:
+    """Pods that say that they are not what a profile was measured on, by name, with the first difference."""
+    found = {}
     for pod in snapshot.live_pods:
-        reason = key.mismatch(pod.state.key) if pod.state is not None else None
+        running = pod.key
+        reason = key.mismatch(running) if running is not None else None
         if reason is not None:
-            return reason
-    return None
+            found[pod.name] = reason
+    return found
 
 
-def _with_similarity(snapshot: Snapshot, spec: SereDeploymentSpec, chosen: Wanted, uri: str | None) -> Wanted:
+def suited(snapshot: Snapshot, chosen: Wanted) -> list[PodView]:
+    """Pods, not on their way out, that the wanted policy was made for as far as they say what they are."""
+    return [pod for pod in snapshot.live_pods if pod.name not in chosen.misfits]
+
+
+def all_misfit(snapshot: Snapshot, key: ProfileKey) -> bool:
+    """Whether there are pods that tell what they are, and the profile was made for none of them."""
+    return _all_misfit(snapshot, misfits(snapshot, key))
+
+
+def _all_misfit(snapshot: Snapshot, found: dict[str, str]) -> bool:
+    return bool(found) and all(pod.name in found for pod in snapshot.live_pods if pod.key is not None)
+
+
+def _told(found: dict[str, str]) -> str:
+    """The first misfit in words: `profile was made for engine 0.31.0, this pod runs 0.32.0 (pod m-1, and 2 more)`."""
+    (name, reason), more = min(found.items()), len(found) - 1
+    return f"{reason} (pod {name}{f', and {more} more' if more else ''})"
+
+
+def _with_similarity(snapshot: Snapshot, chosen: Wanted, uri: str | None) -> Wanted:
     policy = chosen.entry.policy
     if not policy.needs_similarity():
         return chosen
@@ -187,21 +310,7 @@ def _with_similarity(snapshot: Snapshot, spec: SereDeploymentSpec, chosen: Wante
     # The plug-in finds the artefact by the digest in the policy, so a policy that names none gets this one.
     policy = policy.model_copy(update={"similarity_digest": found.digest})
     entry = PolicyEntry(policy, chosen.entry.key, (found.digest, found.shards))
-    return Wanted(entry, policy.digest, chosen.source, chosen.profile_name, chosen.profile)
-
-
-def blocked(chosen: Wanted, message: str) -> Wanted:
-    """The same, but not to be rolled out as things are."""
-    return Wanted(
-        chosen.entry,
-        chosen.digest,
-        chosen.source,
-        chosen.profile_name,
-        chosen.profile,
-        Reason.INVALID_SPEC,
-        message,
-        blocked=True,
-    )
+    return replace(chosen, entry=entry, digest=policy.digest)
 
 
 def similarity_uris(snapshot_profiles: dict[str, Object], spec: SereDeploymentSpec) -> list[str]:

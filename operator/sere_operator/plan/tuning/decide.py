@@ -12,10 +12,10 @@ from sere_operator.plan import status
 from sere_operator.plan.objects import children, drift
 from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.patch import merge_patch, without_none
-from sere_operator.plan.rollout.step import stamp
 from sere_operator.plan.snapshot import Event, Object, Plan, TuningSnapshot
+from sere_operator.plan.times import stamp
 from sere_operator.plan.tuning.objects import build, result_name, result_names, run_name
-from sere_operator.plan.tuning.result import Result, read_result
+from sere_operator.plan.tuning.result import Result, read_result, suspended_by_us
 
 _FEASIBLE = {"Chosen": True, "Infeasible": False}
 POLL_S = 60.0
@@ -48,9 +48,9 @@ def decide_tuning(snapshot: TuningSnapshot, defaults: Defaults) -> Plan:
         _report(snapshot, spec, waiting, plan)
         plan.requeue_after = COLLECTED_POLL_S
         return plan
-    for body in bodies:
-        _keep(plan, drift.stamped(body), snapshot.child(body["kind"], body["metadata"]["name"]))
     result = read_result(snapshot, spec)
+    for body in bodies if result.outcome is None else ():
+        _keep(plan, drift.stamped(body), snapshot.child(body["kind"], body["metadata"]["name"]))
     for body in result.objects:
         if snapshot.child(body["kind"], body["metadata"]["name"]) is None:
             plan.apply.append(body)
@@ -80,7 +80,11 @@ def _of_an_earlier_run(snapshot: TuningSnapshot, live: Object) -> bool:
 
 
 def _keep(plan: Plan, body: Object, live: Object | None) -> None:
-    """Apply what is missing or changed. A Job's template is immutable, so of a live Job only `suspend` is set."""
+    """Apply what is missing or changed. A Job's template is immutable, so of a live Job only `suspend` is set.
+
+    A Job that a queue has suspended (such as Kueue) stays so until the queue lets it go: only what we suspended, which an
+    annotation of ours tells, is resumed.
+    """
     if live is None or body["kind"] != "Job":
         if drift.drift(body, live) is not None:
             plan.apply.append(body)
@@ -88,8 +92,12 @@ def _keep(plan: Plan, body: Object, live: Object | None) -> None:
     finished = any(
         c.get("status") == "True" for c in (live.get("status") or {}).get("conditions") or [] if c["type"] != "Suspended"
     )
-    if not finished and bool(live["spec"].get("suspend")) != bool(body["spec"]["suspend"]):
-        plan.replace.append({**live, "spec": {**live["spec"], "suspend": body["spec"]["suspend"]}})
+    wanted, mine = bool(body["spec"]["suspend"]), suspended_by_us(live)
+    if finished or wanted == (bool(live["spec"].get("suspend")) if wanted else mine):
+        return
+    annotations = {**(live["metadata"].get("annotations") or {}), meta.SUSPENDED_ANNOTATION: str(wanted).lower()}
+    resumed = {**live, "metadata": {**live["metadata"], "annotations": annotations}}
+    plan.replace.append({**resumed, "spec": {**live["spec"], "suspend": wanted}})
 
 
 def _report(snapshot: TuningSnapshot, spec: SereTuningJobSpec, result: Result, plan: Plan) -> None:

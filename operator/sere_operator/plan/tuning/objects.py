@@ -18,6 +18,7 @@ from sere_operator.api import meta
 from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan.objects import children, pods
 from sere_operator.plan.objects.children import Defaults
+from sere_operator.plan.objects.merging import with_template
 from sere_operator.plan.snapshot import Object, TuningSnapshot
 
 TUNING_DIR = "/etc/sere-tuning"
@@ -121,7 +122,7 @@ def build(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaults)
         {
             "apiVersion": "batch/v1",
             "kind": "Job",
-            "metadata": {"name": run, **metadata},
+            "metadata": {"name": run, **metadata, "annotations": {meta.SUSPENDED_ANNOTATION: str(spec.suspend).lower()}},
             "spec": job_spec(snapshot, spec, defaults, storage),
         },
     ]
@@ -166,17 +167,20 @@ def job_spec(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaul
         "backoffLimit": 0 if kept is None else RETRIES,
         "suspend": spec.suspend,
         "podFailurePolicy": {"rules": rules},
-        "template": {
-            "metadata": {"labels": labels(snapshot, spec)},
-            "spec": {
-                "restartPolicy": "Never",
-                "serviceAccountName": run_name(snapshot.name),
-                "enableServiceLinks": False,
-                "securityContext": pods.POD_SECURITY,
-                "terminationGracePeriodSeconds": 60,
-                **pods.scheduling(spec.node_selector, spec.tolerations, spec.runtime_class_name),
-                "containers": [container],
-                "volumes": storage.volumes,
+        "template": with_template(
+            {
+                "metadata": {"labels": labels(snapshot, spec)},
+                "spec": {
+                    "restartPolicy": "Never",
+                    "serviceAccountName": run_name(snapshot.name),
+                    "enableServiceLinks": False,
+                    "securityContext": pods.POD_SECURITY,
+                    "terminationGracePeriodSeconds": 60,
+                    **pods.scheduling(spec.node_selector, spec.tolerations, spec.runtime_class_name),
+                    "containers": [container],
+                    "volumes": storage.volumes,
+                },
             },
-        },
+            spec.tuning.pod_template,
+        ),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from sere_ext.contract.config_maps import config_maps, uri
@@ -17,11 +18,13 @@ from sere_operator.api import meta
 from sere_operator.api.conditions import Reason
 from sere_operator.api.profile import profile_name
 from sere_operator.api.tuning import MAX_CANDIDATES, SereTuningJobSpec
+from sere_operator.plan.chain import first
+from sere_operator.plan.objects.trouble import trouble
 from sere_operator.plan.snapshot import Object, TuningSnapshot
+from sere_operator.plan.times import seconds
 from sere_operator.plan.tuning.objects import labels, run_name
 
 ENDED = "ended"
-_ON_ITS_WAY = ("ContainerCreating", "PodInitializing")  # what a container waits for that nothing is wrong with
 
 
 @dataclass(frozen=True)
@@ -43,51 +46,147 @@ class Result:
     profile: str | None = None
 
 
-def read_result(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> Result:
-    """The checklist, in order.
+@dataclass(frozen=True)
+class Run:
+    """A SereTuningJob as it was read, and what its tuner wrote."""
 
-    1. outcome.json says Chosen     its profile and artefact are checked; a bad one is Failed, never used
-    2. outcome.json says otherwise  that, with the tuner's own message
-    3. the Job failed               Failed, with the container's last words
-    4. the pod cannot be scheduled, or its image not be had: TuningBlocked
-    5. otherwise                    suspended, pending or running
-    """
-    data = (snapshot.result or {}).get("data") or {}
-    progress = _json(data.get("progress.json"))
-    outcome = _json(data.get("outcome.json"))
-    trials = _counts(outcome.get("trials") or progress.get("trials"))
-    told = _told(outcome)
-    said = str(outcome.get("outcome") or "")
-    message = str(outcome.get("message") or "")[:1000]
-    if said == "Chosen":
-        try:
-            objects, name = chosen_objects(snapshot, spec)
-        except SereError as error:
-            return Result("Failed", Reason.FAILED, f"the tuner's result was refused: {error}", trials, told=told)
-        return Result("Chosen", Reason.CHOSEN, message or "a policy was chosen", trials, ENDED, told, tuple(objects), name)
-    if said:
-        reason = next((r for r in Reason if r.value == said), Reason.FAILED)
-        return Result(reason.value, reason, message or said, trials, told=told)
-    job = snapshot.child("Job", run_name(snapshot.name)) or {}
-    conditions = {c["type"]: c for c in (job.get("status") or {}).get("conditions") or [] if c.get("status") == "True"}
-    if "Failed" in conditions or "Complete" in conditions:
-        words = _last_words(snapshot) or str(conditions.get("Failed", {}).get("message") or "the tuner ended without a result")
-        lost = "" if spec.tuning.storage else "; with tuning.storage a run outlives its pod"
-        return Result("Failed", Reason.FAILED, words[: 1000 - len(lost)] + lost, trials)
-    if spec.suspend:
-        return Result(None, Reason.SUSPENDED, "spec.suspend is true", trials, "suspended")
-    blocked = _blocked(snapshot)
-    if blocked is not None:
-        stage, message = blocked
-        return Result(None, Reason.TUNING_BLOCKED, f"{message}; serving goes on", trials, stage)
-    if progress:
-        return Result(
-            None, Reason.RUNNING, str(progress.get("now") or "running"), trials, str(progress.get("stage") or "running")
-        )
-    running = any((pod.get("status") or {}).get("phase") == "Running" for pod in snapshot.pods)
-    if running:
-        return Result(None, Reason.RUNNING, "the tuner is starting its engine", trials, "starting")
-    return Result(None, Reason.PENDING, "the tuning pod has not begun", trials, "waiting for its pod")
+    snapshot: TuningSnapshot
+    spec: SereTuningJobSpec
+
+    @cached_property
+    def progress(self) -> Object:
+        return _json(((self.snapshot.result or {}).get("data") or {}).get("progress.json"))
+
+    @cached_property
+    def answer(self) -> Object:
+        """outcome.json; empty while there is none."""
+        return _json(((self.snapshot.result or {}).get("data") or {}).get("outcome.json"))
+
+    @property
+    def trials(self) -> Object:
+        return _counts(self.answer.get("trials") or self.progress.get("trials"))
+
+    @property
+    def outcome(self) -> str:
+        return str(self.answer.get("outcome") or "")
+
+    @property
+    def message(self) -> str:
+        return str(self.answer.get("message") or "")[:1000]
+
+    @property
+    def job(self) -> Object | None:
+        return self.snapshot.child("Job", run_name(self.snapshot.name))
+
+    @property
+    def spent(self) -> Object:
+        """Device-hours of a run that did not tell them itself: at most the time since its pod began, on all its devices."""
+        began = ((self.job or {}).get("status") or {}).get("startTime") or self.snapshot.status.get("startTime")
+        hours = (self.snapshot.now - seconds(began)) / 3600 * self.spec.engine.tensor_parallel_size if began else 0.0
+        return {"deviceHours": f"{hours:.2f}"} if began else {}
+
+    def going_on(self, reason: Reason, message: str, stage: str) -> Result:
+        return Result(None, reason, message, self.trials, stage)
+
+
+def read_result(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> Result:
+    """How the run stands: the answer of the first of `CHECKS` that has one."""
+    result = first(CHECKS, Run(snapshot, spec))
+    assert result is not None, "not_begun always answers"
+    return result
+
+
+def a_policy_was_chosen(run: Run) -> Result | None:
+    """outcome.json says Chosen: its profile and artefact are checked; a bad one is Failed, never used."""
+    if run.outcome != "Chosen":
+        return None
+    told = _told(run.answer)
+    try:
+        objects, name = chosen_objects(run.snapshot, run.spec)
+    except SereError as error:
+        return Result("Failed", Reason.FAILED, f"the tuner's result was refused: {error}", run.trials, told=told)
+    words = run.message or "a policy was chosen"
+    return Result("Chosen", Reason.CHOSEN, words, run.trials, ENDED, told, tuple(objects), name)
+
+
+def another_answer(run: Run) -> Result | None:
+    """outcome.json says something else: that, with the tuner's own message."""
+    if not run.outcome:
+        return None
+    reason = next((r for r in Reason if r.value == run.outcome), Reason.FAILED)
+    return Result(reason.value, reason, run.message or run.outcome, run.trials, told=_told(run.answer))
+
+
+def job_was_deleted(run: Run) -> Result | None:
+    """The Job had begun and is gone, and its study with it: another would spend the budget anew, so it is Failed."""
+    if run.job is not None or not run.snapshot.status.get("startTime") or run.spec.tuning.storage is not None:
+        return None
+    words = "the tuning Job was deleted before it had ended, and its study with it; with tuning.storage a run outlives its Job"
+    return Result("Failed", Reason.FAILED, words, run.trials, told=run.spent)
+
+
+def job_has_ended(run: Run) -> Result | None:
+    """The Job ended without an answer: Failed, with the container's last words."""
+    conditions = {
+        c["type"]: c for c in ((run.job or {}).get("status") or {}).get("conditions") or [] if c.get("status") == "True"
+    }
+    if "Failed" not in conditions and "Complete" not in conditions:
+        return None
+    told = str(conditions.get("Failed", {}).get("message") or "the tuner ended without a result")
+    words = _last_words(run.snapshot) or told
+    lost = "" if run.spec.tuning.storage else "; with tuning.storage a run outlives its pod"
+    return Result("Failed", Reason.FAILED, words[: 1000 - len(lost)] + lost, run.trials, told=run.spent)
+
+
+def is_suspended(run: Run) -> Result | None:
+    """By its own spec, or by a queue that has not admitted the Job yet."""
+    if run.spec.suspend:
+        return run.going_on(Reason.SUSPENDED, "spec.suspend is true", "suspended")
+    if run.job is None or not run.job["spec"].get("suspend") or suspended_by_us(run.job):
+        return None
+    words = f"Job {run_name(run.snapshot.name)} was suspended by somebody else, such as a queue that has no room yet"
+    return run.going_on(Reason.SUSPENDED, f"{words}; it goes on once spec.suspend of the Job is false", "queued")
+
+
+def suspended_by_us(job: Object) -> bool:
+    """Whether it was the operator that suspended this Job."""
+    return (job["metadata"].get("annotations") or {}).get(meta.SUSPENDED_ANNOTATION) == "true"
+
+
+def cannot_begin(run: Run) -> Result | None:
+    """The pod cannot be scheduled, or cannot start."""
+    blocked = _blocked(run.snapshot)
+    if blocked is None:
+        return None
+    stage, message = blocked
+    return run.going_on(Reason.TUNING_BLOCKED, f"{message}; serving goes on", stage)
+
+
+def is_running(run: Run) -> Result | None:
+    """The tuner tells its progress, or its pod runs."""
+    if run.progress:
+        now, stage = str(run.progress.get("now") or "running"), str(run.progress.get("stage") or "running")
+        return run.going_on(Reason.RUNNING, now, stage)
+    if any((pod.get("status") or {}).get("phase") == "Running" for pod in run.snapshot.pods):
+        return run.going_on(Reason.RUNNING, "the tuner is starting its engine", "starting")
+    return None
+
+
+def not_begun(run: Run) -> Result | None:
+    """There is no pod that runs yet."""
+    return run.going_on(Reason.PENDING, "the tuning pod has not begun", "waiting for its pod")
+
+
+CHECKS = (
+    a_policy_was_chosen,
+    another_answer,
+    job_was_deleted,
+    job_has_ended,
+    is_suspended,
+    cannot_begin,
+    is_running,
+    not_begun,
+)
 
 
 def chosen_objects(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> tuple[list[Object], str]:
@@ -182,18 +281,13 @@ def _last_words(snapshot: TuningSnapshot) -> str | None:
 def _blocked(snapshot: TuningSnapshot) -> tuple[str, str] | None:
     """Why a pod that has not begun does not: (stage, message in the scheduler's or the kubelet's words)."""
     for pod in snapshot.pods:
-        status = pod.get("status") or {}
-        if status.get("phase", "Pending") != "Pending" or pod["metadata"].get("deletionTimestamp"):
+        if (pod.get("status") or {}).get("phase", "Pending") != "Pending":
             continue
-        for condition in status.get("conditions") or []:
-            if condition["type"] == "PodScheduled" and condition["status"] == "False":
-                text = str(condition.get("message", "no node fits"))
-                cause = "InsufficientGPU: " if "gpu" in text.lower() else ""
-                return "waiting for a node", f"{cause}the tuning pod cannot be scheduled: {text[:800]}"
-        for container in (*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])):
-            waiting = (container.get("state") or {}).get("waiting") or {}
-            reason = str(waiting.get("reason") or "")
-            if reason and reason not in _ON_ITS_WAY:
-                text = " ".join(str(waiting.get("message") or container.get("image") or "").split())
-                return f"waiting: {reason}", f"{reason}: the tuning pod cannot start: {text[:800]}"
+        found = trouble(pod)
+        if found is None:
+            continue
+        if found.reason == "Unschedulable":
+            cause = "InsufficientGPU: " if found.message.startswith("InsufficientGPU: ") else ""
+            return "waiting for a node", f"{cause}the tuning pod cannot be scheduled: {found.message.removeprefix(cause)}"
+        return f"waiting: {found.reason}", f"{found.reason}: the tuning pod cannot start: {found.message}"
     return None

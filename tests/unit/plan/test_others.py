@@ -1,0 +1,127 @@
+"""What other people and controllers do to our objects: put back, left, taken back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from plan_world import DIGEST, POLICY, World, profile_body
+from sere_operator.plan.decide import decide
+from sere_operator.plan.objects.children import Defaults
+from sere_operator.plan.objects.contested import PUT_BACK
+
+IMAGE = "spec.template.spec.containers[engine].image"
+
+
+def settled(replicas: int = 2, **spec: Any) -> World:
+    world = World(replicas, **spec)
+    world.settle()
+    world.events.clear()
+    return world
+
+
+class Webhook(World):
+    """Every Deployment that is written gets another registry and a proxy variable."""
+
+    def _apply(self, body: dict[str, Any]) -> None:
+        body = copy.deepcopy(body)
+        if body["kind"] == "Deployment":
+            (engine,) = body["spec"]["template"]["spec"]["containers"]
+            engine["image"] = f"mirror.example/{engine['image'].removeprefix('mirror.example/')}"
+            if all(variable["name"] != "HTTP_PROXY" for variable in engine["env"]):
+                engine["env"].append({"name": "HTTP_PROXY", "value": "x"})
+        super()._apply(body)
+
+
+def test_what_a_webhook_rewrites_is_left_after_the_second_time_and_named_once() -> None:
+    world = Webhook(2)
+    written = 0
+    for _ in range(60):
+        plan = world.step()
+        written += sum(body["kind"] == "Deployment" for body in (*plan.apply, *plan.replace))
+        world.tick()
+    assert written <= 1 + 2 * PUT_BACK
+    assert world.events.count("FieldLeft") == 2, "the image and the variable, once each"
+    assert world.condition("Ready")["status"] == "True"
+    assert world.step().writes == 0, "a quiet minute writes nothing"
+    fields = {entry["field"]: entry["times"] for entry in world.status["contested"]}
+    assert fields == {IMAGE: 3, f"{IMAGE.removesuffix('.image')}.env[HTTP_PROXY]": 3}
+    world.tick(2 * 3600)
+    assert world.step().writes == 0, "what is still contested is not tried again and again"
+    world.edit(engine={"image": "own:2"})
+    world.step()
+    image = world.children["Deployment"]["spec"]["template"]["spec"]["containers"][0]["image"]
+    assert image == "mirror.example/own:2", "what the spec changes is written"
+
+
+def test_an_edit_now_and_then_is_put_back_each_time() -> None:
+    world = settled()
+    for _ in range(5):
+        world.children["Service"]["spec"]["type"] = "NodePort"
+        world.step()
+        assert world.children["Service"]["spec"]["type"] == "ClusterIP"
+        world.tick(2 * 3600)
+    assert "FieldLeft" not in world.events
+
+
+def test_the_policy_config_map_is_never_left_to_others() -> None:
+    world = settled()
+    for _ in range(6):
+        world.children["ConfigMap"]["data"]["stable"] = "sere-00000000"
+        world.step()
+        assert world.stable == "exact"
+        world.tick()
+    assert "contested" not in world.status
+
+
+def test_annotations_of_the_pod_template_are_anybodys() -> None:
+    """A restart that Reloader asks for is one rollout, not two."""
+    world = settled()
+    annotations = {"reloader.stakater.com/last-reloaded-from": "x", "kubectl.kubernetes.io/restartedAt": "now"}
+    world.children["Deployment"]["spec"]["template"]["metadata"]["annotations"] = annotations
+    plan = world.step()
+    assert (plan.apply, plan.replace) == ([], [])
+    world.settle()
+    assert world.children["Deployment"]["spec"]["template"]["metadata"]["annotations"] == annotations
+
+
+# ---- orphans -----------------------------------------------------------------------------------------------------
+
+
+def orphaned(world: World) -> None:
+    """kubectl delete --cascade=orphan, and applied again: the children stay without an owner, the uid is another."""
+    for child in world.children.values():
+        child["metadata"].pop("ownerReferences")
+        child["metadata"]["managedFields"] = [{"manager": "sere-operator", "operation": "Apply"}]
+    world.object["metadata"]["uid"] = "another"
+    world.object.pop("status")
+
+
+def test_children_that_were_orphaned_are_taken_back_and_no_pod_is_replaced() -> None:
+    world = World(2, routing={"mode": "Profile", "profileRef": {"name": "p"}})
+    world.profiles["p"] = profile_body(POLICY)
+    world.settle()
+    pods, template = [pod.uid for pod in world.pods], world.children["Deployment"]["spec"]["template"]
+    orphaned(world)
+    world.step()
+    assert {pod.digest for pod in world.pods} == {DIGEST}, "the policy in force is known from what the operator wrote"
+    world.settle()
+    assert world.condition("Ready")["status"] == "True"
+    assert all(child["metadata"]["ownerReferences"][0]["uid"] == "another" for child in world.children.values())
+    assert [pod.uid for pod in world.pods] == pods
+    assert world.children["Deployment"]["spec"]["template"] == template
+
+
+def test_what_we_did_not_make_is_no_orphan() -> None:
+    for change in (
+        {"managedFields": [{"manager": "kubectl", "operation": "Apply"}]},
+        {"labels": {}},
+        {"ownerReferences": [{"kind": "SereDeployment", "name": "other", "uid": "o", "controller": True}]},
+    ):
+        world = settled()
+        orphaned(world)
+        world.children["Service"]["metadata"].update(change)
+        plan = decide(world.observe(), Defaults())
+        assert plan.apply == []
+        assert plan.status is not None
+        assert "Service m exists and is not ours" in plan.status["conditions"][0]["message"]
