@@ -19,23 +19,24 @@ from sere_autotune.tuning.spec import TuningSpec
 
 
 class Origin(StrEnum):
-    """Of an artefact."""
+    """Where an artefact comes from."""
 
-    UNUSED = "unused"  # nothing that is tried looks for alike experts
+    UNUSED = "unused"  # no kind of routing that is tried compares experts
     GIVEN = "given"
-    EARLIER = "earlier"  # this folder's, of the same model
-    CALIBRATED = "calibrated"  # before the engine starts
+    EARLIER = "earlier"  # made in this folder by an earlier run of the same model
+    CALIBRATED = "calibrated"  # made by this run before its engine starts
 
 
 @dataclass(frozen=True)
 class Source:
-    """What `--dry-run` says of it and `provide` does."""
+    """The similarity artefact of a run: `--dry-run` describes it, `provide` makes it."""
 
     origin: Origin
-    path: Path | None = None  # of the artefact, which is not there yet if it is to be calibrated
-    data: str | None = None  # JSONL to calibrate on; None: the search items
+    path: Path | None = None  # of the artefact; the file does not exist yet where it is to be calibrated
+    data: str | None = None  # file to calibrate on; None: the search items
 
     def describe(self, search_items: int) -> str:
+        """The artefact in words for the dry run, with the number of items that the search may see."""
         if self.origin is Origin.UNUSED:
             return "not needed by what is tried"
         if self.origin is Origin.GIVEN:
@@ -46,6 +47,7 @@ class Source:
         return f"none given; calibrated first, on {texts}; the time for it is not in the estimate below"
 
     def to_dict(self) -> dict[str, str | None]:
+        """The artefact as `--dry-run --json` has it."""
         data = (self.data or "search items") if self.origin is Origin.CALIBRATED else None
         return {"origin": self.origin.value, "path": str(self.path) if self.path else None, "calibratedOn": data}
 
@@ -72,7 +74,7 @@ def provide(source: Source, spec: TuningSpec, items: Sequence[Item]) -> Path | N
     """The artefact, calibrated now if it has to be; None where none is needed.
 
     Args:
-        items: the search items; never the held-out ones, which nothing may see before certification.
+        items: the search items; never the items for certification, which nothing may see before.
 
     Raises:
         UsageError: calibration failed.
@@ -105,14 +107,14 @@ def _calibration_row(item: Item) -> dict[str, object]:
 
 
 def make_publishable(path: Path, origin: Origin, limit_bytes: int, settled: str | None = None) -> None:
-    """Pack an artefact of this run's own, before it is measured: the packed one has a digest of its own.
+    """Pack an artefact that this run made, before anything is measured with it, since packing changes its digest.
 
     Args:
-        limit_bytes: what the published result has room for.
-        settled: digest of the artefact that trials were measured with or that a given policy names; it stays as it is.
+        limit_bytes: largest artefact that the published result can hold.
+        settled: digest of an artefact that must not change, since trials were measured with it or a given policy names it.
 
     Raises:
-        UsageError: it is larger all the same; said before an engine is started for it.
+        UsageError: the packed artefact is larger all the same. No engine has been started yet.
     """
     from sere_ext.similarity.file import packed_meta, read_similarity, write_similarity
 
@@ -133,10 +135,10 @@ def checked_digest(path: Path, measured: str | None, out: Path) -> str:
     """The digest of the artefact at `path`.
 
     Args:
-        measured: digest of the one that the study in `out` was measured with, None where nothing was yet.
+        measured: digest of the artefact that the study in `out` was measured with, None before its first trial.
 
     Raises:
-        UsageError: the two differ, so a certificate would speak of another artefact than the one that is published.
+        UsageError: the two differ, so that the certificate would be about another artefact than the published one.
     """
     digest = read_meta(path).digest
     if measured not in (None, digest):

@@ -24,7 +24,7 @@ _INDENT = 11  # characters of the words before each line
 
 @dataclass(frozen=True)
 class Need:
-    """Items that certify the limit at one discordance."""
+    """How many items certify the limit, if exact routing and the policy differ on a given share of them (`discordance`)."""
 
     discordance: float
     true_zero: int | None
@@ -83,7 +83,8 @@ def make_plan(
     """Judge whether the limit can certify, and estimate the time.
 
     Args:
-        items: distinct labelled items; cert_items of them are held out.
+        items: distinct labelled items.
+        cert_items: how many of them are kept for certification.
         noise: discordant share of exact against exact, from an earlier study; None if never measured.
         openings: earlier studies that opened the most opened one of the held-out items.
         pace: of an earlier study on this model, None before the first.
@@ -154,7 +155,7 @@ def _notes(spec: TuningSpec, search_items: int, pace: Pace | None) -> list[str]:
 
 
 def search_seconds(spec: TuningSpec, pace: Pace | None) -> float:
-    """Of all trials at all load levels, in seconds."""
+    """Estimated time of all search trials at all load levels, in seconds."""
     trial = spec.search.trial_seconds
     if pace and pace.rate_per_s:
         trial = min(trial, spec.search.items_per_trial / pace.rate_per_s + WARMUP_RESIDENCES * pace.residence_s)
@@ -162,7 +163,7 @@ def search_seconds(spec: TuningSpec, pace: Pace | None) -> float:
 
 
 def candidate_seconds(spec: TuningSpec, pace: Pace | None, levels: int) -> float:
-    """Of certifying one candidate: all pairs of blocks, in which exact routing takes a third longer on the same items."""
+    """Estimated time of certifying one candidate, in seconds: all pairs of blocks, of which exact routing takes a third longer."""
     residence = pace.residence_s if pace else 0.0
     block = max(spec.certify.block_seconds, spec.certify.block_residences * residence)
     return spec.certify.pairs * levels * (2.33 * block + 2 * (WARMUP_RESIDENCES * residence + SWITCH_S))
@@ -188,7 +189,7 @@ def fitted(text: str, width: int) -> str:
 
 
 def describe(plan: Plan, spec: TuningSpec) -> str:
-    """What a run will cost and whether it can succeed, one line for each thing that is said."""
+    """What a run will cost and whether it can succeed, one line for each finding."""
     lines = [
         f"Accuracy   limit {plan.limit * 100:g} point{'s' if plan.limit != 0.01 else ''} at {percent(plan.confidence)}; "
         f"{plan.items:,} items, {plan.cert_items:,} of them kept for certification"

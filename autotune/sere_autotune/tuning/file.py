@@ -1,4 +1,4 @@
-"""tuning.yaml: read, with flags laid over it, and written out whole."""
+"""tuning.yaml: reading it, laying flags over it, and writing it out with every default."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def load_spec(path: str | Path | None, overrides: dict[tuple[str, ...], Any] | N
 
 
 def yaml_problem(error: yaml.YAMLError) -> str:
-    """`line 3, column 5: mapping values are not allowed here`: pyyaml's own text has five lines."""
+    """A YAML error on one line, where pyyaml's own text has five: `line 3, column 5: mapping values are not allowed here`."""
     mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error).splitlines()[0]
     return f"line {mark.line + 1}, column {mark.column + 1}: {what}" if mark else str(what)
 
 
-# A flag of one of these replaces what the file says of its rivals, instead of clashing with it.
+# A flag of one of these fields removes what the file says of the fields after it, which exclude it, instead of clashing.
 _RIVALS: dict[tuple[str, ...], list[tuple[str, ...]]] = {
     ("similarity",): [("calibrate",)],
     ("calibrate", "data"): [("similarity",)],

@@ -32,18 +32,18 @@ from sere_autotune.tuning.file import yaml_problem
 from sere_autotune.tuning.spec import TuningSpec
 
 REQUIRED = "required"
-_SHOWN_UP_TO = 100_000  # bounds above this only keep out slips of the pen; help leaves them out
+_SHOWN_UP_TO = 100_000  # bounds above this only keep out typing errors; help leaves them out
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One option: where it stands in the file, and what there is to know about it."""
+    """One option: its place in the file, and what its help says."""
 
     path: tuple[str, ...]
     type: str  # as help shows it: `<int>`, `model|tpe|random`
     description: str
     bounds: str  # `x>=1`, or nothing
-    default: str  # in words where the file has none; REQUIRED where it must be given
+    default: str  # words where the model has no value; REQUIRED where one must be given
 
     @property
     def flag(self) -> str:
@@ -51,7 +51,7 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        """Of the command's parameter."""
+        """Name of the command's parameter."""
         return "_".join(self.path).lower()
 
     @property
@@ -61,15 +61,20 @@ class Leaf:
 
 
 def leaves() -> list[Leaf]:
-    """Every option of the tuning file, sections descended into, lists taken whole."""
+    """Every option of the tuning file. Sections are split into their fields; a list is one option."""
     return list(_leaves(TuningSpec, (), "", None))
 
 
-def _leaves(model: type[BaseModel], path: tuple[str, ...], said: str, defaults: BaseModel | None) -> Iterator[Leaf]:
-    """`said` is what the section's own description says; `defaults` what the section is where it is left out."""
+def _leaves(model: type[BaseModel], path: tuple[str, ...], section_text: str, defaults: BaseModel | None) -> Iterator[Leaf]:
+    """The options of one section.
+
+    Args:
+        section_text: the description of the section itself.
+        defaults: the section's value where the file leaves it out; None: it has none.
+    """
     for name, field in model.model_fields.items():
         here = (*path, field.alias or name)
-        description = ", ".join(part for part in (said, field.description) if part)
+        description = ", ".join(part for part in (section_text, field.description) if part)
         default = getattr(defaults, name) if defaults is not None else None if field.is_required() else field.default
         options = typing.get_args(field.annotation) if _is_union(field.annotation) else (field.annotation,)
         section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
@@ -92,7 +97,7 @@ def _type(options: tuple[Any, ...]) -> str:
 
 
 def _bounds(field: FieldInfo) -> str:
-    """As typer writes them: `x>=1`, `0.5<x<1`."""
+    """A field's bounds as typer writes them: `x>=1`, `0.5<x<1`."""
     low = high = ""
     for limit in field.metadata:
         for name, mark in (("ge", "<="), ("gt", "<"), ("le", "<="), ("lt", "<")):
@@ -119,7 +124,7 @@ def _default(field: FieldInfo, default: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as the YAML of a flag."""
+    """A value as one writes it after a flag, in YAML."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
@@ -151,7 +156,7 @@ class LeavesCommand(TyperCommand):
 
 
 def with_leaves(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option per leaf of the tuning file instead of its `**options`. LeavesCommand shows them."""
+    """A command with one option for each leaf of the tuning file in place of its `**options`; LeavesCommand shows their help."""
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     hints = typing.get_type_hints(command, include_extras=True)
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -170,7 +175,7 @@ def with_leaves(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def overrides(options: dict[str, str | None]) -> dict[tuple[str, ...], Any]:
-    """Values of the given options, read as YAML (so that lists and numbers work), by path.
+    """The values of the options that were given, by place in the file, read as YAML so that lists and numbers work.
 
     Raises:
         UsageError: a value is not YAML.

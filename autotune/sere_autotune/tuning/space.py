@@ -1,11 +1,12 @@
-"""The search space: per batch-size bucket a kind, S and rho, and minShare where it is searched. Pure.
+"""The search space: for each range of batch sizes a kind of routing, S and rho, and minShare where it is searched. Pure.
 
 Optuna sees one flat space of fixed shape (`b0.kind`, `b0.S`, `b0.rho`, `b1.kind`, ...), so that every sampler can
-work on it; rho is ignored where the kind has none, minShare at S = 1, where a token keeps its largest weight anyway.
+work on it. Values that a kind does not use are ignored: rho of kinds without similarity, and minShare at S = 1, where a token
+keeps its one expert anyway.
 
-S moves in quarters: 2.25 is S = 3 in the first quarter of the MoE layers and S = 2 in the rest. What is lost in an early
-layer is carried through all later ones, and between S and S + 1 lies most of what a budget of a point can buy. That
-the early layers are the ones to spare is a guess; whether a table keeps the budget is measured and certified like any.
+S moves in quarters: 2.25 means S = 3 in the first quarter of the MoE layers and S = 2 in the rest. An error of an early layer
+is carried through all later layers, and most of what one point of accuracy can buy lies between S and S + 1. That the early
+layers deserve the larger S is a guess; every table is measured and certified, whatever guess it comes from.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sere_autotune.tuning.spec import BucketEdges
 
 RHO_STEP = 0.05
 RHO_MAX = 0.95
-S_STEPS = 4  # between S and S + 1
+S_STEPS = 4  # steps of the search between S and S + 1
 
 # arXiv 2602.07616's evaluation configurations and the settings of its README.
 PAPER_SETTINGS = ((2, 0.1), (2, 0.0), (1, 0.1))
@@ -31,12 +32,12 @@ PAPER_SETTINGS = ((2, 0.1), (2, 0.0), (1, 0.1))
 
 @dataclass(frozen=True)
 class Choice:
-    """What one bucket does."""
+    """The routing of one range of batch sizes."""
 
     kind: Kind
-    S: float = 1  # whole, or between two whole numbers by layers
+    S: float = 1  # top experts kept; a fraction is split over the layers
     rho: float = 0.0
-    share: float = 0.0  # minShare: of its top S a token keeps those with this share of its largest weight
+    share: float = 0.0  # minShare: least share of the largest weight that an expert of the top S must have to be kept
 
 
 EXACT = Choice(Kind.EXACT)
@@ -44,7 +45,7 @@ Table = tuple[Choice, ...]  # one per bucket
 
 
 def auto_buckets(levels: Sequence[int], batches: Sequence[float]) -> tuple[BucketEdges, ...]:
-    """One bucket per load level: from half its batch to four times, neighbours meeting between their batches.
+    """One range of batch sizes for each load level: from half of its batch to four times it, with neighbours meeting in between.
 
     Args:
         levels: concurrencies; 0 stands for the open loop.
@@ -63,25 +64,25 @@ def auto_buckets(levels: Sequence[int], batches: Sequence[float]) -> tuple[Bucke
 
 @dataclass(frozen=True)
 class Space:
-    """All tables that may be tried."""
+    """All tables that a search may try."""
 
     edges: tuple[BucketEdges, ...]
     kinds: tuple[Kind, ...]
     top_k: int
     similarity_digest: str | None = None
-    layers: tuple[int, ...] = ()  # the model's numbers of its MoE layers; () searches whole S alone
-    shares: tuple[float, ...] = (0.0,)  # to be tried for minShare; 0 keeps all of the top S
+    layers: tuple[int, ...] = ()  # model layer numbers of the MoE layers; () searches whole numbers of S alone
+    shares: tuple[float, ...] = (0.0,)  # values of minShare to try; 0 keeps all of the top S
 
     def __post_init__(self) -> None:
         assert list(self.layers) == sorted(self.layers)
 
     @property
     def step(self) -> float:
-        """Of S: a quarter, or 1 where there are too few layers for quarters."""
+        """Step of S in the search: a quarter, or 1 where there are too few layers to split."""
         return 1 / S_STEPS if len(self.layers) >= S_STEPS else 1.0
 
     def choices(self) -> list[Choice]:
-        """Every choice of one bucket, exact first."""
+        """Every choice for one range of batch sizes, exact routing first."""
         found = [EXACT]
         rhos = [round(i * RHO_STEP, 2) for i in range(round(RHO_MAX / RHO_STEP) + 1)]
         for kind in self.kinds:
@@ -91,6 +92,7 @@ class Space:
         return found
 
     def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
+        """Optuna's parameters and their ranges."""
         names = [kind.value for kind in (Kind.EXACT, *self.kinds)]
         found: dict[str, optuna.distributions.BaseDistribution] = {}
         for index in range(len(self.edges)):
@@ -102,6 +104,7 @@ class Space:
         return found
 
     def params(self, table: Table) -> dict[str, Any]:
+        """A table as the values of Optuna's parameters."""
         found: dict[str, Any] = {}
         for index, choice in enumerate(table):
             found |= {f"b{index}.kind": choice.kind.value, f"b{index}.S": choice.S, f"b{index}.rho": choice.rho}
@@ -110,6 +113,7 @@ class Space:
         return found
 
     def table(self, params: dict[str, Any]) -> Table:
+        """The table that values of Optuna's parameters stand for."""
         found = []
         for index in range(len(self.edges)):
             kind, S = Kind(params[f"b{index}.kind"]), float(params[f"b{index}.S"])
@@ -119,6 +123,7 @@ class Space:
         return tuple(found)
 
     def policy(self, table: Table) -> Policy:
+        """The policy that an engine is given for a table."""
         needs = any(c.kind.needs_similarity for c in table)
         # Layers are cut where some bucket's S steps down; what follows the last cut is the policy's own table.
         cuts = sorted({self._spared(choice) for choice in table} - {0})
@@ -137,7 +142,7 @@ class Space:
         return 0 if choice.kind is Kind.EXACT else round((choice.S - int(choice.S)) * len(self.layers))
 
     def _buckets(self, table: Table, index: int) -> tuple[Bucket, ...]:
-        """The buckets that hold for the MoE layer at `index`."""
+        """The buckets of the MoE layer at a position in `layers`."""
         found = []
         for edge, c in zip(self.edges, table, strict=True):
             if c.kind is not Kind.EXACT:
@@ -148,10 +153,11 @@ class Space:
         return tuple(found)
 
     def exact(self) -> Table:
+        """Exact routing at every batch size."""
         return (EXACT,) * len(self.edges)
 
     def first_trials(self, trials: int) -> list[Table]:
-        """Exact routing, then the paper's settings: at most a third of the trials."""
+        """The tables of the first trials: exact routing, then the paper's settings, which are at most a third of all trials."""
         settings = [
             Choice(Kind.SERE, S, rho) if Kind.SERE in self.kinds else Choice(self.kinds[0], S)
             for S, rho in PAPER_SETTINGS

@@ -23,7 +23,7 @@ class Documented(StrEnum):
 
 
 class ConditionType(Documented):
-    """What is told about a resource."""
+    """Types of the conditions in a status."""
 
     AVAILABLE = "Available", "At least one pod answers requests."
     READY = (
@@ -111,9 +111,9 @@ ConditionDict = Annotated[
     WithJsonSchema(
         {
             "type": "object",
-            "description": "one thing told about the resource, for the generation it was judged at",
+            "description": "one statement about the resource, for the generation that was judged",
             "properties": {
-                "type": {**_STRING, "maxLength": 316, "description": "what is told"},
+                "type": {**_STRING, "maxLength": 316, "description": "of the condition"},
                 "status": {"type": "string", "enum": ["True", "False", "Unknown"], "description": "whether it holds"},
                 "reason": {**_STRING, "maxLength": 1024, "description": "why, as one word for programs"},
                 "message": {**_STRING, "description": "why, and what happens next, for people"},
@@ -128,7 +128,7 @@ Conditions = Annotated[
     tuple[ConditionDict, ...],
     Field(
         max_length=16,
-        description="what is told about it, one entry per type",
+        description="what holds of the resource, one entry for each type",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     ),
 ]
@@ -167,7 +167,7 @@ def set_condition(
 
     - It is not there yet: added at the end, `lastTransitionTime` is `now`.
     - It is there with the same status: reason, message and observedGeneration are replaced,
-      `lastTransitionTime` stays, so that it tells since when the status has held.
+      `lastTransitionTime` stays, so that it names the time of the last change of the status.
     - It is there with another status: all is replaced, `lastTransitionTime` becomes `now`.
 
     Args:

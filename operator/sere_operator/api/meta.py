@@ -66,7 +66,7 @@ def fit_name(name: str, limit: int = MAX_NAME) -> str:
 def child_name(parent: str, suffix: str, limit: int = MAX_NAME) -> str:
     """Name of a child object, `<parent>-<suffix>`, with the parent shortened where the whole is too long.
 
-    The suffix is always kept whole, so that children of one parent stay apart and can be told by eye.
+    The suffix is always kept whole, so that children of one parent have different names that people recognise.
     """
     whole = f"{parent}-{suffix}"
     return whole if len(whole) <= limit else f"{fit_name(parent, limit - len(suffix) - 1)}-{suffix}"

@@ -35,33 +35,33 @@ ANNOTATIONS = (
 
 def reference() -> str:
     """The whole page."""
-    told: set[str] = set()  # parts of a spec that stand under a resource before
-    parts = [INTRODUCTION, *(_resource(definition, told) for definition in DEFINITIONS)]
+    described: set[str] = set()  # parts of a spec that stand under a resource before
+    parts = [INTRODUCTION, *(_resource(definition, described) for definition in DEFINITIONS)]
     parts += [_documented("Conditions", ConditionType), _documented("Reasons", Reason)]
     rows = (f"| `{name}` | {where} | {text} |" for name, where, text in ANNOTATIONS)
     parts.append("\n".join(["## Annotations", "", "| annotation | on | meaning |", "| --- | --- | --- |", *rows, ""]))
     return "\n".join(parts)
 
 
-def _resource(definition: Definition, told: set[str]) -> str:
+def _resource(definition: Definition, described: set[str]) -> str:
     version = definition.to_dict()["spec"]["versions"][0]
     properties = version["schema"]["openAPIV3Schema"]["properties"]
     lines = [f"## {definition.kind}", "", f"{definition.description} Short name `{definition.short_name}`.", ""]
     for part in ("spec", "status"):
         lines += [f"### {part}", "", "| field | type | meaning |", "| --- | --- | --- |"]
-        lines += [*_rows(properties[part], "", told), ""]
+        lines += [*_rows(properties[part], "", described), ""]
         if part == "spec":
-            told |= set(properties[part]["properties"])
+            described |= set(properties[part]["properties"])
     return "\n".join(lines)
 
 
-def _rows(schema: dict[str, Any], prefix: str, told: set[str]) -> Iterator[str]:
-    """`told` names top-level fields whose inner ones are not repeated."""
+def _rows(schema: dict[str, Any], prefix: str, described: set[str]) -> Iterator[str]:
+    """`described` names top-level fields whose inner ones are not repeated."""
     required = schema.get("required", [])
     for name, field in schema.get("properties", {}).items():
         path = f"{prefix}{name}"
         shown = f"**`{path}`**" if name in required else f"`{path}`"
-        known = not prefix and name in told and "properties" in field.get("items", field)
+        known = not prefix and name in described and "properties" in field.get("items", field)
         meaning = _escaped(field.get("description", "")).rstrip(".") + (". As above." if known else "")
         yield f"| {shown} | {_type(field)} | {meaning} |"
         if not known:

@@ -72,7 +72,7 @@ def _bucket_table() -> tuple[Rule, ...]:
     start, next_start = "self[i].minTokens", "self[i + 1].minTokens"
     overlap = f"{next_start} >= {start} && {next_start} <= {top}"
     # Overlapping up to the open end: the second cannot start later, so the first has to end earlier.
-    told = (
+    words = (
         f"({top} >= {MAX_TOKENS} ? "
         f"'buckets overlap from %d tokens on; make the first end at %d'.format([{next_start}, {next_start} - 1]) : "
         f"'buckets overlap at %d-%d tokens; make the second start at %d'"
@@ -83,7 +83,7 @@ def _bucket_table() -> tuple[Rule, ...]:
         Rule(
             f"{pairs}.all(i, !({overlap}))",
             "buckets overlap; make each start after the one before it ends",
-            f"{pairs}.filter(i, {overlap}).map(i, {told})[0]",
+            f"{pairs}.filter(i, {overlap}).map(i, {words})[0]",
         ),
     )
 

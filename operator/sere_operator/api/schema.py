@@ -2,7 +2,7 @@
 
 Pydantic writes JSON Schema; an API server wants less: no `$ref`, no `anyOf` with null, no `additionalProperties: false`
 beside `properties`, no `const`, no `uniqueItems`, and `exclusiveMinimum` as a boolean beside `minimum`. What cannot be carried over
-faithfully raises here rather than being dropped. Defaults are told in descriptions and applied by the operator,
+faithfully raises here rather than being dropped. Descriptions name the defaults, which the operator applies,
 not by the server: a stored default would outlive the release that chose it, and GitOps tools would see a difference.
 """
 
@@ -46,7 +46,7 @@ class _Converter:
         self._rules = rules
 
     def convert(self, schema: dict[str, Any], path: str) -> dict[str, Any]:
-        """`path` is for messages alone."""
+        """The structural form of one schema. `path` is its place, for error messages."""
         beside = {key: value for key, value in schema.items() if key not in ("$ref", "anyOf", "allOf")}
         target = self._without_null(schema, path)
         if "$ref" in target:
@@ -126,8 +126,8 @@ def _number(result: dict[str, Any]) -> None:
     for name, sign, words in (("minimum", ">", "above"), ("maximum", "<", "below")):
         bound, open_end = result.get(name), result.get("exclusive" + name.capitalize(), False)
         if isinstance(bound, float) and not bound.is_integer():
-            told = f"must be {words} {bound}" if open_end else f"must be {'at least' if sign == '>' else 'at most'} {bound}"
-            _add_rules(result, (Rule(f"self {sign}{'' if open_end else '='} {bound}", told),))
+            text = f"must be {words} {bound}" if open_end else f"must be {'at least' if sign == '>' else 'at most'} {bound}"
+            _add_rules(result, (Rule(f"self {sign}{'' if open_end else '='} {bound}", text),))
 
 
 def _add_rules(schema: dict[str, Any], rules: tuple[Rule, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What a tuning run is told, and the SereTuningJob resource: one immutable run.
+"""The input of a tuning run as a resource has it, and the SereTuningJob: one immutable run.
 
 Fields, bounds and defaults are those of tuning.yaml (`sere_ext.contract.tuning`); a resource has sources that the operator
 mounts where the file has paths.

@@ -1,4 +1,4 @@
-"""What a tuning run is told, as far as tuning.yaml and the SereTuningJob say the same: fields, bounds, defaults, rules.
+"""The input of a tuning run, as far as tuning.yaml and the SereTuningJob have the same: fields, bounds, defaults, rules.
 
 tuning.yaml and the flags of `sere tune` add paths of files to these models (`sere_autotune.tuning.spec`), the resources add
 sources that the operator mounts (`sere_operator.api.tuning`). The descriptions here are the help of both.
@@ -312,7 +312,9 @@ class CertifySpec(Record):
         float, Field(ge=1, le=10_000, description="least length of a block, in durations of a request")
     ] = 15.0
     items: Annotated[
-        int | None, Field(ge=1, le=_MAX_COUNT, description="held-out items per side"), Unset("as many as the blocks take")
+        int | None,
+        Field(ge=1, le=_MAX_COUNT, description="items for certification, per side"),
+        Unset("as many as the blocks take"),
     ] = None
 
 
