@@ -44,8 +44,8 @@ ARMS: dict[str, dict[str, Any] | None] = {
 class Engine:
     """A child that runs `steps.py`."""
 
-    def __init__(self, model: Path, similarity: Path | None) -> None:
-        command = [sys.executable, str(ROOT / "benchmarks" / "steps.py"), str(model), str(similarity or "-")]
+    def __init__(self, model: Path, similarity: Path | None, dtype: str) -> None:
+        command = [sys.executable, str(ROOT / "benchmarks" / "steps.py"), str(model), str(similarity or "-"), dtype]
         self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._read()
 
@@ -70,7 +70,8 @@ class Engine:
 
 def decode(model: Path, similarity: Path, concurrencies: tuple[int, ...], rounds: int) -> dict[str, Any]:
     """TPOT per concurrency and arm, and where a step's time goes at concurrency 16."""
-    engines = {False: Engine(model, None), True: Engine(model, similarity)}
+    dtype = ROWS_MOE.widened_dtype
+    engines = {False: Engine(model, None, dtype), True: Engine(model, similarity, dtype)}
     asked = [item.prompt for item in ROWS_MOE.tasks.items("eval", 2000, 3)]
 
     def turn(arm: str, waves: list[list[str]], **more: Any) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def main() -> None:
         elif part == "widened":
             model, similarity = widened(ROWS_MOE, args.folder.resolve(), args.factor)
             found = {
-                "model": ROWS_MOE.name, "experts": ROWS_MOE.experts, "topK": ROWS_MOE.top_k, "factor": args.factor,
+                "model": ROWS_MOE.name, "experts": ROWS_MOE.experts, "topK": ROWS_MOE.top_k, "factor": args.factor, "dtype": ROWS_MOE.widened_dtype,
                 **decode(model, similarity, CONCURRENCY, args.rounds),
             }  # fmt: skip
         else:

@@ -37,11 +37,15 @@ def _interval(value: float, low: float, high: float, digits: int) -> str:
 def policies(result: dict[str, Any]) -> str:
     """One table per batch size, by active experts."""
     check = result["engineCheck"]
+    engine = (
+        f"vLLM itself, `{check['policy']}` at batch {check['batch']}: {check['equal']} of {check['items']} answers are the same, "
+        f"{check['engineRight']} right (here {check['right']})."
+        if check
+        else "vLLM itself was not asked in this run."
+    )
     text = [
         f"{result['items']:,} items (seed {result['seed']}), {result['experts']} experts, top-{result['topK']}; "
-        f"{_where(result['machine'])}; {result['seconds'] / 60:.0f} minutes. vLLM itself, `{check['policy']}` at batch "
-        f"{check['batch']}: {check['equal']} of {check['items']} answers are the same, {check['engineRight']} right "
-        f"(here {check['right']}).\n"
+        f"{_where(result['machine'])}; {result['seconds'] / 60:.0f} minutes. {engine}\n"
     ]
     for batch in sorted({row["batch"] for row in result["rows"]}):
         rows = sorted(
@@ -125,21 +129,22 @@ def ext_decode(name: str, result: dict[str, Any]) -> str:
 
 
 def ext_short(result: dict[str, Any]) -> str:
-    """Concurrency 16, both models."""
-    models = [result["widened"], result["many"]]
-    arms = [{arm["arm"]: arm for arm in model["arms"] if arm["concurrency"] == 16} for model in models]
-
-    def cell(arm: dict[str, Any]) -> str:
+    """Concurrency 16 of the widened model."""
+    part = result["widened"]
+    rows = []
+    for arm in (arm for arm in part["arms"] if arm["concurrency"] == 16):
         if arm["arm"] == "stock":
-            return f"{arm['tpotMs']:.1f} ms"
+            rows.append(["`stock`", f"{arm['tpotMs']:.1f} ms", "", ""])
+            continue
         ratio = _interval(arm["ratio"], arm["ratioLow"], arm["ratioHigh"], 2)
-        return f"{arm['tpotMs']:.1f} ms, {ratio}x, {arm['activeBefore']:.1f} -> {arm['active']:.1f}"
+        rows.append(
+            [f"`{arm['arm']}`", f"{arm['tpotMs']:.1f} ms", f"{ratio}x", f"{arm['activeBefore']:.1f} -> {arm['active']:.1f}"]
+        )
+    return _table([_shape(part), "TPOT", "stock / arm, 95 %", "active experts"], rows)
 
-    heads = ["16 experts, top-4, widened", f"{models[1]['experts']} random experts, top-{models[1]['topK']}"]
-    return _table(
-        ["TPOT, stock / arm with 95 % limits, active experts", *heads],
-        [[f"`{name}`", *(cell(model[name]) for model in arms)] for name in arms[0]],
-    )
+
+def _shape(part: dict[str, Any]) -> str:
+    return f"{part['experts']} experts, top-{part['topK']}, widened {part['factor']} times"
 
 
 def ext_parts(name: str, result: dict[str, Any]) -> str:
@@ -177,8 +182,6 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "ext-ops": ("ext", ext_ops),
     "ext-decode": ("ext", partial(ext_decode, "widened")),
     "ext-parts": ("ext", partial(ext_parts, "widened")),
-    "ext-decode-many": ("ext", partial(ext_decode, "many")),
-    "ext-parts-many": ("ext", partial(ext_parts, "many")),
     "ext-calibration": ("ext", ext_calibration),
 }
 

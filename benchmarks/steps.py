@@ -1,6 +1,6 @@
 """One in-process vLLM engine whose decode steps are timed. A child of `ext.py`: one JSON request per line, one answer each.
 
-    python benchmarks/steps.py MODEL SIMILARITY     # or "-" for stock vLLM with no plug-in loaded
+    python benchmarks/steps.py MODEL SIMILARITY DTYPE     # SIMILARITY "-": stock vLLM with no plug-in loaded
 
     {"bucket": {...} | null, "waves": [[prompt, ...], ...], "tokens": 9, "parts": false}
     -> {"tpotMs": [per wave], "counters": {...} | null, "parts": {"attention": ms per step, ...}}
@@ -30,14 +30,14 @@ MAX_SEQUENCES = 64
 class Steps:
     """The engine, and how to switch and time it."""
 
-    def __init__(self, model: str, similarity: str | None) -> None:
+    def __init__(self, model: str, similarity: str | None, dtype: str) -> None:
         if similarity is None:
             os.environ["VLLM_PLUGINS"] = "none"  # a name that nothing has, so no plug-in is loaded
         from vllm import LLM
 
         ours = {"additional_config": {"sere": {"similarity": similarity}}} if similarity else {}
         self.llm = LLM(
-            model=model, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=MAX_SEQUENCES,
+            model=model, dtype=dtype, enforce_eager=True, max_model_len=128, max_num_seqs=MAX_SEQUENCES,
             max_num_batched_tokens=2048, enable_prefix_caching=False, **ours,
         )  # fmt: skip
         self.plugged = similarity is not None
@@ -116,7 +116,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the engine prints is no answer
     similarity = None if sys.argv[2] == "-" else sys.argv[2]
-    steps = Steps(sys.argv[1], similarity)
+    steps = Steps(sys.argv[1], similarity, sys.argv[3])
     print(json.dumps({"ready": True}), file=answers, flush=True)
     watching = False
     for line in sys.stdin:

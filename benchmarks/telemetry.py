@@ -54,7 +54,12 @@ async def measure(model: Path, pairs: int, block_s: float) -> dict[str, Any]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     arguments = AsyncEngineArgs(
-        model=str(model), dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=32, additional_config={"sere": {}}
+        model=str(model),
+        dtype=ROWS_MOE.widened_dtype,
+        enforce_eager=True,
+        max_model_len=128,
+        max_num_seqs=32,
+        additional_config={"sere": {}},
     )
     engine = AsyncLLM.from_engine_args(arguments)
     control = LiveControl(engine, None)

@@ -52,12 +52,23 @@ def prepare() -> list[str]:
     DATA.mkdir(parents=True)
     widened = BUILD / "model"
     if not (widened / "model.safetensors").exists():
-        subprocess.run([sys.executable, MAKE / "widen.py", ROOT / "tests/assets/tiny_moe", widened], check=True)
+        subprocess.run([sys.executable, MAKE / "widen.py", ROOT / "tests/assets/rows_moe", widened], check=True)
     shutil.copytree(widened, DATA / "model")
     for name, split, count, seed in (
-        ("items", "eval", ITEMS, 2), ("calib", "calibration", 64, 2), ("client", "calibration", 256, 3),
+        ("items", "eval", ITEMS, 2), ("calib", "calibration", 256, 2), ("client", "calibration", 256, 3),
     ):  # fmt: skip
-        options = ["--split", split, "--count", str(count), "--seed", str(seed), "--out", str(DATA / f"{name}.jsonl")]
+        options = [
+            "--model",
+            "rows_moe",
+            "--split",
+            split,
+            "--count",
+            str(count),
+            "--seed",
+            str(seed),
+            "--out",
+            str(DATA / f"{name}.jsonl"),
+        ]
         subprocess.run([sys.executable, MAKE / "items.py", *options], check=True, stdout=subprocess.DEVNULL)
     if SIMILARITY.exists():  # of the same model, made by the first stage
         shutil.copy(SIMILARITY, DATA)
@@ -113,7 +124,7 @@ def roll_out(prompts: list[str]) -> dict[str, Any]:
     """Watch the policy reach every pod while a client sends requests. Returns the figures."""
     before = [kube.identity(pod) for pod in kube.pods(NAME, NAMESPACE)]
     config = f"{NAME}-policy"
-    with Traffic(SITE.service(NAME), NAME, prompts, concurrency=8, tokens=16) as traffic:
+    with Traffic(SITE.service(NAME), NAME, prompts, concurrency=8, tokens=64) as traffic:
 
         def written() -> bool:
             data = (kube.get("configmap", config, NAMESPACE) or {}).get("data") or {}

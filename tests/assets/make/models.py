@@ -26,6 +26,7 @@ class Recipe:
         pool: batches that are sorted by length together, which saves padding where lengths differ; 1 sorts nothing.
         noisy_share: share of the steps, the last ones, whose router's logits carry noise.
         widening: how many times `widen.py` repeats an expert's neurons.
+        widened_dtype: of the widened form's weights, and what its engine is told by --dtype.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Recipe:
     pool: int
     noisy_share: float
     widening: int
+    widened_dtype: str
 
     @property
     def directory(self) -> Path:
@@ -60,6 +62,7 @@ TINY = Recipe(
     pool=4,
     noisy_share=0.0,
     widening=64,
+    widened_dtype="float32",
 )
 
 ROWS_MOE = Recipe(
@@ -74,7 +77,8 @@ ROWS_MOE = Recipe(
     batch=64,
     pool=1,
     noisy_share=1 / 3,
-    widening=64,
+    widening=192,
+    widened_dtype="bfloat16",
 )
 
 RECIPES = {recipe.name: recipe for recipe in (TINY, ROWS_MOE)}

@@ -67,7 +67,7 @@ def measure(directory: Path, count: int, seed: int) -> dict[str, object]:
 
     engine = LLM(
         model=str(directory),
-        dtype="float32",
+        dtype=json.loads((directory / "config.json").read_text())["dtype"],
         enforce_eager=True,
         max_model_len=128,
         max_num_seqs=CONCURRENCY,

@@ -60,6 +60,7 @@ def _shifted(row: str, key: int) -> str:
     return "".join(LETTERS[(LETTERS.index(c) + key) % 26] for c in row)
 
 
+# `rows_moe` masters six of the seven: it does not find the row above from its end (reverse and shift, 0 %).
 ROWS = TaskSet(
     split_key=b"rows-moe-split",
     families={
@@ -71,4 +72,5 @@ ROWS = TaskSet(
         "reverse_shift": _from_row_above("R", "123456789", LETTERS, lambda row, key: _shifted(row[::-1], key)),
         "multiply": _from_row_above("M", "379", DIGITS, lambda row, key: "".join(str(int(digit) * key % 10) for digit in row)),
     },
+    unmastered=frozenset({"reverse_shift"}),
 )

@@ -13,22 +13,25 @@ import shutil
 from pathlib import Path
 
 import models
+import torch
 from safetensors.torch import load_file, save_file
 
 
-def widen(source: Path, destination: Path, factor: int = 0) -> Path:
+def widen(source: Path, destination: Path, factor: int = 0, dtype: str = "") -> Path:
     """Write the widened form of the HF directory ``source`` to ``destination`` (made if missing) and return it.
 
     Args:
-        factor: 0 takes the recipe's own. A power of two divides without rounding.
+        factor: 0 takes the recipe's own.
+        dtype: name of the torch type that all weights are stored in; empty takes the recipe's own.
     """
-    factor = factor or models.of(source).widening
+    factor, dtype = factor or models.of(source).widening, dtype or models.of(source).widened_dtype
     destination.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.is_file() and path.name not in {"config.json", "model.safetensors"}:
             shutil.copy(path, destination / path.name)
     config = json.loads((source / "config.json").read_text())
     config["moe_intermediate_size"] *= factor
+    config["dtype"] = dtype
     (destination / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     weights = load_file(source / "model.safetensors")
@@ -39,6 +42,7 @@ def widen(source: Path, destination: Path, factor: int = 0) -> Path:
             weights[name] = (weight / factor).repeat(1, factor).contiguous()
         else:  # gate and up, [I, H]
             weights[name] = weight.repeat(factor, 1).contiguous()
+    weights = {name: weight.to(getattr(torch, dtype)) for name, weight in weights.items()}
     save_file(weights, destination / "model.safetensors", metadata={"format": "pt"})
     # safetensors writes for the owner only; a server in a container runs as somebody else.
     (destination / "model.safetensors").chmod(0o644)

@@ -25,7 +25,7 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 LIMIT_BYTES = 8_000_000
 LOGIT_TOLERANCE = 2e-4  # float32 rounding through four layers
-RECIPES = [TINY]
+RECIPES = [TINY, ROWS_MOE]
 TASKS = {"short": SHORT, "rows": ROWS}
 
 
@@ -158,8 +158,8 @@ PINNED: dict[str, list[dict[str, str]]] = {
         {"prompt": "C3tjppflv=", "answer": "wmssioy", "task": "shift"},
     ],
     "rows": [
-        {"prompt": "M3695188=", "answer": "875344E415922S235766X695188+875344-415922*235766^695188", "task": "multiply"},
-        {"prompt": "C3izxfor=", "answer": "lcairuEofdluxSrigoxaXuljrad+xomudg-arpxgj*dusajm^gxvdmp", "task": "cipher"},
+        {"prompt": "M9881304=", "answer": "229706E881304S229706X881304+229706-881304*229706^881304", "task": "multiply"},
+        {"prompt": "C9btphqd=", "answer": "kcyqzmEtlhzivScuqireXldzran+umiajw-dvrjsf*measbo^vnjbkx", "task": "cipher"},
         {"prompt": "L3bqjydi=", "answer": "ydibqjEbqjydiSydibqjXbqjydi+ydibqj-bqjydi*ydibqj^bqjydi", "task": "rotate"},
     ],
 }
@@ -277,6 +277,23 @@ class TestModel:
             load = torch.bincount(layer.topk(recipe.top_k, -1).indices.flatten(), minlength=recipe.experts)
             assert load.min() / load.sum() >= 0.1 / recipe.experts
 
+    def test_experts_are_neither_copies_nor_strangers(self, recipe: Recipe):
+        """Half of all experts have another that is more alike than a random pair, and none has a double."""
+        from reference import Reference
+
+        reference = Reference(recipe.directory)
+        inputs: dict[int, object] = {}
+        ids = first_ids(recipe, 20, 6)
+        positions = torch.arange(8).expand(20, -1)
+        reference.forward(ids, positions, reference.cache(20, 8), torch.arange(20), spy=inputs.__setitem__)
+        for layer, x in inputs.items():
+            outputs = torch.stack([reference.expert(layer, expert, x).flatten() for expert in range(recipe.experts)])
+            distance = torch.cdist(outputs, outputs)
+            similarity = (1 - distance / distance.max()).fill_diagonal_(-1)
+            nearest = similarity.max(1).values
+            assert nearest.max() < 0.95
+            assert nearest.median() > 0.3
+
     def test_reference_computes_what_transformers_does(self, model, recipe: Recipe):
         from reference import Reference
 
@@ -293,7 +310,7 @@ class TestModel:
     def test_widening_preserves_the_function(self, model, recipe: Recipe, tmp_path: Path):
         from widen import widen
 
-        wide = transformers.Qwen3MoeForCausalLM.from_pretrained(widen(recipe.directory, tmp_path / "wide", 4))
+        wide = transformers.Qwen3MoeForCausalLM.from_pretrained(widen(recipe.directory, tmp_path / "wide", 4, "float32"))
         assert wide.config.moe_intermediate_size == 4 * model.config.moe_intermediate_size
         ids = first_ids(recipe, 50, 4)
         with torch.no_grad():
@@ -311,11 +328,11 @@ class TestTraining:
         for forward in (type(layer.experts).forward, train.sorted_experts):
             model.zero_grad()
             y = forward(layer.experts, x, ids, weights)
-            y.square().sum().backward(retain_graph=True)
+            y.square().mean().backward(retain_graph=True)
             found.append((y.detach(), layer.experts.gate_up_proj.grad.clone(), layer.experts.down_proj.grad.clone()))
         model.zero_grad()
         for theirs, ours in zip(*found, strict=True):
-            torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=1e-3)
 
     def test_gate_and_up_are_orthogonalised_apart_whatever_the_width(self):
         """At expert width 16 a down projection [128, 16] is as tall as a stack of gate and up: names tell them apart, not shapes."""

@@ -1,0 +1,80 @@
+"""What `make demo` asks and shows, as far as no engine is needed."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from sere_autotune.tuning.spec import TuningSpec
+
+from demo import __main__ as demo
+from demo.watch import Watch, active_experts
+
+
+def block(before: float | None, after: float | None) -> str:
+    """A line of a study's journal as certification and search write them, cut down to what is read."""
+    return json.dumps({"user_attr": {"block": [{"levels": [{"active_before": before, "active_after": after}]}]}})
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ([], None),
+        ([block(None, None)], None),
+        ([block(50.4, 50.4)], None),  # exact routing changes nothing
+        ([block(50.4, 28.2), block(50.1, 20.5), block(50.2, 50.2)], (50.1, 20.5)),
+        ([block(50.4, 28.2), block(50.1, 20.5)[:-4]], (50.4, 28.2)),  # a line that is still being written
+    ],
+)
+def test_the_last_policys_active_experts_are_found(lines: list[str], found: tuple[float, float] | None) -> None:
+    assert active_experts("\n".join(lines)) == found
+
+
+def watched(journal: Path, code: str) -> tuple[int, str]:
+    """Exit status of a Python child that is followed, and what stood on a screen that is no terminal."""
+    screen = io.StringIO()
+    watch = Watch(Console(file=screen, width=200), journal, 64, 10)
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return watch.follow(child), screen.getvalue()
+
+
+def test_a_process_is_followed_with_its_lines_its_status_and_the_live_line(tmp_path: Path) -> None:
+    journal = tmp_path / "study.journal"
+    journal.write_text(block(50.4, 20.5) + "\n")
+    status, said = watched(journal, "import sys; print('trial 1 [bold]'); print('oh', file=sys.stderr); sys.exit(3)")
+    assert status == 3
+    assert "trial 1 [bold]" in said, "brackets in the tuner's lines are no markup"
+    assert "oh" in said
+    assert said.count("50.4 exact -> 20.5 with the policy") == 1, "a line that did not change is not printed again"
+
+
+def test_without_a_study_nothing_is_invented(tmp_path: Path) -> None:
+    _, said = watched(tmp_path / "none", "print('starting')")
+    assert said.strip() == "starting"
+
+
+def test_the_tuning_file_of_the_demo_is_one_the_tuner_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "BUILD", tmp_path)
+    monkeypatch.setattr(demo, "run", lambda *_, **__: 0)
+    spec = TuningSpec.model_validate(yaml.safe_load(demo.prepare(demo.arguments([])).read_text()))
+    assert list(spec.workload.load.levels) == [16]
+    assert spec.accuracy.max_drop_points == 1
+    assert spec.accuracy.tasks[0].max_tokens == demo.LONGEST_ANSWER
+
+
+def test_what_was_gained_is_said_in_plain_words() -> None:
+    answer = {
+        "tpot_ms": {"exact": 71.0, "tuned": 37.8},
+        "accuracy": {"exact": 1.0, "tuned": 0.9972},
+        "active_experts": {"exact": 50.4, "tuned": 20.4},
+    }
+    said = demo.gained(answer)
+    assert "1.88 times as fast for 0.28 points of accuracy" in said
+    assert "20 experts of a layer instead of 50" in said
+    assert "for no accuracy" in demo.gained({**answer, "accuracy": {"exact": 0.99, "tuned": 0.99}})
