@@ -27,3 +27,20 @@ def model_config_digest(config: dict[str, object]) -> str:
     """Digest of the parts of a decoded config.json that similarity depends on. `sha256:` and 64 hex digits."""
     source = language_config(config)
     return content_digest(canonical_json({key: source.get(key) for key in _CONFIG_KEYS}))
+
+
+def weight_format(config: dict[str, object], dtype: str, quantization: str | None) -> str:
+    """How a model's weights are held: `bfloat16`, or `fp8-1a2b3c4d` of bfloat16 with a hash of the quantisation's settings.
+
+    Models of one shape differ in it (BF16 and FP8 of one release), and so do their answers.
+
+    Args:
+        config: decoded config.json.
+        dtype: that the engine computes in, such as `bfloat16`.
+        quantization: as the engine names it, None for none.
+    """
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if not settings and quantization is None:
+        return dtype
+    method = quantization or (str(settings.get("quant_method", "quantised")) if isinstance(settings, dict) else "quantised")
+    return f"{method}-{content_digest(canonical_json(settings)).removeprefix('sha256:')[:8]} of {dtype}"

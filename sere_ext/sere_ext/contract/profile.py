@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from sere_ext.contract.answers import AnswerMetric, right
 from sere_ext.contract.errors import PolicyError, ProfileError
 from sere_ext.contract.files import write_whole
+from sere_ext.contract.model_config import names_folder
 from sere_ext.contract.names import API_VERSION
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.record import Record, canonical_json, content_digest
@@ -34,18 +35,22 @@ class ProfileKey(Record):
     plugin_version: Annotated[str, Field(description="sere's")]
     device: Annotated[str, Field(description="such as NVIDIA H100 80GB HBM3, or cpu")]
     tensor_parallel_size: Annotated[int, Field(description="devices per engine")] = 1
+    weight_format: Annotated[
+        str, Field(description="how weights are held: bfloat16, or the quantisation and a hash of its settings")
+    ] = ""
 
     def mismatch(self, running: ProfileKey) -> str | None:
         """One sentence on the first difference between what was measured and what runs, or None: `profile was made for engine 0.31.0, this pod runs 0.32.0`."""
+        folders = names_folder(self.model_name) or names_folder(running.model_name)  # whose names say nothing of the model
         for field, label in _KEY_LABELS.items():
             made, runs = getattr(self, field), getattr(running, field)
-            if made != runs:
+            if made != runs and not (field == "model_name" and folders):
                 return f"profile was made for {label} {made or '(none)'}, this pod runs {runs or '(none)'}"
         return None
 
 
 _KEY_LABELS = {
-    "engine_version": "engine", "plugin_version": "plug-in", "device": "device", "config_digest": "model configuration",
+    "model_name": "model", "weight_format": "weight format", "engine_version": "engine", "plugin_version": "plug-in", "device": "device", "config_digest": "model configuration",
     "model_revision": "model revision", "tensor_parallel_size": "tensor parallel size",
 }  # fmt: skip
 

@@ -129,15 +129,18 @@ def running_key(vllm_config: Any) -> ProfileKey:
     """What this engine is, for comparison with what a profile was made on."""
     from vllm.platforms import current_platform
 
-    from sere_ext.contract.model_config import model_config_digest
+    from sere_ext.contract.model_config import model_config_digest, weight_format
     from sere_ext.engine.versions import engine_version
     from sere_ext.similarity.hub import model_config_dict
 
     model = vllm_config.model_config
+    config = model_config_dict(model.model, model.revision)
     return ProfileKey(
         model_name=model.model,
-        model_revision=model.revision or "",
-        config_digest=model_config_digest(model_config_dict(model.model, model.revision)),
+        # Of a model of the hub the commit, so that a branch that has moved is another model.
+        model_revision=getattr(model.hf_config, "_commit_hash", None) or model.revision or "",
+        config_digest=model_config_digest(config),
+        weight_format=weight_format(config, str(model.dtype).removeprefix("torch."), model.quantization),
         engine_version=engine_version(),
         plugin_version=__version__,
         device="cpu" if current_platform.is_cpu() else current_platform.get_device_name(),

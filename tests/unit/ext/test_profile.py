@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from sere_ext.contract.errors import PolicyError, ProfileError
+from sere_ext.contract.model_config import model_config_digest, weight_format
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.profile import Profile, ProfileKey
 
@@ -61,6 +62,12 @@ def test_digest_is_of_the_content_not_of_the_name() -> None:
         ("device", "NVIDIA H200", "profile was made for device NVIDIA H200, this pod runs cpu"),
         ("model_revision", "", "profile was made for model revision (none), this pod runs r1"),
         ("plugin_version", "0.0.9", "profile was made for plug-in 0.0.9, this pod runs 0.1.0"),
+        ("model_name", "org/other", "profile was made for model org/other, this pod runs m"),
+        (
+            "weight_format",
+            "fp8-1a2b3c4d of bfloat16",
+            "profile was made for weight format fp8-1a2b3c4d of bfloat16, this pod runs (none)",
+        ),
         ("tensor_parallel_size", 2, "profile was made for tensor parallel size 2, this pod runs 1"),
     ],
 )
@@ -68,6 +75,24 @@ def test_a_profile_of_something_else_says_what_differs(field: str, value: object
     running = ProfileKey.model_validate(KEY)
     assert running.mismatch(running) is None
     assert running.model_copy(update={field: value}).mismatch(running) == sentence
+
+
+def test_the_names_of_folders_say_nothing_of_the_model() -> None:
+    """A model is mounted where each cluster likes; its configuration, weights and revision are compared."""
+    running = ProfileKey.model_validate({**KEY, "modelName": "/mnt/pvc/models/a"})
+    for name in ("/models/b", "org/model"):
+        assert running.model_copy(update={"model_name": name}).mismatch(running) is None
+
+
+def test_models_of_one_shape_in_other_weights_are_told_apart() -> None:
+    plain: dict[str, object] = {"hidden_size": 8}
+    fp8: dict[str, object] = {**plain, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    other: dict[str, object] = {**plain, "quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}
+    formats = [weight_format(config, "bfloat16", None) for config in (plain, fp8, other)]
+    assert formats[0] == "bfloat16"
+    assert formats[1].startswith("fp8-") and formats[1].endswith(" of bfloat16")
+    assert len({*formats, weight_format(plain, "float16", None), weight_format(plain, "bfloat16", "fp8")}) == 5
+    assert model_config_digest(plain) == model_config_digest(fp8), "similarity is that of the unquantised twin"
 
 
 def test_bad_profiles_name_the_field(tmp_path: Path) -> None:

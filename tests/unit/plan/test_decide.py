@@ -330,6 +330,16 @@ def test_a_stale_profile_means_exact_at_once() -> None:
     assert "device NVIDIA H100, this pod runs cpu" in world.condition("PolicyApplied")["message"]
 
 
+def test_a_profile_of_another_model_of_the_same_shape_is_refused() -> None:
+    world = World(2, routing=PROFILE)
+    world.profiles["p"] = profile_body(POLICY)
+    world.profiles["p"]["spec"]["key"] = {**world.profiles["p"]["spec"]["key"], "modelName": "org/instruct"}
+    world.settle(40)
+    assert {pod.digest for pod in world.pods} == {"exact"}
+    assert "CanaryStarted" not in world.events
+    assert "profile was made for model org/instruct, this pod runs m" in world.condition("PolicyApplied")["message"]
+
+
 METRICS = [("contains", None, " It is a, I think."), ("regex", r"is (\w)", " It is a, I think."), ("exact", None, "a\nQ: next")]
 
 
