@@ -52,34 +52,34 @@ test-unit test-emulated test-engine test-apiserver test-cluster test-chart test-
 	tests/run $(@:test-%=%)
 
 bench-tune: setup ## Trials per 10 minutes and the time of a certificate, as JSON
-	$(PY) benchmarks/tune.py
+	$(PY) -m benchmarks.tune
 
 bench-speedup: setup ## A certified speed-up on the real engine at concurrency 16, as JSON
-	$(PY) benchmarks/speedup.py
+	$(PY) -m benchmarks.speedup
 
 bench-verdicts: setup ## How often a certificate is false, over simulated studies in adverse worlds; benchmarks/results/verdicts.json
-	$(PY) benchmarks/verdicts.py
+	$(PY) -m benchmarks.verdicts
 
 bench-policies: setup ## Accuracy against active experts of every kind of policy; renews docs/policies.md
-	$(PY) benchmarks/policies.py
-	$(PY) benchmarks/render.py
+	$(PY) -m benchmarks.policies
+	$(PY) -m benchmarks.render
 
 bench-telemetry: setup ## What counters, polling and latency metrics cost of a step's time, as JSON
-	$(PY) benchmarks/telemetry.py
+	$(PY) -m benchmarks.telemetry
 
 soak-switches: setup ## A thousand policy switches on a real server under load, as JSON
-	$(PY) benchmarks/soak_switches.py $(ARGS)
+	$(PY) -m benchmarks.soak_switches $(ARGS)
 
 bench-ext: setup ## Time of the operators, of decode steps and of calibration, as JSON (needs a quiet machine)
-	$(PY) benchmarks/ext.py
+	$(PY) -m benchmarks.ext
 
 retrain-model: MODEL ?= rows_moe
 retrain-model: setup ## Train a small model anew into build/retrained; its accuracy may differ by a point (15 quiet minutes)
-	$(PY) tests/assets/make/train.py --model $(MODEL) --out build/retrained/$(MODEL)
-	$(PY) benchmarks/retrained.py build/retrained/$(MODEL)
+	$(PY) -m tests.assets.make.train --model $(MODEL) --out build/retrained/$(MODEL)
+	$(PY) -m benchmarks.retrained build/retrained/$(MODEL)
 
 vllm-snapshots: setup ## Read the touched symbols of every supported vLLM release out of its wheel (a minute, needs the index)
-	$(PY) tests/assets/make/vllm_snapshots.py $(ARGS)
+	$(PY) -m tests.assets.make.vllm_snapshots $(ARGS)
 
 docs crds: setup ## Regenerate what is made of code: CRDs, docs/resources.md, the chart's copies and README, manifests/base
 	$(PY) -m sere_operator.api.crdgen

@@ -1,4 +1,4 @@
-"""`python benchmarks/calibration.py`: similarity of 64 experts by running sums against plain loops over pairs, on the CPU. Prints JSON.
+"""`python -m benchmarks.calibration`: similarity of 64 experts by running sums against plain loops over pairs, on the CPU. Prints JSON.
 
 Both sides get the same expert outputs, made beforehand, so the model's own time is in neither; the loops hold all outputs at
 once (which no real model allows) in float32, the running sums get them in chunks. Each side is the best of its repeats.
@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from ground import ROOT, machine
 from sere_ext.calibration.moments import make_moments
 
-sys.path.insert(0, str(ROOT / "tests" / "kit"))
-import pairwise
+from benchmarks.ground import machine
+from tests.kit import pairwise
 
 EXPERTS, CHUNK = 64, 256
 WIDE, NARROW = (1024, 512), (1024, 64)  # tokens, hidden size; CKA needs E^2 H^2 sums

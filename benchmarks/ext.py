@@ -1,6 +1,6 @@
 """`make bench-ext`: what the extension costs and gains on this machine's CPU. Writes JSON.
 
-    python benchmarks/ext.py [--rounds N] [--factor F] [--only PART ...] [--out FILE]
+    python -m benchmarks.ext [--rounds N] [--factor F] [--only PART ...] [--out FILE]
 
 Three parts. `ops`: time of re-routing and of the experts, stock, re-routed, merged and packed (`operators.py`). `widened`: TPOT of
 decode steps of the widened model at concurrency 1, 4, 16 and 64. Stock vLLM without the plug-in runs in one engine and the plug-in
@@ -20,8 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ground import ROOT, ROWS_MOE, machine, widened
 from sere_autotune.trial.stats import ratio_interval
+
+from benchmarks.ground import machine, widened
+from tests.assets.make.models import ROWS_MOE
+from tests.kit import ROOT
 
 RESULT = ROOT / "benchmarks" / "results" / "ext.json"
 PARTS = ("ops", "widened", "calibration")
@@ -45,7 +48,7 @@ class Engine:
     """A child that runs `steps.py`."""
 
     def __init__(self, model: Path, similarity: Path | None, dtype: str) -> None:
-        command = [sys.executable, str(ROOT / "benchmarks" / "steps.py"), str(model), str(similarity or "-"), dtype]
+        command = [sys.executable, "-m", "benchmarks.steps", str(model), str(similarity or "-"), dtype]
         self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._read()
 
@@ -137,7 +140,7 @@ def main() -> None:
     for part in args.only:
         began = time.monotonic()
         if part == "ops":
-            import operators
+            from benchmarks import operators
 
             found: dict[str, Any] = {"rows": operators.measure()}
         elif part == "widened":
@@ -147,7 +150,7 @@ def main() -> None:
                 **decode(model, similarity, CONCURRENCY, args.rounds),
             }  # fmt: skip
         else:
-            import calibration
+            from benchmarks import calibration
 
             found = calibration.measure()
         result[part] = {"machine": machine(), "seconds": time.monotonic() - began, **found}

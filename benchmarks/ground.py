@@ -12,16 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-MAKE = ROOT / "tests" / "assets" / "make"
-sys.path.insert(0, str(MAKE))
-
-import models as models  # noqa: E402  (the benchmarks take it from here, where its folder is on the path)
-from items import lines  # noqa: E402
-from models import ROWS_MOE as ROWS_MOE  # noqa: E402
-from models import Recipe  # noqa: E402
-from tasks import Split  # noqa: E402
-from widen import widen  # noqa: E402
+from tests.assets.make.items import lines
+from tests.assets.make.models import ROWS_MOE, Recipe
+from tests.assets.make.tasks import Split
+from tests.assets.make.widen import widen
 
 CALIBRATION_ITEMS = 600
 SERE = (sys.executable, "-m", "sere_ext.cli.main")

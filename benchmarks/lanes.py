@@ -10,21 +10,16 @@ Shapes: L lanes, B sequences per batch, E experts, k experts per token.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "assets" / "make"))
-
-import tokenizer  # noqa: E402
-from reference import Cache, Reference  # noqa: E402
-from tasks import Item  # noqa: E402
+from tests.assets.make import tokenizer
+from tests.assets.make.reference import Cache, Reference
+from tests.assets.make.tasks import Item
 
 LANES = 512
 

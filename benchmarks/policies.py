@@ -1,6 +1,6 @@
 """`make bench-policies`: accuracy against active experts of every kind of policy, on the small trained model. Writes JSON.
 
-    python benchmarks/policies.py [--model DIR] [--items N] [--seed N] [--batch N ...] [--out FILE]
+    python -m benchmarks.policies [--model DIR] [--items N] [--seed N] [--batch N ...] [--out FILE]
 
 Every cell decodes the same items in full batches of 1, 4, 16 or 64 sequences (`lanes.py`) under one policy, which the plug-in's
 CPU kernel applies (`rerouted.py`); prompts are routed exactly. Drops are paired with exact routing at the same batch size: the two-sided 95 %
@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ground import ROOT, calibrated, machine, models
-from lanes import Lanes, Prompted, answers, prompted
-from rerouted import Rerouted, describe, grid
 from sere_ext.similarity.file import read_similarity
-from tasks import Item
 from torch import Tensor
+
+from benchmarks.ground import calibrated, machine
+from benchmarks.lanes import Lanes, Prompted, answers, prompted
+from benchmarks.rerouted import Rerouted, describe, grid
+from tests.assets.make import models
+from tests.assets.make.tasks import Item
+from tests.kit import ROOT
 
 FOLDER = ROOT / "build" / "bench-policies"
 RESULT = ROOT / "benchmarks" / "results" / "policies.json"

@@ -1,4 +1,4 @@
-"""Tables of README.md and docs/policies.md from the committed results: `python benchmarks/render.py`.
+"""Tables of docs/results.md, docs/policies.md and docs/speed.md from the committed results: `python -m benchmarks.render`.
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`; everything between them is replaced. A unit test holds the
 committed pages against the committed results, so that no figure can drift from the run it came from.
@@ -10,12 +10,12 @@ import json
 import re
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.kit import ROOT
+
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "policies.md", ROOT / "docs" / "speed.md")
+PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "policies.md", ROOT / "docs" / "speed.md")
 SHORT = ("sere S=1 rho=0.00", "oea S=1", "budget N=6", "topk S=2", "sere S=2 rho=0.00", "oea S=2", "oea S=2 share=0.50")
 BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 

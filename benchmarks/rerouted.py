@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from lanes import Lanes
 from sere_ext.contract.policy import Policy
 from sere_ext.routing import kernel, ops
 from sere_ext.routing.state import LayerState
 from sere_ext.similarity.file import sorted_neighbours
 from torch import Tensor
+
+from benchmarks.lanes import Lanes
 
 
 class Rerouted:

@@ -1,4 +1,4 @@
-"""Whether a model that was trained anew is the committed one again: `python benchmarks/retrained.py MODEL`. Prints JSON.
+"""Whether a model that was trained anew is the committed one again: `python -m benchmarks.retrained MODEL`. Prints JSON.
 
 Both models answer the same items under every policy of POLICIES, sixteen sequences at a time. Ends with 1 where their accuracies
 under exact routing are more than LIMIT_POINTS apart. On the same kind of processor a training run repeats itself to the bit; on
@@ -13,11 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import policies
 import torch
-from ground import ROOT, calibrated, machine, models
-from lanes import Lanes, prompted
-from rerouted import describe
+
+from benchmarks import policies
+from benchmarks.ground import calibrated, machine
+from benchmarks.lanes import Lanes, prompted
+from benchmarks.rerouted import describe
+from tests.assets.make import models
+from tests.kit import ROOT
 
 BATCH = 16
 POLICIES: list[dict[str, Any]] = [

@@ -1,4 +1,4 @@
-"""How evenly a model routes and how alike its experts are: `python benchmarks/skew.py [MODEL]`. Prints JSON.
+"""How evenly a model routes and how alike its experts are: `python -m benchmarks.skew [MODEL]`. Prints JSON.
 
 The skew is the exponent s of Zipf weights i^-s under which tokens that draw their experts without replacement (Plackett-Luce) touch
 as many distinct experts in a batch of 16 as the model's decode steps do. Fitted in the same way, the numbers of active experts that were
@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ground import ROOT, calibrated, machine, models
-from lanes import Lanes, answers, prompted
-from policies import load
-from rerouted import Rerouted
 from sere_ext.routing import kernel
 from torch import Tensor
+
+from benchmarks.ground import calibrated, machine
+from benchmarks.lanes import Lanes, answers, prompted
+from benchmarks.policies import load
+from benchmarks.rerouted import Rerouted
+from tests.assets.make import models
+from tests.kit import ROOT
 
 BATCH, ITEMS, BATCHES = 16, 256, 400
 SHARES = (0.1, 0.5, 0.9)

@@ -1,7 +1,7 @@
 """`make soak-switches`: a thousand policy switches on a real server under load. Prints JSON; ends with 1 if anything broke.
 
-    python benchmarks/soak_switches.py [--switches N] [--model DIR] [-- ARGUMENTS OF vllm serve]
-    VLLM_CPU_OMP_THREADS_BIND="0|1" python benchmarks/soak_switches.py -- --tensor-parallel-size 2
+    python -m benchmarks.soak_switches [--switches N] [--model DIR] [-- ARGUMENTS OF vllm serve]
+    VLLM_CPU_OMP_THREADS_BIND="0|1" python -m benchmarks.soak_switches -- --tensor-parallel-size 2
 
 Six clients ask without pause while policies of every kind follow each other, each read back from every rank; every 50th switch
 is clean. At the end the engine must answer under exact routing as it did at the start. Serving alone makes the engine's resident
@@ -15,20 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ground import ROOT, machine
-
-sys.path.insert(0, str(ROOT / "tests" / "kit"))
 from sere_ext.calibration.run import calibrate
 from sere_ext.contract.policy import EXACT_POLICY, Policy
 from sere_ext.control.client import get_state, put_policy
-from serving import Load, complete, serving
+
+from benchmarks.ground import machine
+from tests.kit import ROOT
+from tests.kit.serving import Load, complete, serving
 
 TOKEN = "soak"
 CLEAN_EVERY = 50

@@ -1,6 +1,6 @@
 """`make bench-speedup`: what a policy with layer groups gains on the real engine at concurrency 16, certified. Prints JSON.
 
-    python benchmarks/speedup.py [--policy FILE] [--pairs N] [--items N]
+    python -m benchmarks.speedup [--policy FILE] [--pairs N] [--items N]
 
 Runs `sere certify` on the small widened model: exact and the policy alternate in paired blocks on one engine, so both sides of
 the ratio, the accuracy of both and the active experts come from one run. The default policy drops slots rather than re-routing
@@ -14,7 +14,8 @@ import argparse
 import json
 from pathlib import Path
 
-from ground import ROOT, machine, sere, tuner_flags
+from benchmarks.ground import machine, sere, tuner_flags
+from tests.kit import ROOT
 
 BUCKET = {"minTokens": 8, "maxTokens": 128, "kind": "topk"}
 POLICY = {

@@ -1,6 +1,6 @@
 """One in-process vLLM engine whose decode steps are timed. A child of `ext.py`: one JSON request per line, one answer each.
 
-    python benchmarks/steps.py MODEL SIMILARITY DTYPE     # SIMILARITY "-": stock vLLM with no plug-in loaded
+    python -m benchmarks.steps MODEL SIMILARITY DTYPE     # SIMILARITY "-": stock vLLM with no plug-in loaded
 
     {"bucket": {...} | null, "waves": [[prompt, ...], ...], "tokens": 9, "parts": false}
     -> {"tpotMs": [per wave], "counters": {...} | null, "parts": {"attention": ms per step, ...}}

@@ -1,6 +1,6 @@
 """`make bench-telemetry`: what counters, polling and latency metrics cost, as a share of step time. Prints JSON.
 
-    python benchmarks/telemetry.py [--pairs N] [--block-seconds S]
+    python -m benchmarks.telemetry [--pairs N] [--block-seconds S]
 
 On the small widened model at 16 concurrent requests, two ways in one run: the parts are timed where they run (the re-routing
 operator with nothing to re-route, which leaves counting; the hook called each step; what the engine does for a poll), and blocks
@@ -19,7 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ground import ROOT, ROWS_MOE, machine, widened
+from benchmarks.ground import machine, widened
+from tests.assets.make.models import ROWS_MOE
+from tests.kit import ROOT
 
 CONCURRENCY, TOKENS = 16, 64
 

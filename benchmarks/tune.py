@@ -1,6 +1,6 @@
 """`make bench-tune`: how fast the tuner ranks and certifies, on the small widened model. Prints JSON.
 
-    python benchmarks/tune.py [--trials N] [--folder DIR]
+    python -m benchmarks.tune [--trials N] [--folder DIR]
 
 Runs `sere tune` once: ranking trials of 200 items at concurrency 16, then one rung certified at a limit of 1 point with
 10 pairs of blocks of at least 10 s and 15 residences. Both sides of each ratio are in the output, with the machine and versions.
@@ -13,7 +13,8 @@ import json
 import time
 from pathlib import Path
 
-from ground import ROOT, machine, sere, tuner_flags
+from benchmarks.ground import machine, sere, tuner_flags
+from tests.kit import ROOT
 
 TARGET_TRIALS, TARGET_CERTIFY_S = 40, 240.0
 ITEMS_PER_TRIAL = 200  # the model pools over trials: more of them teach more than longer ones

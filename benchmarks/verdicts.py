@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -32,7 +31,8 @@ from sere_autotune.trial.stats import clopper_pearson
 from sere_autotune.tuning.spec import AccuracySpec
 from sere_ext.contract.errors import CannotCertifyError
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.kit import ROOT
+
 RESULTS = ROOT / "benchmarks" / "results" / "verdicts.json"
 ALLOWED = 0.05
 ALPHA = 0.05  # of the family of all studies on the same items
@@ -216,12 +216,11 @@ def baseline(studies: int, seed: int) -> dict[str, int]:
 
 def whole(studies: int, seed: int) -> dict[str, dict[str, int]]:
     """Whole studies through `tuner.tune` on a planted engine: search, ladder, certificate, in three worlds."""
-    sys.path.insert(0, str(ROOT / "tests" / "kit"))
-    import planted
+    from tests.kit import planted
 
     truth = planted.truth
     rows: dict[str, dict[str, int]] = {}
-    worlds = {
+    worlds: dict[str, Callable[[Any], tuple[float, float, float]]] = {
         "whole: as planted": truth,
         "whole: every policy 0.05 points over the limit": (lambda policy: (OVER + 0.0024, 0.002, truth(policy)[2]) if policy.buckets else (0.0, 0.0, 1.0)),
         "whole: every policy is slower": (lambda policy: (0.001, 0.001, 0.97) if policy.buckets else (0.0, 0.0, 1.0)),
@@ -235,7 +234,7 @@ def whole(studies: int, seed: int) -> dict[str, dict[str, int]]:
                 lines = (json.dumps({"prompt": f"study {seed} {index} item {i}", "answer": str(i)}) + "\n" for i in range(4000))
                 path.write_text("".join(lines))
                 spec = planted.spec_for(Path(folder) / "out", path, search__seed=index, certify__pairs=PAIRS)
-                planted.truth = world
+                planted.truth = world  # type: ignore[assignment]
                 try:
                     profile = planted.run(spec, planted.PlantedEngine()).profile
                 finally:

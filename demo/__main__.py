@@ -32,7 +32,6 @@ EXPERTS = 64  # of each of its layers
 CALIBRATION_ITEMS = 400
 LONGEST_ANSWER = 72  # tokens: 55 of a right answer and some room
 MINUTES = 10  # that stage 1 and 2 take together on two cores
-MAKE = ROOT / "tests" / "assets" / "make"
 TAKE_DOWN_S = 420  # helm uninstall and the end of a namespace, both within their own limits
 console = Console(stderr=True, highlight=False)
 
@@ -72,10 +71,10 @@ def prepare(args: argparse.Namespace) -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     model = BUILD / "model"
     if not (model / "model.safetensors").exists():
-        run(sys.executable, MAKE / "widen.py", MODEL, model)
+        run(sys.executable, "-m", "tests.assets.make.widen", MODEL, model)
     for split, count, out in (("eval", args.items, "items.jsonl"), ("calibration", CALIBRATION_ITEMS, "calib.jsonl")):
         options = ("--model", MODEL.name, "--split", split, "--count", str(count), "--seed", "1", "--out", BUILD / out)
-        run(sys.executable, MAKE / "items.py", *options)
+        run(sys.executable, "-m", "tests.assets.make.items", *options)
     slo = {"tpotMs": {"p95": args.tpot_p95_ms}, "ttftMs": {"p99": 5000}}
     tuning = {
         "model": str(model),

@@ -28,7 +28,6 @@ from demo.traffic import Traffic
 ROOT = kube.ROOT
 BUILD = ROOT / "build" / "demo"
 DATA = BUILD / "data"  # what the pods see as the claim `data`
-MAKE = ROOT / "tests" / "assets" / "make"
 SIMILARITY = BUILD / "similarity.safetensors"
 SAMPLE = ROOT / "manifests" / "samples" / "demo.yaml"
 ITEMS = 1500  # certify a limit of 2 points
@@ -52,7 +51,7 @@ def prepare() -> list[str]:
     DATA.mkdir(parents=True)
     widened = BUILD / "model"
     if not (widened / "model.safetensors").exists():
-        subprocess.run([sys.executable, MAKE / "widen.py", ROOT / "tests/assets/rows_moe", widened], check=True)
+        subprocess.run([sys.executable, "-m", "tests.assets.make.widen", ROOT / "tests/assets/rows_moe", widened], check=True)
     shutil.copytree(widened, DATA / "model")
     for name, split, count, seed in (
         ("items", "eval", ITEMS, 2), ("calib", "calibration", 256, 2), ("client", "calibration", 256, 3),
@@ -69,7 +68,7 @@ def prepare() -> list[str]:
             "--out",
             str(DATA / f"{name}.jsonl"),
         ]
-        subprocess.run([sys.executable, MAKE / "items.py", *options], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "tests.assets.make.items", *options], check=True, stdout=subprocess.DEVNULL)
     if SIMILARITY.exists():  # of the same model, made by the first stage
         shutil.copy(SIMILARITY, DATA)
     return [json.loads(line)["prompt"] for line in (DATA / "client.jsonl").read_text().splitlines()]

@@ -23,7 +23,7 @@ Object = dict[str, Any]
 
 
 class KubectlError(RuntimeError):
-    """kubectl or helm ended with an error, or a pod did not answer; the message is theirs."""
+    """kubectl or helm ended with an error, or a pod did not answer. The message is what they printed."""
 
 
 def kubectl(*arguments: str, stdin: str | None = None, timeout_s: float = 120) -> str:
@@ -36,7 +36,7 @@ def kubectl(*arguments: str, stdin: str | None = None, timeout_s: float = 120) -
 
 
 def helm(*arguments: str, timeout_s: float = 300) -> str:
-    """As `kubectl`. The binary is the one of KUBEBUILDER_ASSETS where there is one, else that on PATH."""
+    """Run a program as `kubectl` does. The binary in KUBEBUILDER_ASSETS goes before the one on PATH."""
     beside = Path(os.environ.get("KUBEBUILDER_ASSETS", ""), "helm")
     return _output(str(beside) if beside.is_file() else shutil.which("helm") or "helm", *arguments, timeout_s=timeout_s)
 
@@ -53,7 +53,7 @@ def _output(program: str, *arguments: str, stdin: str | None = None, timeout_s: 
 
 
 def apply(*objects: Object, namespace: str) -> None:
-    """As a user's `kubectl apply`."""
+    """Apply a manifest as a user's `kubectl apply` does."""
     kubectl(
         "apply", "--namespace", namespace, "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
     )
@@ -65,7 +65,7 @@ def existing(kind: str, name: str, namespace: str) -> Object:
     Raises:
         KubectlError: also if there is none.
     """
-    return json.loads(kubectl("get", kind, name, "--namespace", namespace, "-o", "json"))  # type: ignore[no-any-return]
+    return json.loads(kubectl("get", kind, name, "--namespace", namespace, "-o", "json"))
 
 
 def get(kind: str, name: str, namespace: str) -> Object | None:
@@ -80,7 +80,7 @@ def get(kind: str, name: str, namespace: str) -> Object | None:
 
 def items(kind: str, namespace: str, selector: str = "") -> list[Object]:
     arguments = ["--selector", selector] if selector else []
-    return json.loads(kubectl("get", kind, "--namespace", namespace, *arguments, "-o", "json"))["items"]  # type: ignore[no-any-return]
+    return json.loads(kubectl("get", kind, "--namespace", namespace, *arguments, "-o", "json"))["items"]
 
 
 def pods(name: str, namespace: str) -> list[Object]:
@@ -91,7 +91,7 @@ def pods(name: str, namespace: str) -> list[Object]:
 
 
 def identity(pod: Object) -> tuple[str, int]:
-    """(uid, restarts): what must stay the same while a policy changes."""
+    """(uid, restart count) of a pod: neither may change while its policy changes."""
     restarts = sum(status["restartCount"] for status in pod["status"].get("containerStatuses", []))
     return pod["metadata"]["uid"], restarts
 
@@ -105,10 +105,10 @@ def condition(sere: Object | None, kind: str) -> Object:
 
 
 def wait_for(what: str, ask: Callable[[], Any], timeout_s: float, every_s: float = 0.5) -> Any:
-    """Ask until the answer is true; returns it.
+    """Call `ask` until it returns something true, and return that.
 
     Raises:
-        TimeoutError: it never was; what the last question asserted is its end and its cause.
+        TimeoutError: nothing true came in time; the message ends with the last failed assertion, which is also its cause.
     """
     until, last = time.monotonic() + timeout_s, None
     while True:
@@ -143,7 +143,7 @@ def small_engine(spec: Object) -> Object:
 
 
 def make_namespace(name: str) -> None:
-    """A namespace that takes restricted pods alone."""
+    """Create a namespace that admits only pods of the restricted Pod Security profile."""
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}, namespace="default")
 
@@ -160,13 +160,13 @@ def install_chart(namespace: str, *values: str) -> None:
 
 
 def get_json(url: str) -> Object:
-    """What a pod answers to `GET url`, decoded.
+    """The decoded JSON that a pod answers to `GET url`.
 
     Raises:
         KubectlError: an answer that is none, with its status and first words.
     """
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
-            return json.loads(answer.read())  # type: ignore[no-any-return]
+            return json.loads(answer.read())
     except urllib.error.HTTPError as error:
         raise KubectlError(f"GET {url}: {error.code} {error.read(300).decode(errors='replace')}") from error

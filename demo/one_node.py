@@ -45,7 +45,7 @@ class OneNode:
         return f"http://{spec['clusterIP']}:{spec['ports'][0]['port']}"
 
     def remove(self) -> None:
-        """Nothing: all ends with the command that the cluster was started for."""
+        """Do nothing: the whole cluster ends with the command that it was started for."""
 
 
 def claim_environment(namespace: str) -> None:

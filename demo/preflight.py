@@ -18,7 +18,7 @@ from demo import kube
 from demo.kube import Object
 
 NAMESPACE = "sere-demo"  # of everything that the demo makes there, the CustomResourceDefinitions aside
-README = 'README, "On a cluster of yours"'
+README = 'docs/quickstart.md, "On a cluster of yours"'
 
 # What the demo does itself with kubectl and helm; "" is a right on the whole cluster. What the chart grants to the operator
 # the user must hold as well, which the API server tells at `helm install`.
@@ -44,7 +44,7 @@ RIGHTS = (
 
 
 class RefusedError(RuntimeError):
-    """The demo will not run there; one line on why and what to do."""
+    """The demo will not run on this cluster; the message says in one line why and what to do."""
 
 
 class Images(NamedTuple):
@@ -54,7 +54,7 @@ class Images(NamedTuple):
     tag: str
 
     def values(self) -> tuple[str, ...]:
-        """As values of the chart."""
+        """The images as values of the chart."""
         operator, engine = f"image.repository={self.prefix}/sere-operator", f"engine.image.repository={self.engine_repository}"
         return operator, f"image.tag={self.tag}", engine, f"engine.image.tag={self.tag}"
 

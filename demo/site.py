@@ -32,13 +32,13 @@ class Site(Protocol):
         """A SereDeployment's spec with what this cluster needs for a small engine."""
 
     def pod(self, pod: Object) -> str:
-        """The URL at which an engine pod is reached; a path is put behind it."""
+        """The URL of an engine pod as reached from here, without a path."""
 
     def service(self, name: str) -> str:
-        """The URL at which a Service is reached."""
+        """The URL of a Service as reached from here, without a path."""
 
     def remove(self) -> None:
-        """Take down whatever `install` and `prepare` made, however far they came."""
+        """Remove everything that `install` and `prepare` have made, also where they stopped halfway."""
 
 
 @functools.cache

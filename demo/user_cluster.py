@@ -22,7 +22,7 @@ from demo.kube import KubectlError, Object
 
 FILLER = "fill"
 UNPACK = "import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|xz').extractall({folder!r}, filter='data')"
-PULL_S = 1800.0  # an engine's image has gigabytes
+PULL_S = 1800.0  # time to pull an engine's image, which has gigabytes
 SEND_S = 600.0
 HOSTNAME = "kubernetes.io/hostname"
 # A pod that waits for one of these will not start by itself.
@@ -44,7 +44,7 @@ class UserCluster:
 
     def __init__(self, kubeconfig: str, images: str):
         self._kubeconfig, self._images = kubeconfig, images
-        self._began = False  # whether there can be anything to take down
+        self._began = False  # true once something may have been made that must be removed
         self._node: str | None = None
         self._proxy: subprocess.Popen[str] | None = None
         self._base = ""

@@ -1,6 +1,6 @@
 # Engine and tuner on a CPU, for trying things out. Build from the repository's root:
 #   docker build -f images/engine-cpu.Dockerfile -t sere-engine:0.1.0-cpu .
-# images/build.py makes the same content without a daemon, the virtual environment aside, which tests mount.
+# Tests make the same content without a daemon (tests/kit/images.py), all but the virtual environment, which they mount.
 FROM python:3.11-slim-bookworm AS kernels
 RUN apt-get update && apt-get install -y --no-install-recommends g++
 COPY sere_ext /src

@@ -1,7 +1,7 @@
 # Engine and tuner on CUDA, one image: the tuner starts engines. Build from the repository's root:
 #   docker build -f images/engine.Dockerfile -t sere-engine:0.1.0 .
 # Another vLLM between 0.26 and 0.33: --build-arg VLLM=v0.31.0
-# The kernel has not yet run on a GPU (README, "What is measured where").
+# The kernel has not yet run on a GPU (docs/results.md).
 ARG VLLM=v0.32.0
 ARG CUDA=13.0.1
 FROM nvidia/cuda:${CUDA}-devel-ubuntu22.04 AS kernels

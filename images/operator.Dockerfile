@@ -1,6 +1,6 @@
 # The operator: no torch, no vLLM. Build from the repository's root:
 #   docker build -f images/operator.Dockerfile -t sere-operator:0.1.0 .
-# images/build.py makes the same content without a daemon.
+# Tests make the same content without a daemon (tests/kit/images.py).
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /src
 COPY requirements/operator.lock requirements/operator.lock

@@ -5,7 +5,7 @@ import tempfile
 
 import pytest
 
-pytest.register_assert_rewrite("reroute_contract", "planted")
+pytest.register_assert_rewrite("tests.kit.reroute_contract", "tests.kit.planted")
 
 # For fixtures of modules and sessions, and for what they start; single tests get a folder of their own below.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="sere-state-")

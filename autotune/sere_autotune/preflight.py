@@ -87,7 +87,8 @@ def check_lengths(requests: Iterable[Request], limit: int | None, count: Count |
 
 def _counter(spec: TuningSpec, requests: Sequence[Request], limit: int | None) -> Count | None:
     """How to count the tokens of a request, or None where no count is needed: no tokenizer makes more tokens of a text than it
-    has bytes, beside special ones, so short prompts fit without loading one."""
+    has bytes, beside special ones, so short prompts fit without loading one.
+    """
     chat = any(request.messages for request in requests)
     longest = max((len(request.prompt.encode()) for request in requests), default=0)
     if not chat and (limit is None or longest + _SPECIAL_TOKENS < limit):

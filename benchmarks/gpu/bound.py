@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from shapes import Shape
+
+from benchmarks.gpu.shapes import Shape
 
 ZIPF = 1.1  # exponent of the skew that was fitted to published numbers of active experts (OEA, arXiv 2511.02237)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import routing
-from shapes import Shape
+from benchmarks.gpu import routing
+from benchmarks.gpu.shapes import Shape
 
 # In this process: the load format is known, and a wave is complete before its first step.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

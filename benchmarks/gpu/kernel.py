@@ -1,6 +1,6 @@
 """Stage 1, on a GPU: does the kernel keep its contract there, and what does it cost? Under 10 minutes.
 
-    python benchmarks/gpu/kernel.py [--skip-tests] [--skip-sanitizer] [--out FILE]
+    python -m benchmarks.gpu.kernel [--skip-tests] [--skip-sanitizer] [--out FILE]
 
 First the contract tests (`pytest tests/gpu`), then the time of one call by CUDA graph replay for 128 and 256 experts, k = 8 and
 1 to 512 tokens: an empty launch, the stock top-k alone, ours under each policy, and the three-launch form (`three_launch.cu`).
@@ -22,7 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, ROOT, Report, at_least, at_most
+from benchmarks.gpu.report import RESULTS, Report, at_least, at_most
+from tests.kit import ROOT
 
 TOP_K, EXPERTS, TOKENS = 8, (128, 256), tuple(2**n for n in range(10))
 CALLS, REPLAYS = 50, 40
@@ -176,7 +177,18 @@ def row(library: Any, experts: int, tokens: int) -> dict[str, Any]:
 
 def contract() -> dict[str, Any]:
     """`pytest tests/gpu`: whether it passed and its last line."""
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        os.devnull,
+        "--rootdir=.",
+        "tests/gpu",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]  # any pytest will do
     path = os.pathsep.join([str(ROOT / "sere_ext"), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(
@@ -193,7 +205,7 @@ def sanitized(seconds: float = 90) -> dict[str, str]:
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     found: dict[str, str] = {}
     for tool in SANITIZER_TOOLS if program else ():
-        command = [str(program), "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--once"]
+        command = [str(program), "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu.kernel", "--once"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -217,7 +229,7 @@ def once() -> None:
 
 
 def _library(folder: Path) -> Any:
-    import three_launch
+    from benchmarks.gpu import three_launch
 
     return three_launch.load(three_launch.compiled(folder))
 
@@ -246,9 +258,11 @@ def checks(rows: list[dict[str, Any]], tests: dict[str, Any] | None, tools: dict
     failed = None if tests is None or tests["passed"] is None else float(not tests["passed"])
     return [
         at_most("contract tests that fail", failed, 0),
-        at_most(f"launches added per layer ({where})", one and one["launches"]["ours"], 1),
-        at_most(f"time of a call ({where}) <= {LIMIT_US:g} us", one and one["oursUs"][HEADLINE], LIMIT_US, " us"),
-        at_least(f"faster than three launches ({where}) >= {TIMES_FASTER:g}x", one and one["timesFaster"], TIMES_FASTER, "x"),
+        at_most(f"launches added per layer ({where})", one["launches"]["ours"] if one else None, 1),
+        at_most(f"time of a call ({where}) <= {LIMIT_US:g} us", one["oursUs"][HEADLINE] if one else None, LIMIT_US, " us"),
+        at_least(
+            f"faster than three launches ({where}) >= {TIMES_FASTER:g}x", one["timesFaster"] if one else None, TIMES_FASTER, "x"
+        ),
         at_most("compute-sanitizer tools that found something", found, 0),
     ]
 

@@ -6,22 +6,17 @@ of this size, with no kernel of its own. Shapes: T tokens, E experts, H hidden, 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from report import ROOT
 from torch import Tensor, nn
 from torch.nn import functional
 
-sys.path.insert(0, str(ROOT / "tests" / "assets" / "make"))
-
-import tokenizer
-import train
-from lanes import Lanes
-from short_tasks import SHORT
+from benchmarks.lanes import Lanes
+from tests.assets.make import tokenizer, train
+from tests.assets.make.short_tasks import SHORT
 
 SEED = 20260217
 BATCH, POOL = 192, 4  # items per step; batches that are sorted by length together
@@ -132,7 +127,7 @@ class Moe(Lanes):
         import random
 
         source = train.batches(SHORT.stream("train", SEED), random.Random(SEED), BATCH, POOL)
-        steppers = train.optimisers(self)  # type: ignore[arg-type]
+        steppers = train.optimisers(self)
         began, step, total, loss = time.monotonic(), 0, 100_000, torch.zeros(())
         spent = done = 0.0
         while done < 1:
@@ -169,5 +164,5 @@ class Moe(Lanes):
 
             positions = torch.arange(ids.shape[1], device=self.device)[None]
             rows = torch.zeros(1, dtype=torch.int64, device=self.device)
-            self.forward(ids, positions, self.cache(1, ids.shape[1]), rows, self.exact, spy)  # type: ignore[arg-type]
+            self.forward(ids, positions, self.cache(1, ids.shape[1]), rows, self.exact, spy)
         return torch.stack([torch.from_numpy(sum_.matrix()) for sum_ in sums]).to(self.device)

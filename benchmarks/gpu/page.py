@@ -1,4 +1,4 @@
-"""Tables and figures of docs/benchmarks/README.md from what a GPU gave: `python benchmarks/gpu/page.py`.
+"""Tables and figures of docs/benchmarks/README.md from what a GPU gave: `python -m benchmarks.gpu.page`.
 
 A block stands between `<!-- bench:NAME -->` and `<!-- /bench -->`; NAME is a file in docs/benchmarks/results. Where there is none,
 the block says so. A unit test holds the committed page against the committed results.
@@ -14,13 +14,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import kernel
-import quality
-import serve
-from report import RESULTS
-from shapes import SHAPES
-
-from render import _table  # isort: skip
+from benchmarks.gpu import kernel, quality, serve
+from benchmarks.gpu.report import RESULTS
+from benchmarks.gpu.shapes import SHAPES
+from benchmarks.render import _table
 
 PAGE = RESULTS.parent / "README.md"
 BLOCK = re.compile(r"(<!-- bench:([a-z0-9.-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)

@@ -1,6 +1,6 @@
 """Stage 3: accuracy of every kind of policy on a model trained here for a few minutes. Under 10 minutes on a GPU.
 
-    python benchmarks/gpu/quality.py [--minutes 5.5] [--items 2000] [--size gpu|tiny] [--out FILE]
+    python -m benchmarks.gpu.quality [--minutes 5.5] [--items 2000] [--size gpu|tiny] [--out FILE]
 
 At least 60 million parameters and 64 experts, trained from nothing on the tasks of tests/assets/make, bf16 products; then every
 policy decodes the same items in full batches of 1, 4, 16 and 64 sequences in float32, as `benchmarks/policies.py` does on the small
@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, Check, Report, at_least
+from benchmarks.gpu.report import RESULTS, Check, Report, at_least
 
 SIZES: dict[str, dict[str, int]] = {
     "gpu": {"hidden": 256, "layers": 4, "experts": 64, "top_k": 8, "inner": 320},
@@ -72,10 +72,10 @@ def main() -> None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    import moe
-    import policies
-    from lanes import prompted
-    from short_tasks import SHORT
+    from benchmarks import policies
+    from benchmarks.gpu import moe
+    from benchmarks.lanes import prompted
+    from tests.assets.make.short_tasks import SHORT
 
     model = moe.Moe(moe.config(**SIZES[args.size]), device)
     report.say(f"{model.parameters() / 1e6:.1f} million parameters, {model.experts} experts, on {device}")

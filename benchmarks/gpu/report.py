@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-GPU = Path(__file__).resolve().parent
-ROOT = GPU.parent.parent
-for _folder in (ROOT, ROOT / "benchmarks", ROOT / "sere_ext", ROOT / "autotune"):
+from benchmarks.ground import machine
+from tests.kit import ROOT
+
+for _folder in (ROOT / "sere_ext", ROOT / "autotune"):
     if str(_folder) not in sys.path:  # the tree as it stands, installed or not
         sys.path.append(str(_folder))
-
-from ground import machine  # noqa: E402
 
 # SERE_BENCH_OUT: the folder that comes back from a machine on which nothing else is kept.
 RESULTS = Path(os.environ.get("SERE_BENCH_OUT") or ROOT / "docs" / "benchmarks" / "results")

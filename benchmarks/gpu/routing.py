@@ -13,8 +13,9 @@ import math
 from typing import Any
 
 import torch
-from bound import gumbel, zipf
-from shapes import Shape
+
+from benchmarks.gpu.bound import gumbel, zipf
+from benchmarks.gpu.shapes import Shape
 
 STRIDE = 2 * 7919  # even: a token's successor is on its side
 LOAD_FORMAT = "sere_random"
@@ -29,7 +30,7 @@ def prompts(shape: Shape, routing: str, batch: int, length: int, number: int) ->
     half = shape.vocabulary // 2
     source = torch.Generator().manual_seed(number)
     start = torch.randperm(half, generator=source)[: batch * length].view(batch, length)
-    return (2 * start + (routing == "uniform")).tolist()  # type: ignore[no-any-return]
+    return (2 * start + (routing == "uniform")).tolist()
 
 
 def successor(tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
@@ -113,7 +114,7 @@ def register(shape: Shape) -> str:
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
     @register_model_loader(LOAD_FORMAT)
-    class Random(DummyModelLoader):  # type: ignore[misc]
+    class Random(DummyModelLoader):
         def load_weights(self, model: Any, model_config: Any) -> None:
             super().load_weights(model, model_config)
             fill(model, shape)

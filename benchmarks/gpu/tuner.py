@@ -1,6 +1,6 @@
 """Stage 4: `sere tune` end to end on the GPU's engine, with a latency limit between exact routing and the best policy.
 
-    python benchmarks/gpu/tuner.py [--factor 1024] [--trials 14] [--out FILE]
+    python -m benchmarks.gpu.tuner [--factor 1024] [--trials 14] [--out FILE]
 
 The model is the small trained one, widened so that expert weights rule a step; it keeps its accuracy. A first, short run under a
 limit that binds nobody finds what exact routing and the best policy that keeps the accuracy take; the second has the geometric mean
@@ -22,7 +22,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, ROOT, Check, Report, at_least, at_most
+from benchmarks.gpu.report import RESULTS, Check, Report, at_least, at_most
+from tests.kit import ROOT
 
 TUNE = (sys.executable, "-m", "sere_ext.cli.main", "tune", "--json")
 TIME_LIMIT_S = 480.0  # a machine that is lent for ten minutes at a time
@@ -155,8 +156,9 @@ def main() -> None:
     args = parser.parse_args()
     report = Report("tuner", args.out)
     import torch
-    from ground import make_items, widened
-    from models import TINY
+
+    from benchmarks.ground import make_items, widened
+    from tests.assets.make.models import TINY
 
     gpu, folder = torch.cuda.is_available(), args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)

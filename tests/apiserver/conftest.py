@@ -14,7 +14,6 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +22,8 @@ from kubernetes import client as kube
 from kubernetes import config
 from kubernetes.dynamic import DynamicClient
 
-ROOT = Path(__file__).parents[2]
+from tests.kit import ROOT
+
 CRDS = ROOT / "manifests" / "crd"
 SAMPLES = ROOT / "manifests" / "samples"
 

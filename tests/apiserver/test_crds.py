@@ -8,10 +8,11 @@ import time
 from typing import Any
 
 import pytest
-import tuning_bounds
 import yaml
 from kubernetes.client import ApiException
 from kubernetes.dynamic import DynamicClient
+
+from tests.kit import tuning_bounds
 
 from .conftest import ROOT, SAMPLES, Kubectl
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from operator_process import World, eventually, manifest
+
+from tests.kit.operator_process import World, eventually, manifest
 
 from .test_operator import STATIC, node, world
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import yaml
-from fake_node import KEY
 from kubernetes.dynamic import DynamicClient
 from sere_operator.api import meta
-from states import engine_state
+
+from tests.kit.fake_node import KEY
+from tests.kit.states import engine_state
 
 from .conftest import SAMPLES, Kubectl
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_node import FakeNode
-from operator_process import OperatorProcess, World, eventually, manifest
+
+from tests.kit.fake_node import FakeNode
+from tests.kit.operator_process import OperatorProcess, World, eventually, manifest
 
 STATIC = {"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 2}]}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from operator_process import World, eventually, manifest
+from tests.kit.operator_process import World, eventually, manifest
 
 from .test_operator import node, world
 from .test_tenant import tuning_job

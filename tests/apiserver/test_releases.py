@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit import ROOT
+
 from .conftest import Kubectl
 
-CHART = Path(__file__).resolve().parents[2] / "helm" / "sere-operator"
+CHART = ROOT / "helm" / "sere-operator"
 
 
 @pytest.fixture

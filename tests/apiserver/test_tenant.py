@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from operator_process import World, eventually
+
+from tests.kit.operator_process import World, eventually
 
 from .conftest import Kubectl
 from .test_operator import node, world

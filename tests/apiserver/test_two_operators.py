@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from operator_process import OperatorProcess, World, eventually, manifest
+
+from tests.kit.operator_process import OperatorProcess, World, eventually, manifest
 
 from .test_operator import node, world
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from operator_process import OperatorProcess, World, eventually, manifest
+from tests.kit.operator_process import OperatorProcess, World, eventually, manifest
 
 from .test_operator import node, world
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kit import ROOT
+
 CHART = ROOT / "helm" / "sere-operator"
 
 Render = Callable[..., list[dict[str, Any]]]
@@ -41,7 +42,7 @@ def helm() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def render(helm: Callable[..., subprocess.CompletedProcess[str]]) -> Render:
-    """render("a.b=c", ...) -> the objects of `helm template sere` with these --set values."""
+    """A function of `--set` values that returns the objects of `helm template sere` with them."""
 
     def call(*values: str, namespace: str = "sere-system") -> list[dict[str, Any]]:
         sets = [word for value in values for word in ("--set", value)]

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -16,7 +15,8 @@ from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan.objects import children
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kit import ROOT
+
 CHART = ROOT / "helm" / "sere-operator"
 KUBERNETES = "1.34"
 

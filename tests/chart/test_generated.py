@@ -12,7 +12,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kit import ROOT
+
 Kustomize = Callable[[Path], list[dict[str, Any]]]
 
 

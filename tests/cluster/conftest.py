@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 
 from demo import site
+from tests.kit import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-MAKE = ROOT / "tests" / "assets" / "make"
 SITE = site.current()
 NAMESPACE = SITE.namespace
 ITEMS = 1500  # certify a limit of 2 points
@@ -51,7 +50,9 @@ def data(node: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "tests/assets/tiny_moe", folder / "model")
     for name, split, count in (("items", "eval", ITEMS), ("calib", "calibration", 64)):
         options = ["--split", split, "--count", str(count), "--seed", "5", "--out", str(folder / f"{name}.jsonl")]
-        subprocess.run([sys.executable, MAKE / "items.py", *options], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "tests.assets.make.items", *options], check=True, stdout=subprocess.DEVNULL, cwd=ROOT
+        )
     return folder
 
 

@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from pathlib import Path
 
-from reroute_contract import Tensors, kernel_call
 from sere_ext.routing import kernel
 from sere_ext.routing.build import SOURCES
 from sere_ext.routing.state import LayerState
+
+from tests.kit.reroute_contract import Tensors, kernel_call
 
 HERE = Path(__file__).parent
 SOURCE = (SOURCES / "reroute_cuda.cu").read_text()

@@ -9,14 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import families
 import numpy as np
 import pytest
-from inside import NEW_TOKENS, PROMPT_LENGTHS, Recorder, answers, check_oracle, engine, random_similarity, recording, same
 from sere_ext.contract.errors import UnsupportedError
 from sere_ext.contract.policy import Policy
 from sere_ext.control.switch import llm_states, switch_llm
-from states import counted
+
+from tests.kit import families
+from tests.kit.inside import (
+    NEW_TOKENS,
+    PROMPT_LENGTHS,
+    Recorder,
+    answers,
+    check_oracle,
+    engine,
+    random_similarity,
+    recording,
+    same,
+)
+from tests.kit.states import counted
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
-from inside import Recorder, answers, check_oracle, engine, random_similarity, recording, same
 from sere_ext.contract.errors import UnsupportedError
 from sere_ext.contract.policy import Policy
 from sere_ext.control.switch import llm_states, switch_llm
-from states import counted
+
+from tests.kit import TINY_MOE as TINY
+from tests.kit import families
+from tests.kit.inside import Recorder, answers, check_oracle, engine, random_similarity, recording, same
+from tests.kit.states import counted
 
 pytestmark = pytest.mark.timeout(400)
 SERE = Policy.parse({"buckets": [{"minTokens": 1, "kind": "sere", "S": 2, "rho": 0.3}]})
@@ -29,9 +31,8 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
 EXPERT_PARALLEL = {
     "tensor_parallel_size": 2,
     "enable_expert_parallel": True,
-    "worker_extension_cls": "cpu_expert_parallel.Experts",  # vLLM 0.32's CPU experts would leave the expert map unread
+    "worker_extension_cls": "tests.kit.cpu_expert_parallel.Experts",  # vLLM 0.32's CPU experts would leave the expert map unread
 }
-TINY = Path(__file__).parents[1] / "assets/tiny_moe"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kit import ROOT
 
 
 def test_decode_steps_with_known_routing(tmp_path: Path) -> None:
@@ -15,7 +15,8 @@ def test_decode_steps_with_known_routing(tmp_path: Path) -> None:
     out = tmp_path / "serve.json"
     command = [
         sys.executable,
-        "benchmarks/gpu/serve.py",
+        "-m",
+        "benchmarks.gpu.serve",
         "--shape",
         "tiny",
         "--batch",

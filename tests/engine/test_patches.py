@@ -5,16 +5,13 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-ASSETS = Path(__file__).parents[1] / "assets"
-sys.path.insert(0, str(ASSETS / "make"))  # scripts, run by path; not a package
-
-import vllm_snapshots as snapshots  # noqa: E402
+from tests.assets.make import vllm_snapshots as snapshots
+from tests.kit import ASSETS
 
 
 def installed() -> str:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from inside import in_process
 from sere_ext.calibration.run import Options, calibrate
 from sere_ext.contract.errors import ConflictError, PolicyError, SereError, SimilarityError, UnsupportedError
 from sere_ext.contract.policy import Kind, Policy
@@ -25,7 +24,9 @@ from sere_ext.control.switch import llm_states, switch_llm
 from sere_ext.routing import ops
 from sere_ext.routing.reference import reroute
 from sere_ext.similarity.file import read_similarity
-from states import counted
+
+from tests.kit.inside import in_process
+from tests.kit.states import counted
 
 pytestmark = pytest.mark.timeout(900)
 PROMPTS = [f"item {i}: what is {i} plus {i * 7 % 13}?" for i in range(12)]

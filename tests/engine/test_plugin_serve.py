@@ -22,8 +22,9 @@ from sere_ext.contract.state import EngineState, ModelShape
 from sere_ext.contract.volume import key_file, piece_name, policy_files, similarity_file
 from sere_ext.control.client import get_state, put_policy
 from sere_ext.similarity.file import packed_meta, read_similarity, write_similarity
-from serving import Load, Server, complete, metrics_of, serving
-from states import counted
+
+from tests.kit.serving import Load, Server, complete, metrics_of, serving
+from tests.kit.states import counted
 
 TOKEN = "correct horse"
 pytestmark = pytest.mark.timeout(900)

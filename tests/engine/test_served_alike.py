@@ -13,7 +13,8 @@ from sere_autotune.trial.engine import EngineHost
 from sere_autotune.trial.load import Request
 from sere_ext.contract.profile import GoldenPrompt
 from sere_operator.runtime.golden import request_of, text_of
-from serving import serving
+
+from tests.kit.serving import serving
 
 TOKENS = 24
 OPTIONS = ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "16", "--dtype", "float32"]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from sere_ext.contract.profile import Profile
 
-ROOT = Path(__file__).parents[2]
-MAKE = ROOT / "tests" / "assets" / "make"
+from tests.kit import ROOT
+
 TRIALS = 5
 
 
@@ -22,9 +22,9 @@ TRIALS = 5
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The widened model, items, calibration text, and a tuning file that calibrates by itself."""
     folder = tmp_path_factory.mktemp("tune")
-    make(folder, "widen.py", str(ROOT / "tests" / "assets" / "tiny_moe"), str(folder / "model"))
-    make(folder, "items.py", "--split", "eval", "--count", "2400", "--seed", "5", "--out", str(folder / "items.jsonl"))
-    make(folder, "items.py", "--split", "calibration", "--count", "48", "--seed", "5", "--out", str(folder / "calib.jsonl"))
+    make(folder, "widen", str(ROOT / "tests" / "assets" / "tiny_moe"), str(folder / "model"))
+    make(folder, "items", "--split", "eval", "--count", "2400", "--seed", "5", "--out", str(folder / "items.jsonl"))
+    make(folder, "items", "--split", "calibration", "--count", "48", "--seed", "5", "--out", str(folder / "calib.jsonl"))
     (folder / "tuning.yaml").write_text(json.dumps({
         "model": str(folder / "model"),
         "engine": {"maxModelLen": 128, "extraArgs": ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32"]},
@@ -40,7 +40,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(folder: Path, script: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, str(MAKE / script), *arguments], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", f"tests.assets.make.{script}", *arguments], check=True, capture_output=True, cwd=ROOT)
 
 
 def command(ground: Path, *arguments: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Lets vLLM's CPU engine serve data-parallel MoE models, which 0.32 cannot: its CPU communicator lacks two collectives.
 
-Named by `--worker-extension-cls cpu_data_parallel.Exchange`, so that every worker imports this file. Only for tests of what
+Named by `--worker-extension-cls tests.kit.cpu_data_parallel.Exchange`, so that every worker imports this file. Only for tests of what
 happens between data-parallel engines; gloo has neither collective, so both are made of plain ones.
 """
 
@@ -14,7 +14,7 @@ from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicat
 
 
 def all_gatherv(self: Any, input_: Any, dim: int = 0, sizes: list[int] | None = None) -> Any:
-    """Rows of all ranks one after another; rank r brings `sizes[r]` of them."""
+    """Gather the rows of all ranks in rank order; rank r contributes `sizes[r]` rows."""
     if isinstance(input_, list):
         return [all_gatherv(self, part, dim, sizes) for part in input_]
     rows = sizes or [input_.shape[0]] * self.world_size
@@ -26,7 +26,7 @@ def all_gatherv(self: Any, input_: Any, dim: int = 0, sizes: list[int] | None = 
 
 
 def reduce_scatterv(self: Any, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None) -> torch.Tensor:
-    """Sum over ranks; rank r keeps its `sizes[r]` rows."""
+    """Sum the rows over ranks; rank r keeps its own `sizes[r]` rows of the sum."""
     rows = sizes or [input_.shape[0] // self.world_size] * self.world_size
     total = input_.clone()
     dist.all_reduce(total, group=self.device_group)
@@ -39,4 +39,4 @@ CpuCommunicator.reduce_scatterv = reduce_scatterv
 
 
 class Exchange:
-    """Nothing of its own: naming it loads this file."""
+    """Adds nothing to a worker; naming it makes every worker import this file."""

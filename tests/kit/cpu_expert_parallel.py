@@ -1,6 +1,6 @@
 """Lets vLLM's CPU engine serve expert-parallel models, which 0.32 cannot: its CPU experts leave the expert map unread.
 
-Named by `worker_extension_cls="cpu_expert_parallel.Experts"`, so that every worker imports this file. Only for tests of what
+Named by `worker_extension_cls="tests.kit.cpu_expert_parallel.Experts"`, so that every worker imports this file. Only for tests of what
 re-routing does where a rank holds some of the experts. A slot of another rank's expert gets weight 0 here, and the ranks'
 outputs are summed as under tensor parallelism.
 """
@@ -13,8 +13,8 @@ import torch
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
 _apply = CPUUnquantizedExperts.apply
-held: set[int] = set()  # experts of this rank
-asked: set[int] = set()  # experts that its slots named before they were mapped
+held: set[int] = set()  # experts that this rank holds
+asked: set[int] = set()  # experts that routed slots named before ids were mapped to ranks
 
 
 def apply(self: Any, output: Any, hidden_states: Any, w1: Any, w2: Any, weights: Any, ids: Any, *rest: Any, **named: Any) -> None:
@@ -32,7 +32,7 @@ CPUUnquantizedExperts.apply = apply
 
 
 class Experts:
-    """Lets a test ask the workers; naming it loads this file."""
+    """Lets a test question the workers; naming it makes every worker import this file."""
 
     def experts_here(self) -> tuple[list[int], list[int]]:
         """The experts that this rank holds, and those that its slots have asked for."""

@@ -25,7 +25,8 @@ from kubernetes.dynamic.exceptions import NotFoundError
 from sere_ext.contract.profile import ProfileKey
 from sere_ext.contract.shards import join
 from sere_ext.contract.volume import desired
-from states import engine_state
+
+from tests.kit.states import engine_state
 
 MANAGED = "app.kubernetes.io/managed-by=sere-operator"
 BOUNDS_MS = (5.0, 10.0, 20.0, 50.0, 100.0, 500.0)
@@ -256,7 +257,7 @@ class FakeNode:
         known.error = None if want.awaited else want.error
         digest = want.policy.digest if want.policy is not None else known.digest
         if want.shards and digest != known.digest:
-            known.similarity = join([files[name] for name in want.shards])
+            known.similarity = join([piece for name in want.shards if isinstance(piece := files[name], bytes)])
         refusal = self.behaviours.get(digest, self.default).refuse
         if refusal is not None:
             known.error, digest = refusal, known.digest

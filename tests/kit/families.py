@@ -93,19 +93,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
-REFUSED = {  # stock vLLM serves them on the CPU; why re-routing does not
+REFUSED = {  # why re-routing refuses a family that stock vLLM serves on the CPU
     "llama4": r"Llama4ForCausalLM, .*one expert per token.*nothing could be re-routed; serve it without sere",
 }
 SERVED = [family for family in FAMILIES if family not in REFUSED]
 
 
 def dtype(model: Path) -> str:
-    """What the family runs in: float32 unless the CPU has no kernel of it for that."""
+    """The dtype that the family runs in: float32, unless the CPU has no float32 kernel for it."""
     return str(json.loads((model / "config.json").read_text())["torch_dtype"])
 
 
 def write(family: str, directory: Path) -> Path:
-    """`directory` with the family's `config.json`: all that vLLM needs under `LOAD_FORMAT`."""
+    """Write the family's `config.json` into `directory`, which is all that vLLM needs under `LOAD_FORMAT`."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(FAMILIES[family]))
     return directory

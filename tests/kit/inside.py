@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import families
 import numpy as np
 import pytest
 import torch
@@ -20,6 +19,8 @@ from sere_ext.contract.similarity import SimilarityMeta
 from sere_ext.routing.reference import reroute
 from sere_ext.similarity.file import write_similarity
 from sere_ext.similarity.hub import model_config_dict
+
+from tests.kit import families
 
 Calls = list[tuple[torch.Tensor, torch.Tensor]]
 Answers = list[tuple[tuple[int, ...], tuple[float, ...]]]
@@ -71,7 +72,7 @@ def recording() -> Iterator[Recorder]:
 
 @contextmanager
 def in_process(model: Path, **options: Any) -> Iterator[Any]:
-    """An `LLM` in this process, taken down completely afterwards."""
+    """An `LLM` in this process; at the end of the `with` block nothing of it is left."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -80,7 +81,7 @@ def in_process(model: Path, **options: Any) -> Iterator[Any]:
     try:
         llm = LLM(model=str(model), distributed_executor_backend="uni", disable_log_stats=True, seed=0, **options)
         yield llm
-    finally:  # also after a refused start: a half-made engine leaves process groups behind
+    finally:  # a start that was refused leaves process groups behind too
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
             del llm

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def symmetric(values: Any) -> Any:
-    """float32 [E, E] of any square values: as alike one way as the other, diagonal 1."""
+    """A similarity matrix, float32 [E, E], made of any square values: symmetric, with ones on the diagonal."""
     matrix = ((values + values.T) / 2).astype(np.float32)
     np.fill_diagonal(matrix, 1)
     return matrix

@@ -12,7 +12,7 @@ from typing import Any
 
 from kubernetes.dynamic.exceptions import NotFoundError
 
-ROOT = Path(__file__).parents[2]
+from tests.kit import ROOT
 
 
 class OperatorProcess:
@@ -50,13 +50,13 @@ class OperatorProcess:
         return self._process is not None and self._process.poll() is None
 
     def kill(self) -> None:
-        """As the kernel does when memory runs out: no chance to tidy up."""
+        """Kill the process as the kernel does when memory runs out, without a chance to tidy up."""
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
 
     def stop(self) -> int:
-        """As a kubelet does: SIGTERM, then the exit status."""
+        """Stop the process as a kubelet does, by SIGTERM, and return its exit status."""
         assert self._process is not None
         self._process.terminate()
         return self._process.wait(timeout=20)
@@ -66,7 +66,7 @@ class OperatorProcess:
 
 
 def eventually(check: Any, timeout_s: float = 60.0, what: str = "") -> Any:
-    """The first true value that `check` returns; AssertionErrors, failed look-ups and objects that are not there count as not yet."""
+    """Call `check` until it returns something true. AssertionErrors, failed look-ups and missing objects mean that it is not yet so."""
     until, last = time.monotonic() + timeout_s, None
     while time.monotonic() < until:
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +26,8 @@ from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.objects.volume import recovered_shards
 from sere_operator.plan.reads import Artefact, Child, Golden, Listed, Metrics, Read, ServiceToken, State, Token
 from sere_operator.plan.snapshot import GoldenResult, Plan, PodMetrics, Similarity, Snapshot
-from states import engine_state
+
+from tests.kit.states import engine_state
 
 KEY = {
     "modelName": "m", "modelRevision": "", "configDigest": "sha256:" + "0" * 64, "engineVersion": "0.32.0",
@@ -58,7 +60,7 @@ class Pod:
 
     @property
     def engine(self) -> dict[str, Any]:
-        return (self.template or {"spec": {"containers": [{}]}})["spec"]["containers"][0]  # type: ignore[no-any-return]
+        return (self.template or {"spec": {"containers": [{}]}})["spec"]["containers"][0]
 
     @property
     def revision(self) -> str:
@@ -223,7 +225,7 @@ class World:
     def step(self, crash_after: int | None = None) -> Plan:
         """One look. Raises CrashError once `crash_after` writes were done, if there are more."""
         plan = decide(self.observe(), self.defaults)
-        writes = [
+        writes: list[tuple[Callable[[Any], None], Any]] = [
             *((self._apply, body) for body in plan.replace), *((self._apply, body) for body in plan.apply),
             *((self._annotate, patch) for patch in plan.pods), *((self._delete, body) for body in plan.delete),
             *([(self._status, plan.status)] if plan.status is not None else []),

@@ -1,6 +1,6 @@
 """A planted engine for the tuner's pure logic: known drops, discordance and speeds instead of a model.
 
-Run as a program it tunes in a folder (and can be killed): `python planted.py OUT ITEMS.jsonl TRIALS SECONDS_PER_BLOCK`.
+Run as a program it tunes in a folder (and can be killed): `python -m tests.kit.planted OUT ITEMS.jsonl TRIALS SECONDS_PER_BLOCK`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class PlantedEngine:
 
 
 class Quiet:
-    """A reporter that keeps what it is told."""
+    """A reporter that keeps every message instead of printing it."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ from sere_ext.routing.state import LayerState, WorkerState
 class Engine:
     """Two ranks with one MoE layer (0) of four experts, top-2."""
 
-    errored = False  # whether it died
+    errored = False  # whether the engine died
 
     def __init__(self) -> None:
         def layer() -> LayerState:

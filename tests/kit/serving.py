@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-START_SECONDS = 540.0  # a slow start is no failure; beside other engines on the same two cores more than 300
+START_SECONDS = 540.0  # a slow start is no failure: beside other engines on two cores a start takes over 300 s
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Server:
             try:
                 fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
             except OSError:
-                continue  # ended meanwhile
+                continue  # the process has ended meanwhile
             pid = int(status.parent.name)
             parents[pid] = int(fields["PPid"])
             found[pid] = (fields["Name"].strip(), int(fields.get("VmRSS", "0 kB").split()[0]) / 1024)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 from sere_operator.api.tuning import SereTuningJobSpec
 
-SAMPLE = Path(__file__).parents[2] / "manifests" / "samples" / "tuned.yaml"
+from tests.kit import ROOT
+
+SAMPLE = ROOT / "manifests" / "samples" / "tuned.yaml"
 PARTS = ("engine", "slo", "accuracy", "tuning")  # of a SereTuningJob's spec, that end up in tuning.yaml
 Place = tuple[str | int, ...]
 

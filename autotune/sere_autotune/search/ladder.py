@@ -57,7 +57,6 @@ def pick_ladder(
         items: held-out items that the certificate will have.
         alpha: its level.
     """
-
     powers = [stats.rough_power(items, noise + model.excess(b), model.drop(b), max_drop, alpha) for b in range(model.buckets)]
 
     def mean(of: Callable[[int], NDArray[np.float64]]) -> NDArray[np.float64]:

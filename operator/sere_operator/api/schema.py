@@ -121,8 +121,10 @@ class _Converter:
 
 
 def _number(result: dict[str, Any]) -> None:
-    """Add rules for fractional bounds: the server cuts a bound to a whole number where the value is written as one (on 1.34
-    a value of 0 passes a minimum of 0.001)."""
+    """Add rules for fractional bounds.
+
+    The server cuts a bound to a whole number where the value is written as one (on 1.34 a value of 0 passes a minimum of 0.001).
+    """
     for name, sign, words in (("minimum", ">", "above"), ("maximum", "<", "below")):
         bound, open_end = result.get(name), result.get("exclusive" + name.capitalize(), False)
         if isinstance(bound, float) and not bound.is_integer():

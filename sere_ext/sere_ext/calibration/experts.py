@@ -1,8 +1,8 @@
 """Where a transformers model keeps the experts of each MoE layer, what they are asked, and what each one answers.
 
 An expert's answer comes from the model's own code: an experts module that takes (hidden states, expert ids, weights) is
-called with every token sent to every expert at weight 1, so biases, clamps and special gates need no copy here. It is
-`forward` that is called, past the hooks through which the answers are asked for.
+called with every token sent to every expert at weight 1, so biases, clamps and special gates need no copy here. The module's
+`forward` is called directly, past the hooks that ask for the answers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 class ExpertLayer:
     """The experts of one MoE layer.
 
-    `asked` is the module whose first input is what every expert is asked: the experts module itself where it takes the
-    tokens, else the block around it.
+    `asked` is the module whose first input every expert receives: the experts module where that takes the tokens, otherwise
+    the block around it.
     """
 
     number: int  # model layer

@@ -1,4 +1,4 @@
-"""Write items as JSONL: ``python tests/assets/make/items.py --model rows_moe --split eval --count 8000 --out items.jsonl``.
+"""Write items as JSONL: ``python -m tests.assets.make.items --model rows_moe --split eval --count 8000 --out items.jsonl``.
 
 One object per line, ``{"prompt": ..., "answer": ..., "task": ...}``. Any number from 1 on; the same arguments give the same
 bytes, a larger count the same beginning, and no split ever shares a prompt with another.
@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from models import RECIPES, Recipe
-from tasks import BUCKETS, Split
+from tests.assets.make.models import RECIPES, Recipe
+from tests.assets.make.tasks import BUCKETS, Split
 
 
 def lines(recipe: Recipe, split: Split, count: int, seed: int) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from row_tasks import ROWS
-from short_tasks import SHORT
-from tasks import TaskSet
+from tests.assets.make.row_tasks import ROWS
+from tests.assets.make.short_tasks import SHORT
+from tests.assets.make.tasks import TaskSet
 
 ASSETS = Path(__file__).resolve().parent.parent
 

@@ -1,4 +1,4 @@
-"""Exact against exact in vLLM: the noise floor, and how long a decode step takes: ``python tests/assets/make/noise.py``.
+"""Exact against exact in vLLM: the noise floor, and how long a decode step takes: ``python -m tests.assets.make.noise``.
 
 The same items are answered greedily under three loads whose batches differ (order and concurrency), with routing untouched.
 What differs between them is rounding alone; a loss claimed for SERE means something only above it. Needs vLLM; prints one
@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import models
-from tasks import Item
+from tests.assets.make import models
+from tests.assets.make.tasks import Item
 
 CONCURRENCY = 16
 DECODE_STEPS = 64

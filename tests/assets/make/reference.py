@@ -92,7 +92,7 @@ class Reference:
         left, right = x.chunk(2, -1)
         return x * angles.cos() + torch.cat([-right, left], -1) * angles.sin()
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def forward(
         self,
         ids: Tensor,

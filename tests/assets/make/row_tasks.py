@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from itertools import accumulate
 
-from tasks import DIGITS, LETTERS, Family, TaskSet, text
+from tests.assets.make.tasks import DIGITS, LETTERS, Family, TaskSet, text
 
 WIDTH = 6  # characters of a row
 MARKS = "ESX+-*^"  # what stands between the rows, in this order: one row more than marks

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from itertools import accumulate, groupby
 
-from tasks import DIGITS, LETTERS, Family, TaskSet, text
+from tests.assets.make.tasks import DIGITS, LETTERS, Family, TaskSet, text
 
 
 def _digitwise(letter: str, sign: str, apply: Callable[[int, int], int]) -> Family:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks import DIGITS, LETTERS
+from tests.assets.make.tasks import DIGITS, LETTERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Train a small Qwen3-MoE from nothing, with fixed seeds, on a CPU: ``python tests/assets/make/train.py --model rows_moe``.
+"""Train a small Qwen3-MoE from nothing, with fixed seeds, on a CPU: ``python -m tests.assets.make.train --model rows_moe``.
 
 The optimiser is Muon (orthogonalised updates) for the matrices inside the layers, AdamW for embeddings, norms and routers.
 A load-balancing loss per layer spreads routing over all experts: re-routing away from experts that nobody uses costs nothing.
@@ -21,12 +21,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tokenizer
 import torch
-from models import RECIPES, Recipe
-from tasks import Item
 from torch import Tensor, nn
 from torch.nn import functional
+
+from tests.assets.make import tokenizer
+from tests.assets.make.models import RECIPES, Recipe
+from tests.assets.make.tasks import Item
 
 if TYPE_CHECKING:  # the GPU benchmark trains with this module's parts and without transformers
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -121,7 +122,7 @@ def orthogonalised(update: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):  # type: ignore[misc]
+class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalised steps, each matrix by itself.
 
     A parameter is a matrix, a stack of matrices [E, rows, columns], or in a group with ``halves`` 2 a stack in which each entry is
@@ -131,7 +132,7 @@ class Muon(torch.optim.Optimizer):  # type: ignore[misc]
     def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "halves": 1})
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def step(self) -> None:
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:

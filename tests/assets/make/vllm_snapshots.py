@@ -1,6 +1,6 @@
 """Snapshots of the vLLM symbols in `sere_ext.engine.touched.LEDGER`, one small JSON file for each supported release.
 
-    python tests/assets/make/vllm_snapshots.py [RELEASE...]      # `make vllm-snapshots`: all releases, about two minutes
+    python -m tests.assets.make.vllm_snapshots [RELEASE...]      # `make vllm-snapshots`: all releases, about two minutes
 
 Only the needed members are read from each wheel, by range requests through pip (its index, certificates and cache
 settings), so nothing of vLLM is installed and 0.3 GB wheels cost a few megabytes.

@@ -1,4 +1,4 @@
-"""A wider model that computes the same function: ``python tests/assets/make/widen.py SOURCE DESTINATION``.
+"""A wider model that computes the same function: ``python -m tests.assets.make.widen SOURCE DESTINATION``.
 
 Each expert's neurons are repeated ``factor`` times and their outgoing weights divided by it, so that outputs are equal up to
 rounding while an expert weighs ``factor`` times as much. Decode time is then ruled by reading expert weights, as it is in
@@ -12,9 +12,10 @@ import json
 import shutil
 from pathlib import Path
 
-import models
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.assets.make import models
 
 
 def widen(source: Path, destination: Path, factor: int = 0, dtype: str = "") -> Path:

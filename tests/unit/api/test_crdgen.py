@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -13,7 +12,9 @@ from sere_operator.api.reference import reference
 from sere_operator.api.rules import RULES
 from sere_operator.api.schema import SchemaError, structural_schema
 
-CRDS = Path(__file__).parents[3] / "manifests" / "crd"
+from tests.kit import ROOT
+
+CRDS = ROOT / "manifests" / "crd"
 
 
 @pytest.mark.parametrize("definition", DEFINITIONS, ids=lambda d: d.kind)
@@ -23,7 +24,7 @@ def test_committed_crd_is_current(definition: Definition) -> None:
 
 
 def test_committed_reference_is_current() -> None:
-    page = CRDS.parents[1] / "docs" / "resources.md"
+    page = ROOT / "docs" / "resources.md"
     assert page.read_text() == reference(), "run `python -m sere_operator.api.reference`"
 
 

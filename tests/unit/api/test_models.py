@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,8 @@ from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.api.profile import profile_name
 from sere_operator.api.tuning import SereTuningJobSpec
 
-ROOT = Path(__file__).parents[3]
+from tests.kit import ROOT
+
 SAMPLES = ROOT / "manifests" / "samples"
 
 

@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import pytest
-import tuning_bounds
 import yaml
 from jsonschema import Draft4Validator
 from pydantic import ValidationError
@@ -18,7 +17,9 @@ from sere_operator.api.rules import RULES
 from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan.objects.pods import Storage
 from sere_operator.plan.tuning.objects import tuning_file
-from tuning_bounds import Case
+
+from tests.kit import tuning_bounds
+from tests.kit.tuning_bounds import Case
 
 
 def job(change: dict[str, Any]) -> SereTuningJobSpec:

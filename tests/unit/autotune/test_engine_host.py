@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from ranks import Engine, Engines
 from sere_autotune.trial.engine import EngineHost
 from sere_autotune.trial.load import Load, Request
 from sere_ext.contract.errors import EngineCrashError, PolicyError
 from sere_ext.contract.policy import Policy
 from sere_ext.routing import kernel
+
+from tests.kit.ranks import Engine, Engines
 
 POLICY = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 1}]})
 TEXT = json.dumps(POLICY.to_json_dict())

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planted import spec_for, write_items
 from sere_autotune import calibration, preflight
 from sere_autotune.planner import describe, fitted, make_plan
 from sere_autotune.prepare import prepare
@@ -21,7 +20,9 @@ from sere_autotune.trial.traffic import Traffic, dataset_requests
 from sere_autotune.tuning.spec import AccuracySpec, TaskSpec, WorkloadSpec
 from sere_ext.contract.errors import UsageError
 
-TINY = Path(__file__).parents[2] / "assets" / "tiny_moe"
+from tests.kit import TINY_MOE as TINY
+from tests.kit.planted import spec_for, write_items
+
 CHAT = [{"role": "system", "content": "short"}, {"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
 
 

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from planted import PlantedEngine, run, spec_for, write_items
 from sere_autotune.study.journal import cut_torn_line
 from sere_autotune.study.study import JOURNAL, TuningStudy
 from sere_ext.contract.errors import UsageError
+
+from tests.kit import ROOT
+from tests.kit.planted import PlantedEngine, run, spec_for, write_items
 
 ROOM = 64 * 1024
 
@@ -88,9 +90,9 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     items = write_items(tmp_path / "items.jsonl", 3000)
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = [sys.executable, str(Path(__file__).parents[2] / "kit/planted.py"), str(folder / "out"), str(items), "6", "0"]
+    command = [sys.executable, "-m", "tests.kit.planted", str(folder / "out"), str(items), "6", "0"]
     with disk(folder) as make_room:
-        full = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
+        full = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit, cwd=ROOT)
         assert full.returncode == 1
         last = full.stderr.strip().splitlines()[-1]
         assert f"cannot write to {folder / 'out'}: " in last
@@ -100,7 +102,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
         study = TuningStudy(folder / "out", None)
         finished = [trial.number for trial in study.complete()]
         study.close()
-        again = subprocess.run(command, capture_output=True, text=True, check=False)
+        again = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         assert again.returncode == 0, again.stderr
         study = TuningStudy(folder / "out", None)
         assert [trial.number for trial in study.complete()][: len(finished)] == finished

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from planted import PlantedEngine, run, spec_for, write_items
 from sere_autotune.study import schema
 from sere_autotune.study.schema import Key
 from sere_autotune.study.study import TuningStudy
+
+from tests.kit.planted import PlantedEngine, run, spec_for, write_items
 
 
 def test_all_that_a_whole_run_stores_is_read_again_as_its_record(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planted import PlantedEngine, Quiet, run, spec_for, truth, write_items
 from rich.console import Console
 from sere_autotune.outcome import Ending
 from sere_autotune.progress import Progress
@@ -29,6 +28,9 @@ from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.errors import BudgetExhaustedError, EngineCrashError, SereError, UnsupportedError, UsageError
 from sere_ext.contract.policy import Kind, Policy
 from sere_ext.contract.profile import Profile
+
+from tests.kit import ROOT
+from tests.kit.planted import PlantedEngine, Quiet, run, spec_for, truth, write_items
 
 
 @pytest.fixture
@@ -95,10 +97,10 @@ def test_trials_of_another_device_are_not_gone_on_with(tmp_path: Path, items: Pa
 
 def test_killed_with_minus_9_it_goes_on_and_loses_at_most_the_trial_in_flight(tmp_path: Path, items: Path) -> None:
     calls = tmp_path / "calls.log"
-    command = [sys.executable, str(Path(__file__).parents[2] / "kit/planted.py"), str(tmp_path / "out"), str(items), "8", "0.2"]
+    command = [sys.executable, "-m", "tests.kit.planted", str(tmp_path / "out"), str(items), "8", "0.2"]
     kills = 0
     for at_block in (3, 9, 20):  # in the search, near its end, in certification
-        victim = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ})
+        victim = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         while victim.poll() is None and (not calls.exists() or len(calls.read_text().splitlines()) < at_block):
             time.sleep(0.05)
         if victim.poll() is None:
@@ -106,7 +108,7 @@ def test_killed_with_minus_9_it_goes_on_and_loses_at_most_the_trial_in_flight(tm
             kills += 1
         victim.wait()
     assert kills == 3
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "Chosen"
     study = TuningStudy(tmp_path / "out", None)
     trials = study.study.get_trials()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,9 @@ from sere_ext.engine import backends
 from sere_ext.engine.backends import DISPATCH, EXPERTS, freed_slot, prefer_modular, renewed
 from sere_ext.routing.kernel import MINUS_ONE, REPEAT
 
-PAGE = Path(__file__).parents[3] / "docs" / "compatibility.md"
+from tests.kit import ROOT
+
+PAGE = ROOT / "docs" / "compatibility.md"
 
 
 def runner(experts: str, dispatch: str = "MoEPrepareAndFinalizeNoDPEPModular", method: str = "Fp8MoEMethod") -> Any:

@@ -11,6 +11,8 @@ import pytest
 from sere_ext.contract.errors import UnsupportedError
 from sere_ext.routing import build
 
+from tests.kit import ROOT
+
 
 @pytest.fixture
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -96,8 +98,7 @@ def test_ahead_of_time_from_the_command_line(nowhere: Path, tmp_path: Path, caps
 def test_the_wheel_carries_the_sources_and_no_library() -> None:
     from hatchling.builders.wheel import WheelBuilder
 
-    root = Path(__file__).resolve().parents[3]
-    files = {file.distribution_path for file in WheelBuilder(str(root)).recurse_included_files()}
+    files = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
     assert {f"sere_ext/routing/csrc/{path.name}" for path in build.SOURCES.iterdir()} <= files
     assert not [name for name in files if name.endswith(".so")]
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pairwise
 import pytest
 import torch
 from sere_ext.calibration.capture import collecting, run_batch
@@ -26,7 +25,9 @@ from sere_ext.contract.errors import UnsupportedError, UsageError
 from sere_ext.similarity.file import read_similarity
 from transformers import AutoConfig, AutoModelForCausalLM
 
-MODEL = Path(__file__).resolve().parents[2] / "assets" / "tiny_moe"
+from tests.kit import TINY_MOE as MODEL
+from tests.kit import pairwise
+
 METRICS = list(pairwise.METRICS)
 
 COMMON = {

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from ranks import Engine, Engines
 from sere_ext.contract.errors import SereError, UnsupportedError
 from sere_ext.contract.policy import MAX_BUCKETS, Policy
 from sere_ext.control.live import LiveControl
@@ -19,6 +18,8 @@ from sere_ext.control.routes import SereControl
 from sere_ext.control.switch import switch
 from sere_ext.routing import kernel
 from sere_ext.routing.state import LayerState, WorkerState
+
+from tests.kit.ranks import Engine, Engines
 
 POLICY = {"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 2}]}
 TOKEN = {"Authorization": "Bearer secret"}

@@ -6,7 +6,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,9 @@ from sere_ext.contract.policy import Policy
 from sere_ext.control.metrics import Metrics
 from sere_operator.runtime.health import Health
 
-BOARD = Path(__file__).resolve().parents[3] / "manifests" / "dashboards" / "sere.json"
+from tests.kit import ROOT
+
+BOARD = ROOT / "manifests" / "dashboards" / "sere.json"
 SUFFIXES = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
 OF_THE_SCRAPE = {"namespace", "pod", "le"}
 PROMQL = {"sum", "max", "avg", "by", "rate", "increase", "histogram_quantile", "label_values"}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import subprocess
-from pathlib import Path
 
 import pytest
 from sere_ext.contract import errors
 from sere_ext.contract.errors import ExitCode, SereError, UsageError, error_of, status_of
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.kit import ROOT
+
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SereError)]
 DEVELOPERS = {"SchemaError"}  # a mistake in our own types, met while the CRDs are made
 

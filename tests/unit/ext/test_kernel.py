@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reroute_contract import KernelContract, Tensors, kernel_call
 from sere_ext.contract.errors import UnsupportedError
 from sere_ext.contract.policy import MAX_BUCKETS, Kind
 from sere_ext.engine import seam
 from sere_ext.routing import kernel, ops
 from sere_ext.routing.build import SOURCES
 from sere_ext.routing.state import LayerState
+
+from tests.kit.reroute_contract import KernelContract, Tensors, kernel_call
 
 
 class TestCpuKernel(KernelContract):

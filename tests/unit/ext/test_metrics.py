@@ -11,7 +11,8 @@ from prometheus_client import REGISTRY
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.state import COUNTED, CounterRow, EngineState
 from sere_ext.control.metrics import Metrics, Occupancy, batch_label, bounds
-from states import engine_state
+
+from tests.kit.states import engine_state
 
 POLICY = Policy.parse({"buckets": [{"minTokens": 4, "maxTokens": 8, "kind": "topk", "S": 2}, {"minTokens": 9, "kind": "exact"}]})
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from reroute_contract import Call, RerouteContract
 from sere_ext.routing.reference import Rerouted, reroute
+
+from tests.kit.reroute_contract import Call, RerouteContract
 
 
 class TestReference(RerouteContract):

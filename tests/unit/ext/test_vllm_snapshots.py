@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from sere_ext.engine.touched import BEFORE, CPU_SINCE, LEDGER, SINCE, SUPPORTED, Touched
 
-SNAPSHOTS = {
-    path.stem: json.loads(path.read_text()) for path in (Path(__file__).parents[2] / "assets/vllm_snapshots").glob("*.json")
-}
+from tests.kit import ASSETS
+
+SNAPSHOTS = {path.stem: json.loads(path.read_text()) for path in (ASSETS / "vllm_snapshots").glob("*.json")}
 
 
 def release(name: str) -> tuple[int, int]:

@@ -210,8 +210,10 @@ SHARDS = {piece_name(SIMILARITY_FILE, i, 4): shard for i, shard in enumerate(spl
 
 
 async def test_an_artefact_in_shards_is_joined_once_all_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each shard is a ConfigMap of its own, which the kubelet may see later than the policy. That is no error: a canary that
-    names one is given up."""
+    """An incomplete artefact is no error, since a canary that names an error is given up.
+
+    Each shard is a ConfigMap of its own, which the kubelet may see later than the policy.
+    """
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))

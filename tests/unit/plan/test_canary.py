@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from plan_world import DIGEST, POLICY, Pod, World, profile_body
 from sere_operator.plan.rollout.candidate import MAX_MOVES, least_ready
+
+from tests.kit.plan_world import DIGEST, POLICY, Pod, World, profile_body
 
 PROFILE = {"mode": "Profile", "profileRef": {"name": "p"}}
 POLICY_ANNOTATION, COST = "serving.sere.dev/policy", "controller.kubernetes.io/pod-deletion-cost"

@@ -62,7 +62,7 @@ def test_a_pod_is_asked_by_the_name_that_it_serves_under() -> None:
 
 
 def test_the_pod_passes_the_restricted_profile() -> None:
-    """https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted"""
+    """The profile of https://kubernetes.io/docs/concepts/security/pod-security-standards/."""
     pod = children.pod_template("m", spec(), Defaults())["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] > 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from plan_world import DIGEST, POLICY, CrashError, World, profile_body
 from sere_operator.api import meta
+
+from tests.kit.plan_world import DIGEST, POLICY, CrashError, World, profile_body
 
 PROFILE = {"mode": "Profile", "profileRef": {"name": "p"}}
 OVERRIDE = "serving.sere.dev/override"

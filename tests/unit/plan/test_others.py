@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from plan_world import DIGEST, POLICY, World, profile_body
 from sere_operator.plan.decide import decide
 from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.objects.contested import PUT_BACK
+
+from tests.kit.plan_world import DIGEST, POLICY, World, profile_body
 
 IMAGE = "spec.template.spec.containers[engine].image"
 

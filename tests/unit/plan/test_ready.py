@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from plan_world import World
+
+from tests.kit.plan_world import World
 
 
 def settled(replicas: int = 2, **spec: Any) -> World:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from plan_world import DIGEST, GOLDEN, POLICY, CrashError, World, profile_body
+
+from tests.kit.plan_world import DIGEST, GOLDEN, POLICY, CrashError, World, profile_body
 
 OVERRIDE = "serving.sere.dev/override"
 PROFILE = {"mode": "Profile", "profileRef": {"name": "p"}}

@@ -9,7 +9,6 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
-from plan_world import POLICY, profile_body
 from sere_ext.contract.config_maps import encoded, places
 from sere_ext.contract.errors import SimilarityError, SpecError
 from sere_ext.contract.policy import Policy
@@ -25,6 +24,8 @@ from sere_operator.plan.snapshot import Similarity, TuningSnapshot
 from sere_operator.plan.tuning.decide import COLLECTED_POLL_S, decide_tuning
 from sere_operator.plan.tuning.needs import needs_tuning, taken_tuning
 from sere_operator.plan.tuning.objects import RETRIES, RUN_DIR, build, run_name, tuning_file
+
+from tests.kit.plan_world import POLICY, profile_body
 
 OWNER = {"apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereDeployment", "name": "m", "uid": "u", "controller": True}
 OURS = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from plan_world import DIGEST, POLICY, World, profile_body
 from sere_operator.plan.tuning.wanted import HISTORY
+
+from tests.kit.plan_world import DIGEST, POLICY, World, profile_body
 
 TUNED: dict[str, Any] = {
     "routing": {"mode": "Tuned"},

@@ -10,14 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
-sys.path.insert(0, str(ASSETS / "make"))  # scripts, run by path; not a package
-
-import models  # noqa: E402
-from models import ROWS_MOE, TINY, Recipe  # noqa: E402
-from row_tasks import ROWS  # noqa: E402
-from short_tasks import SHORT  # noqa: E402
-from tasks import Split, TaskSet  # noqa: E402
+from tests.assets.make import models
+from tests.assets.make.models import ROWS_MOE, TINY, Recipe
+from tests.assets.make.row_tasks import ROWS
+from tests.assets.make.short_tasks import SHORT
+from tests.assets.make.tasks import Split, TaskSet
+from tests.kit import ROOT
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -145,7 +143,7 @@ class TestItems:
     def test_command_line(self, recipe: Recipe, tmp_path: Path):
         out = tmp_path / "items.jsonl"
         options = ["--model", recipe.name, "--split", "calibration", "--count", "5", "--out", str(out)]
-        subprocess.run([sys.executable, str(ASSETS / "make" / "items.py"), *options], check=True, cwd=tmp_path)
+        subprocess.run([sys.executable, "-m", "tests.assets.make.items", *options], check=True, cwd=ROOT)
         assert [json.loads(line) for line in out.read_text().splitlines()] == [
             item.as_dict() for item in recipe.tasks.items("calibration", 5, 0)
         ]
@@ -255,7 +253,7 @@ def generate(model, tokenizer, recipe: Recipe, prompts: list[str]) -> list[str]:
 
 def first_ids(recipe: Recipe, count: int, seed: int, length: int = 8):
     """The first so many ids of each item, prompt and answer; no item is shorter. int64 [count, length]."""
-    from tokenizer import IDS
+    from tests.assets.make.tokenizer import IDS
 
     found = recipe.tasks.items("eval", count, seed)
     return torch.tensor([[IDS[c] for c in item.prompt + item.answer][:length] for item in found])
@@ -279,7 +277,7 @@ class TestModel:
 
     def test_experts_are_neither_copies_nor_strangers(self, recipe: Recipe):
         """Half of all experts have another that is more alike than a random pair, and none has a double."""
-        from reference import Reference
+        from tests.assets.make.reference import Reference
 
         reference = Reference(recipe.directory)
         inputs: dict[int, object] = {}
@@ -295,7 +293,7 @@ class TestModel:
             assert nearest.median() > 0.3
 
     def test_reference_computes_what_transformers_does(self, model, recipe: Recipe):
-        from reference import Reference
+        from tests.assets.make.reference import Reference
 
         reference = Reference(recipe.directory)
         ids = first_ids(recipe, 50, 3)
@@ -308,7 +306,7 @@ class TestModel:
         torch.testing.assert_close(torch.cat([first, last], 1), expected, atol=LOGIT_TOLERANCE, rtol=0)
 
     def test_widening_preserves_the_function(self, model, recipe: Recipe, tmp_path: Path):
-        from widen import widen
+        from tests.assets.make.widen import widen
 
         wide = transformers.Qwen3MoeForCausalLM.from_pretrained(widen(recipe.directory, tmp_path / "wide", 4, "float32"))
         assert wide.config.moe_intermediate_size == 4 * model.config.moe_intermediate_size
@@ -319,7 +317,7 @@ class TestModel:
 
 class TestTraining:
     def test_sorted_experts_compute_what_transformers_does_gradients_too(self, model, recipe: Recipe):
-        import train
+        from tests.assets.make import train
 
         layer = model.model.layers[1].mlp
         x = torch.randn(40, 128, generator=torch.Generator().manual_seed(3))
@@ -336,7 +334,7 @@ class TestTraining:
 
     def test_gate_and_up_are_orthogonalised_apart_whatever_the_width(self):
         """At expert width 16 a down projection [128, 16] is as tall as a stack of gate and up: names tell them apart, not shapes."""
-        import train
+        from tests.assets.make import train
 
         moe = torch.nn.Module()
         moe.gate_up_proj = torch.nn.Parameter(torch.randn(3, 32, 128))
@@ -357,7 +355,7 @@ class TestTraining:
 
     def test_a_stopped_run_goes_on_where_it_was(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         """Stopped after a checkpoint and started anew, it writes the weights of a run that was not stopped."""
-        import train
+        from tests.assets.make import train
 
         recipe = SimpleNamespace(**{name: getattr(ROWS_MOE, name) for name in ROWS_MOE.__slots__})
         recipe.experts, recipe.batch = 8, 4

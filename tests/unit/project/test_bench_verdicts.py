@@ -1,14 +1,12 @@
 """`make bench-verdicts`: a tiny run of it, and the committed result."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from sere_autotune.study.schema import SpeedVerdict, Verdict
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-import verdicts
+from benchmarks import verdicts
 
 
 def test_a_tiny_run_counts_every_world_and_tells_false_from_true(monkeypatch: pytest.MonkeyPatch) -> None:

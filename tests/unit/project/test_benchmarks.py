@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,8 @@ from sere_ext.contract.errors import PolicyError
 from sere_ext.contract.policy import Kind
 from sere_ext.routing import reference
 
-ROOT = Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import policies  # noqa: E402
-import render  # noqa: E402
-import rerouted  # noqa: E402
-from lanes import Lanes  # noqa: E402
+from benchmarks import policies, render, rerouted
+from benchmarks.lanes import Lanes
 
 EXPERTS, TOP_K, BATCHES, BATCH = 16, 4, 3, 5
 OPTIONS = {"maxExperts": "max_experts", "minShare": "min_share"}  # outside name -> argument
@@ -85,4 +79,4 @@ def test_no_table_drifts_from_its_run(page: Path) -> None:
     """Every measured table is what `benchmarks/render.py` makes of the committed results."""
     text = page.read_text()
     assert "<!-- bench:" in text
-    assert render.rendered(text) == text, f"{page.name} is out of date; run `python benchmarks/render.py`"
+    assert render.rendered(text) == text, f"{page.name} is out of date; run `python -m benchmarks.render`"

@@ -7,12 +7,12 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 from sere_ext.cli.missing import EXTRA
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.kit import ROOT
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = {"pyyaml": "yaml"}  # where a distribution's module has another name
 WITH_ENGINE = {"torch", "transformers", "fastapi", "llvmlite"}  # what vLLM brings, in versions that it chooses

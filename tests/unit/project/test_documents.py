@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from sere_autotune.tuning.file import load_spec
 from sere_operator.plan.objects.children import Defaults
 
 from sere_ext import __version__
+from tests.kit import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests").glob("*/README.md"), *(ROOT / "helm").rglob("*.md")]
 )
 # A path in a document is one of the repository or of a package; what commands make lies in these folders.
 BASES = (ROOT, ROOT / "sere_ext", ROOT / "autotune", ROOT / "operator", ROOT / "helm")
-MADE = ("build/", "runs/", "dist/", ".venv", "docs/benchmarks/results")
+MADE = ("build/", "runs/", "dist/", ".venv", "docs/benchmarks/results", "sere_ext/sere_ext/built")
+C_SOURCES = (".h", ".cu", ".cpp")  # their macros are no variables
 FORBIDDEN = ("operator/__init__.py", "tests/operator/__init__.py")
 PATH = re.compile(r"`([\w.-]+(?:/[\w.*-]+)+/?)`")
 TOP = {path.name for base in BASES for path in base.iterdir() if path.is_dir() and not path.name.startswith(".")}
@@ -87,3 +90,44 @@ def test_continuous_integration_and_hooks_call_what_exists() -> None:
     for hook in hooks[0]["hooks"]:
         for path in re.findall(r"tests/\S+\.py", hook["entry"]):
             assert (ROOT / path).exists()
+
+
+def test_the_page_of_environment_variables_is_whole_and_names_no_dead_one() -> None:
+    page = (ROOT / "docs/environment.md").read_text()
+    described = set(re.findall(r"`(SERE_[A-Z_]+)(?:=\S+)?`", page))
+    folders = (
+        "sere_ext",
+        "autotune",
+        "operator",
+        "demo",
+        "benchmarks",
+        "images",
+        "helm/sere-operator/templates",
+        "tests/kit",
+        ".ci",
+    )
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix not in C_SOURCES]
+    files += [ROOT / "Makefile", ROOT / "tests" / "run", *(ROOT / "tests").glob("*/conftest.py")]
+    texts = [path.read_text() for path in files if path.suffix not in (".so", ".pyc")]
+    used = {name for text in texts for name in re.findall(r"\bSERE_[A-Z_]*[A-Z]\b", text)}
+    assert used - described == set(), "describe it in docs/environment.md"
+    assert described - used == set(), "nothing reads it any more"
+
+
+def test_each_folder_says_in_one_sentence_what_it_is_for_and_architecture_repeats_it() -> None:
+    table = dict(re.findall(r"^\| `(sere_[\w/]+)` \| (.+) \|$", (ROOT / "ARCHITECTURE.md").read_text(), flags=re.MULTILINE))
+    folders = {}
+    for package in ("sere_ext/sere_ext", "autotune/sere_autotune", "operator/sere_operator"):
+        for init in sorted((ROOT / package).glob("**/*/__init__.py")):
+            said = ast.get_docstring(ast.parse(init.read_text()))
+            assert said, f"{init} needs a docstring of one sentence"
+            folders[str(init.parent.relative_to((ROOT / package).parent))] = said
+    assert table == folders
+
+
+def test_the_tuning_file_of_the_first_page_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```yaml\n(model: .+?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "tuning.yaml").write_text(block)
+    monkeypatch.chdir(tmp_path)
+    spec = load_spec(Path("tuning.yaml"), {})
+    assert (spec.model, spec.accuracy.max_drop_points) == ("Qwen/Qwen3-30B-A3B", 1.0)

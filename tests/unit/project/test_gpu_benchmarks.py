@@ -1,34 +1,22 @@
-"""The GPU stages as far as no GPU is needed: arithmetic, known routing, judgements, the page, and carrying wheels."""
+"""The GPU stages as far as no GPU is needed: arithmetic, known routing, judgements, and the page."""
 
 from __future__ import annotations
 
 import math
 import sys
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from planted import PlantedEngine, run, spec_for, write_items
 from sere_ext.routing import build
 
-ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
-
-import bound  # noqa: E402
-import carry  # noqa: E402
-import ground  # noqa: E402
-import kernel as kernel_stage  # noqa: E402
-import page  # noqa: E402
-import quality  # noqa: E402
-import report  # noqa: E402
-import routing  # noqa: E402
-import serve  # noqa: E402
-import three_launch  # noqa: E402
-import tuner  # noqa: E402
-from shapes import DEEPSEEK_V2_LITE, QWEN3_30B, QWEN15_MOE, TINY, Shape  # noqa: E402
+from benchmarks import ground
+from benchmarks.gpu import bound, page, quality, report, routing, serve, three_launch, tuner
+from benchmarks.gpu import kernel as kernel_stage
+from benchmarks.gpu.shapes import DEEPSEEK_V2_LITE, QWEN3_30B, QWEN15_MOE, TINY, Shape
+from tests.kit.planted import PlantedEngine, run, spec_for, write_items
 
 
 @pytest.mark.parametrize(
@@ -200,7 +188,7 @@ def test_the_three_launch_form_compiles(tmp_path: Path) -> None:
 
 def test_the_trained_model_decodes_as_it_was_taught() -> None:
     """The pass that trains and the pass with a cache give the same logits, and routing all to one side changes them."""
-    import moe
+    from benchmarks.gpu import moe
 
     model = moe.Moe(moe.config(64, 2, 8, 2, 16), "cpu")
     ids = torch.randint(3, 40, (3, 7), generator=torch.Generator().manual_seed(1))
@@ -218,7 +206,7 @@ def test_the_trained_model_decodes_as_it_was_taught() -> None:
 
 
 def test_training_learns_something() -> None:
-    import moe
+    from benchmarks.gpu import moe
 
     torch.manual_seed(0)
     model = moe.Moe(moe.config(64, 1, 4, 2, 16), "cpu")
@@ -228,7 +216,7 @@ def test_training_learns_something() -> None:
 
 
 def test_the_model_that_is_trained_is_as_large_as_promised() -> None:
-    import moe
+    from benchmarks.gpu import moe
 
     size = quality.SIZES["gpu"]
     shapes = moe.Moe._shapes(
@@ -302,91 +290,6 @@ def test_a_run_is_not_begun_without_time_for_it(tmp_path: Path) -> None:
     assert [check.met for check in tuner.checks(made, 9.0, 6.0)] == [True, None, None, None]
 
 
-def wheel(path: Path) -> Path:
-    record = "vllm-0.26.0.dist-info/RECORD"
-    members = {
-        "vllm/__init__.py": "x = 1\n",
-        "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so": "2" * 9000,
-        "vllm/_C.abi3.so": "c" * 5000,
-    }
-    with zipfile.ZipFile(path, "w") as made:
-        for name, text in members.items():
-            made.writestr(name, text)
-        made.writestr(record, "".join(f"{name},sha256=x,{len(text)}\n" for name, text in members.items()) + f"{record},,\n")
-    return path
-
-
-def test_a_slim_wheel_has_no_trace_of_what_was_dropped(tmp_path: Path) -> None:
-    (tmp_path / "slim").mkdir()
-    source = wheel(tmp_path / "vllm-0.26.0-cp38-abi3-manylinux_2_28_x86_64.whl")
-    with zipfile.ZipFile(carry.slimmed(source, tmp_path / "slim")) as made:
-        assert made.namelist() == ["vllm/__init__.py", "vllm/_C.abi3.so", "vllm-0.26.0.dist-info/RECORD"]
-        assert "fa2" not in made.read("vllm-0.26.0.dist-info/RECORD").decode()
-        assert made.read("vllm/_C.abi3.so") == b"c" * 5000
-
-
-def test_pieces_arrive_in_any_order_twice_or_damaged(tmp_path: Path) -> None:
-    files = [tmp_path / name for name in ("a.whl", "empty.whl", "b.whl")]
-    for file, content in zip(files, (bytes(range(256)) * 9, b"", b"end" * 700), strict=True):
-        file.write_bytes(content)
-    assert carry.cut(files, tmp_path / "out", 1000) == 5
-    assert max(piece.stat().st_size for piece in (tmp_path / "out").glob("piece-*")) == 1000
-    there, call = tmp_path / "there", tmp_path / "call"
-    call.mkdir()
-    with pytest.raises(SystemExit, match="has not come yet"):
-        carry.join(call, there)
-    (call / carry.MANIFEST).write_bytes((tmp_path / "out" / carry.MANIFEST).read_bytes())
-    (call / "piece-03").write_bytes((tmp_path / "out" / "piece-03").read_bytes())
-    (call / "piece-01").write_bytes(b"damaged")
-    assert carry.join(call, there) == ["piece-00", "piece-01", "piece-02", "piece-04"]
-    with pytest.raises(SystemExit, match="missing: piece-00"):
-        carry.assembled(there)
-    assert carry.join(tmp_path / "out", there) == []
-    assert [(made.name, made.read_bytes()) for made in carry.assembled(there)] == [
-        (file.name, file.read_bytes()) for file in files
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [("torch==2.11.0", "torch"), ("Jinja2 >=3", "jinja2"), ("typing_extensions\n", "typing-extensions"), ("/a/b/py_cpuinfo-9.0.0-py3-none-any.whl", "py-cpuinfo")],
-)  # fmt: skip
-def test_names_of_distributions(text: str, name: str) -> None:
-    assert carry.name_of(text) == name
-
-
-def resolved(name: str, version: str, *needs: str) -> dict[str, Any]:
-    return {"metadata": {"name": name, "version": version, "requires_dist": list(needs)}}
-
-
-RESOLVED = [
-    resolved("vllm", "0.26.0", "torch==2.11.0", "numpy<3", "fastapi[standard]>=0.115", "NumPy>=2.3; python_version < '3.12'", "six>=1.16",
-             "outlines>=9; extra == 'all'"),
-    resolved("torch", "2.11.0", "nvidia-nccl-cu13==2.28"), resolved("numpy", "2.4.1"), resolved("nvidia-nccl-cu13", "2.28"),
-    resolved("fastapi", "0.130.0", "Typing_Extensions>=4.8", "jinja2>=3.1; extra == 'standard'"),
-    resolved("typing_extensions", "4.15.0"), resolved("Jinja2", "3.1.6"), resolved("six", "1.17.0"),
-]  # fmt: skip
-
-
-def test_a_version_that_will_not_do_travels_and_every_other_version_is_told() -> None:
-    have = carry.installed("torch==2.11.0+cu130\nnumpy==2.2.6\njinja2==3.0.3\nfastapi==0.110.0\ntyping-extensions==4.15.0\nsix\n")
-    wanted, said = carry.to_carry(["vllm==0.26.0"], RESOLVED, have)
-    assert wanted == ["vllm==0.26.0", "fastapi==0.130.0", "Jinja2==3.1.6"], (
-        "by name alone, jinja2 and fastapi would have stayed away"
-    )
-    assert said == [
-        "numpy 2.2.6 is there and will do (resolved: 2.4.1)",
-        "fastapi 0.110.0 is there and will not do: vllm needs >=0.115; 0.130.0 travels",
-        "jinja2 3.0.3 is there and will not do: fastapi needs >=3.1; 3.1.6 travels",
-    ]
-    assert carry.to_carry(["vllm==0.26.0", "numpy>=2.4"], RESOLVED, have)[0][1] == "numpy==2.4.1"
-
-
-def test_another_torch_is_refused_before_anything_travels() -> None:
-    with pytest.raises(SystemExit, match=r"torch 2\.10\.0\+cu128 is there and cannot be replaced: vllm needs ==2\.11\.0"):
-        carry.to_carry(["vllm==0.26.0"], RESOLVED, carry.installed("torch==2.10.0+cu128\n"))
-
-
 def test_a_table_is_in_line_and_targets_say_what_was_not_measured() -> None:
     assert report.table(["a", "bcd"], [["12", "3"]]) == " a  bcd\n12    3\n"
     assert report.at_most("t", None, 3).line() == ["t", "", "not measured"]
@@ -396,7 +299,7 @@ def test_a_table_is_in_line_and_targets_say_what_was_not_measured() -> None:
 
 def test_the_page_says_what_the_results_say() -> None:
     text = page.PAGE.read_text()
-    assert page.rendered(text) == text, "docs/benchmarks/README.md is out of date; run `python benchmarks/gpu/page.py`"
+    assert page.rendered(text) == text, "docs/benchmarks/README.md is out of date; run `python -m benchmarks.gpu.page`"
     assert {match[2] for match in page.BLOCK.finditer(text)} <= set(page.BLOCKS)
 
 

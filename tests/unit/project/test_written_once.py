@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.kit import ROOT
+
 FOLDERS = ("sere_ext", "autotune", "operator", "demo", "benchmarks", "tests/kit")
 
 

@@ -16,7 +16,8 @@ from sere_operator.runtime.answers import Answers
 from sere_operator.runtime.fetch import MIB, fetch, new_client
 from sere_operator.runtime.probe import Prober, parse_metrics
 from sere_operator.runtime.reconciler import Key, Place, Reconciler
-from states import engine_state
+
+from tests.kit.states import engine_state
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

@@ -43,7 +43,8 @@ POD_SECURITY: Object = {
 
 def volume_name(prefix: str, name: str) -> str:
     """The name in a pod of the volume of a claim or ConfigMap. Volumes' names have no dots and at most 63 characters, so a
-    hash tells apart those of `a.b` and `a-b`."""
+    hash tells apart those of `a.b` and `a-b`.
+    """
     plain = f"{prefix}-{name}"
     if "." not in plain and len(plain) <= meta.MAX_NAME:
         return plain

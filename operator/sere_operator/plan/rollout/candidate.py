@@ -1,7 +1,7 @@
-"""One policy on its way: canary pods first, judged, then the rest, or back. Pure state machine.
+r"""One policy on its way: canary pods first, judged, then the rest, or back. Pure state machine.
 
     (none) -> Baseline -> Canary -> Analysing -> [AwaitingApproval] -> Promoting -> (none)
-                             \\__________\\____________\\-> RollingBack -> (none)
+                             \__________\____________\-> RollingBack -> (none)
 
 One pod alone is both sides: in Baseline it answers the golden prompts under the stable policy (skipped elsewhere), and
 while it is analysed the two policies take turns on it, so that a load that drifts meets both. A verdict is written to

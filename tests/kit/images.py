@@ -1,8 +1,9 @@
-#!/usr/bin/env python3
-"""Makes the images of the Dockerfiles beside it from what is installed here, without a registry, a network or a daemon.
+"""Makes the content of images/*.Dockerfile from what is installed here, without a registry, a network or a daemon.
 
-    images/build.py operator -o build/images/operator.tar
-    images/build.py engine   -o build/images/engine.tar
+    python -m tests.kit.images operator -o build/images/operator.tar
+    python -m tests.kit.images engine   -o build/images/engine.tar
+
+Tests and the demo use it; images for any other use come from the Dockerfiles.
 
 Run it with the interpreter of an environment that holds the part's dependencies. The interpreter goes to its own
 absolute path in the image, so that the environment's links, scripts and `pyvenv.cfg` hold there too.
@@ -10,7 +11,6 @@ absolute path in the image, so that the environment's links, scripts and `pyvenv
 operator   the interpreter, the closure of `sere[operator]` and the sere packages.
 engine     the interpreter, system libraries and the sere packages; NOT the environment with torch and vLLM (4.5 GB, two
            minutes to pack and import): a pod mounts that read-only at its own path, which `--print-environment` prints.
-           The images for use elsewhere come from the Dockerfiles.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.kit import ROOT
+
 PACK = ROOT / "tests" / "kit" / "image"
 PACKAGES = ("sere_ext/sere_ext", "autotune/sere_autotune", "operator/sere_operator")
 APP = "/opt/sere"  # the sere packages, first on PYTHONPATH: an editable install in the environment must not win
 SCRIPTS = {"sere": "sere_ext.cli.main", "kubectl-sere": "sere_operator.cli.kubectl"}
-USER = 10001  # the pods that the operator makes run as it too (plan/pods.py)
+USER = 10001  # the operator's pods run as this user too (`sere_operator/plan/objects/pods.py`)
 
 # Programs that vLLM, Ray and ctypes run: `lscpu` lists the cores to bind to, `ldconfig -p` finds libraries.
 ENGINE_PROGRAMS = ("sh", "lscpu", "ldconfig", "uname", "cat")
@@ -125,7 +126,7 @@ def compile_missing(folder: Path, root: Path) -> bool:
 
 
 def build_kernels(root: Path) -> None:
-    """The CPU kernel into the image's own package, since a pod has neither a compiler nor a root that it may write."""
+    """Build the CPU kernel into the image's own package: a pod has no compiler and may not write its root file system."""
     package = root / APP.lstrip("/") / "sere_ext"
     environment = {**os.environ, "PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "sere_ext.routing.build", "--out", str(package / "built")]
@@ -133,7 +134,7 @@ def build_kernels(root: Path) -> None:
 
 
 def copy_interpreter(root: Path) -> None:
-    """The base interpreter (not the virtual environment) at its own path, without what a server never loads."""
+    """Copy the base interpreter (not the virtual environment) to its own path, without modules that no server loads."""
     base, version = Path(sys.base_prefix), f"python{sys.version_info.major}.{sys.version_info.minor}"
     real = (base / "bin" / version).resolve()
     copy(real, root, base / "bin" / version)
@@ -174,7 +175,7 @@ def closure(name: str, extra: str) -> list[Distribution]:
 
 
 def copy_distribution(dist: Distribution, root: Path) -> None:
-    """One installed distribution's files into the image's application folder."""
+    """Copy one installed distribution's files into the image's application folder."""
     for file in dist.files or []:
         source = Path(str(dist.locate_file(file)))
         if ".." in file.parts or not source.is_file():  # scripts; byte code that was never written
