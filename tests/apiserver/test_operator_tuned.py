@@ -124,7 +124,7 @@ def test_tuned_end_to_end(world: World, tmp_path: Path) -> None:
     assert container["command"] + container["args"][:1] == ["sere", "tune"]
     assert container["args"][-1] == f"configmap/{world.namespace}/{job}-result"
     given = json.loads(world.get("ConfigMap", f"{job}-input")["data"]["tuning.yaml"])
-    assert given["accuracy"]["tasks"] == [{"file": "/mnt/pvc/data/items.jsonl", "metric": "exact", "stop": []}]
+    assert given["accuracy"]["tasks"] == [{"file": "/mnt/pvc/data/items.jsonl", "metric": "exact", "maxTokens": 64, "stop": []}]
     assert given["calibrate"] == {"data": "/mnt/pvc/data/calib.jsonl"}
     assert given["search"]["trials"] == 8
     (rule,) = world.get("Role", f"{job}-tuner")["rules"]
