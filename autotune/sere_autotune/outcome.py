@@ -45,7 +45,7 @@ class NearestMiss:
 
 @dataclass
 class Outcome:
-    """The end of a run as kept in the study; resumed again, a finished study says the same."""
+    """The end of a run as the study keeps it; a finished study that is run again ends in the same way."""
 
     ending: Ending
     message: str

@@ -106,7 +106,7 @@ def read_config(spec: TuningSpec) -> dict[str, object]:
 
 
 def experts_per_token(config: dict[str, object]) -> int | None:
-    """top-k as config.json names it, None where it does not (the engine tells it later)."""
+    """top-k as config.json names it, None where it does not (the engine reports it later)."""
     merged = language_config(config)
     found = next(
         (merged[key] for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k") if key in merged), None

@@ -47,7 +47,7 @@ def tune(
     """Run, or go on with, one tuning.
 
     Args:
-        make_engine: makes the engine for a spec and similarity path; is told when device time begins and ends.
+        make_engine: makes the engine for a spec and similarity path; it calls the third argument with True when device time begins and with False when it ends.
         advisory: go on without the chance of a certificate; the profile says `certified: false`.
         fresh: forget what `out` holds of an earlier study.
         only: certify this policy and search nothing.
@@ -111,7 +111,7 @@ def _settle_artefact(study: TuningStudy, prepared: Prepared, path: Path, only: P
         limit: bytes that it may have where the result is published; None where it is not.
 
     Raises:
-        UsageError: too large, or trials were measured with another one; said before an engine is started.
+        UsageError: too large, or trials were measured with another one; raised before an engine is started.
     """
     before = study.get(SIMILARITY) if study.complete() else None
     if limit is not None:

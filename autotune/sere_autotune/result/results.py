@@ -74,7 +74,7 @@ def candidates(run: Run) -> list[tuple[Candidate, Verdict | None]]:
 
 
 def tried(study: TuningStudy) -> list[dict[str, Any]]:
-    """Every complete trial, as the summary tells it."""
+    """Every complete trial, as summary.json lists it."""
     trials = []
     for trial in study.complete():
         levels = study.levels(trial)

@@ -42,21 +42,21 @@ def check_baseline(answers: Mapping[str, Answer], items: Sequence[Item], max_dro
     share = right / len(asked)
     least = min(_TIMES_THE_LIMIT * max_drop, _ENOUGH)
     constant, times = Counter(item.answer.strip() for item in asked).most_common(1)[0]
-    told = f"exact routing is right on {right:,} of {len(asked):,} search items ({share:.1%})"
+    found = f"exact routing is right on {right:,} of {len(asked):,} search items ({share:.1%})"
     if share < least:
         raise CannotCertifyError(
-            f"{told}; a limit of {max_drop * 100:g} points can be shown where it is right on {least:.0%} or more, since a policy cannot "
+            f"{found}; a limit of {max_drop * 100:g} points can be shown where it is right on {least:.0%} or more, since a policy cannot "
             f"lose what is not there. {_examples(answers, asked)} Check metric, pattern, maxTokens, stop and the items' answers, "
             "then begin anew with --fresh"
         )
     if len(asked) >= 20 and times > 1 and right <= times:
         raise CannotCertifyError(
-            f"{told}, and always answering {constant[:_LONGEST]!r} would be right on {times:,}: these items cannot tell a policy that "
+            f"{found}, and always answering {constant[:_LONGEST]!r} would be right on {times:,}: these items cannot tell a policy that "
             f"breaks the model from one that does not. {_examples(answers, asked)} Give items with other answers, then begin anew "
             "with --fresh"
         )
     if share < _ENOUGH:
-        return f"{told}, less than half: check metric, pattern, maxTokens and stop. {_examples(answers, asked)}"
+        return f"{found}, less than half: check metric, pattern, maxTokens and stop. {_examples(answers, asked)}"
     return None
 
 

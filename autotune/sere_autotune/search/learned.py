@@ -32,7 +32,7 @@ def noise_floor(run: Run) -> NoiseFloor:
 
 
 def noise_discordance(run: Run) -> float:
-    """Discordant share of exact against exact; never quite zero, since only so many items were looked at."""
+    """Discordant share of exact against exact; never quite zero, since it is estimated from a limited number of items."""
     noise = noise_floor(run)
     return float((noise.discordant * noise.items + 0.5) / (noise.items + 100))
 

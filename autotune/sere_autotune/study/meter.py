@@ -51,5 +51,5 @@ class Meter:
 
     def _beat(self) -> None:
         while not self._stopped.wait(BEAT_S):
-            with contextlib.suppress(DiskFullError):  # the next trial or block says so, in the main thread
+            with contextlib.suppress(DiskFullError):  # the next trial or block raises it in the main thread
                 self._study.note_spent(self._budget)

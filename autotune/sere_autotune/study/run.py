@@ -1,4 +1,4 @@
-"""What every stage of a tuning works with: the engine it asks, whom it tells, and what the run has so far."""
+"""What every stage of a tuning works with: the engine, the reporter, and what the run has found so far."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Engine(Protocol):
 
 
 class Reporter(Protocol):
-    """Told what happens; draws the live table, publishes progress."""
+    """Receives what happens in a run; draws the live table and publishes progress."""
 
     def stage(self, name: str, total: int, done: int = 0) -> None: ...
     def trial(self, row: dict[str, Any]) -> None: ...

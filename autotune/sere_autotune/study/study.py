@@ -188,7 +188,7 @@ class TuningStudy:
 
 
 def study_id(out: Path) -> str | None:
-    """What tells the study of a folder from every other, also from an earlier one there; None before it has begun."""
+    """Identity of the study in a folder, different from that of an earlier study in the same folder; None before it has begun."""
     try:
         return (out / _ID).read_text().strip() or None
     except OSError:
