@@ -35,7 +35,6 @@ class ConditionType(Documented):
     POLICY_APPLIED = "PolicyApplied", "The wanted policy is what every pod routes by."
     FEASIBLE = "Feasible", "A policy within all limits was found and certified (SereTuningJob)."
     COMPLETE = "Complete", "The tuning run has ended, one way or another (SereTuningJob)."
-    VALID = "Valid", "The profile's content is consistent with its digest (SereProfile)."
 
 
 class Reason(Documented):
@@ -100,9 +99,6 @@ class Reason(Documented):
     FAILED = "Failed", "The run ended in an error; the message is the tuner's own."
     PENDING = "Pending", "The run has not begun."
     RUNNING = "Running", "The run goes on."
-    # Valid
-    CONTENT_MATCHES = "ContentMatches", "The content is what the digest says."
-    CONTENT_DIFFERS = "ContentDiffers", "The content is not what the digest says; the profile is not used."
 
 
 _STRING = {"type": "string", "maxLength": 32768}

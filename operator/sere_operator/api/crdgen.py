@@ -12,7 +12,7 @@ from sere_ext.contract.record import Record
 
 from sere_operator.api import meta
 from sere_operator.api.deployment import SereDeploymentSpec, SereDeploymentStatus
-from sere_operator.api.profile import SereProfileSpec, SereProfileStatus
+from sere_operator.api.profile import SereProfileSpec
 from sere_operator.api.rules import JOB_NAME, RULES, SERVICE_NAME, Rule
 from sere_operator.api.schema import structural_schema
 from sere_operator.api.tuning import SereTuningJobSpec, SereTuningJobStatus
@@ -46,7 +46,7 @@ class Definition:
     short_name: str
     description: str
     spec: type[Record]
-    status: type[Record]
+    status: type[Record] | None  # None: nothing is told about it
     columns: tuple[Column, ...]
     scale: bool = False
     rules: tuple[Rule, ...] = ()  # on the whole object, of whose metadata a rule sees the name alone
@@ -57,7 +57,7 @@ class Definition:
 
     def to_dict(self) -> dict[str, Any]:
         """The CustomResourceDefinition object."""
-        subresources: dict[str, Any] = {"status": {}}
+        subresources: dict[str, Any] = {"status": {}} if self.status is not None else {}
         if self.scale:
             subresources["scale"] = {
                 "specReplicasPath": ".spec.replicas",
@@ -73,7 +73,7 @@ class Definition:
                 "kind": {"type": "string"},
                 "metadata": {"type": "object"},
                 "spec": structural_schema(self.spec, RULES),
-                "status": structural_schema(self.status, RULES),
+                **({"status": structural_schema(self.status, RULES)} if self.status is not None else {}),
             },
         }
         if self.rules:
@@ -152,7 +152,7 @@ DEFINITIONS = (
         "sereprof",
         "A tuned routing policy, what it holds for, and the evidence. Immutable; its name stands for its content.",
         SereProfileSpec,
-        SereProfileStatus,
+        None,
         (
             Column("Model", ".spec.key.modelName"),
             Column("Device", ".spec.key.device"),

@@ -27,6 +27,11 @@ ANNOTATIONS = (
         "SereDeployment",
         "digest of a policy to promote where approval is Manual; `kubectl sere approve NAME`",
     ),
+    (
+        meta.RETUNE_ANNOTATION,
+        "SereDeployment",
+        "name of the SereTuningJob to run once more, with its whole budget; for another time add `/` and anything new",
+    ),
     (meta.POLICY_ANNOTATION, "pods", "digest of the policy that this pod runs; absent: the stable one. Set by the operator"),
     (meta.REFRESH_ANNOTATION, "pods", "a nonce; a change makes the kubelet refresh the policy volume at once"),
     (meta.CONFIG_HASH_ANNOTATION, "children", "of what the operator last applied"),
@@ -47,7 +52,7 @@ def _resource(definition: Definition, described: set[str]) -> str:
     version = definition.to_dict()["spec"]["versions"][0]
     properties = version["schema"]["openAPIV3Schema"]["properties"]
     lines = [f"## {definition.kind}", "", f"{definition.description} Short name `{definition.short_name}`.", ""]
-    for part in ("spec", "status"):
+    for part in (part for part in ("spec", "status") if part in properties):
         lines += [f"### {part}", "", "| field | type | meaning |", "| --- | --- | --- |"]
         lines += [*_rows(properties[part], "", described), ""]
         if part == "spec":

@@ -193,7 +193,7 @@ def _sentence(name: str, condition: Object) -> str:
     reason = next((known for known in Reason if known.value == condition["reason"]), None)
     text = condition.get("message") or (reason.doc if reason else condition["reason"])
     way_out = _WAY_OUT.get(reason, "").format(name=name) if reason else ""
-    if any(own in text for own in ("kubectl sere", "approve by", "delete SereTuningJob")):
+    if any(own in text for own in ("kubectl sere", "approve by", "tune again with")):
         way_out = ""
     return f"{condition['type']} is {condition['status']} ({condition['reason']}): {text.rstrip('.')}. {way_out}".rstrip()
 
