@@ -123,7 +123,7 @@ def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, f
     from sere_autotune import planner, prepare, tuner
     from sere_autotune.progress import Progress
     from sere_autotune.result import screen
-    from sere_autotune.trial import engine
+    from sere_autotune.trial import warm
 
     console = Console(stderr=True, highlight=False)
     if only is not None:
@@ -135,8 +135,8 @@ def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, f
         raise CannotCertifyError(prepared.plan.problem)
     console.print(_fitted(planner.describe(prepared.plan, spec), sys.stderr), markup=False, soft_wrap=True)
 
-    def make_engine(given: TuningSpec, similarity: str | None, on_start: Callable[[bool], None]) -> engine.WarmEngine:
-        return engine.WarmEngine(given, similarity, on_start=on_start)
+    def make_engine(given: TuningSpec, similarity: str | None, on_start: Callable[[bool], None]) -> warm.WarmEngine:
+        return warm.WarmEngine(given, similarity, on_start=on_start)
 
     # A plain kill (a pod's end) stops the engine as Ctrl-C does.
     signal.signal(signal.SIGTERM, _interrupt)
@@ -150,7 +150,7 @@ def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, f
         console.print("Stopped. The same line again goes on from here.")
         return 130
     finally:
-        engine.shut_ray()
+        warm.shut_ray()
     if publisher is not None:
         publisher.finish(finished)
     console.print()

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -78,9 +79,11 @@ class Progress:
             return f"  trial {row['number']:>3}  {row['policy']:<42} engine crashed: {row['crash']}"
         broken = f"  breaks {', '.join(row['broken'])}" if row["broken"] else ""
         stopped = f"  ({row['stopped']})" if row["stopped"] else ""
+        error = f"  first failed request: {row['error']}" if row.get("error") else ""
+        points = f"{-row['dropPoints'] + 0.0:+6.2f} points" if row["items"] or row["exact"] else "no items to compare"
         return (
             f"  trial {row['number']:>3}  {row['policy']:<42} TPOT {row['tpotMs']:7.2f} ms  accuracy {row['accuracy']:7.2%}  "
-            f"{-row['dropPoints'] + 0.0:+6.2f} points{broken}{stopped}"
+            f"{points}{broken}{stopped}{error}"
         )
 
     def _draw(self) -> Group:
@@ -93,6 +96,7 @@ class Progress:
                 table.add_row(str(row["number"]), row["policy"], "", "", "", "", "[red]engine crashed[/red]")
                 continue
             state = f"[red]breaks {', '.join(row['broken'])}[/red]" if row["broken"] else "[green]feasible[/green]"
+            state += f" {escape(row['error'])}" if row.get("error") else ""
             active = f"{row['active']:.1f}" if row.get("active") is not None else ""
             table.add_row(str(row["number"]), row["policy"], f"{row['tpotMs']:.2f}", f"{row['accuracy']:.2%}",
                           f"{-row['dropPoints'] + 0.0:+.2f}", active, state)  # fmt: skip

@@ -90,6 +90,7 @@ def tune(
             earlier = ledger.openings(opened_items(spec, prepared.cert), study_id(out))
             run.alpha = spent_alpha(spec.accuracy.alpha, earlier)
             run.similarity_digest = digest
+            engine.limit(run.left_s)
             try:
                 outcome = _run(run, ledger, prepared, only)
             finally:

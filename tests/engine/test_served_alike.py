@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sere_autotune.trial.engine import EngineHost
+from sere_autotune.trial.host import EngineHost
 from sere_autotune.trial.load import Request
 from sere_ext.contract.profile import GoldenPrompt
 from sere_operator.runtime.golden import request_of, text_of

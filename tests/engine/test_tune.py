@@ -126,6 +126,47 @@ def test_the_accuracy_of_a_mild_policy_is_shown_and_its_profile_is_that_of_a_fas
         assert profile.key.device == "cpu"
 
 
+def engine_core(mark: str) -> int:
+    """The process id of the running engine core of a marked tuner."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for pid in marked(mark):
+            if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+        time.sleep(0.2)
+    raise AssertionError("no engine core")
+
+
+@pytest.mark.timeout(600)
+def test_an_engine_killed_in_the_search_and_in_certification_is_replaced_within_its_budget(ground: Path) -> None:
+    policy = ground / "killed.json"
+    policy.write_text(json.dumps({"buckets": [{"minTokens": 2, "maxTokens": 128, "kind": "topk", "S": 3}]}))
+    mark = f"SERE_TEST_MARK={os.getpid()}-{time.time_ns()}"
+    tuner = subprocess.Popen(
+        [
+            sys.executable, "-m", "sere_ext.cli.main", "certify", str(policy), "-f", str(ground / "tuning.yaml"),
+            "--search-policies", "[topk]", "--out", str(ground / "killed"), "--certify-pairs", "2", "--accuracy-max-drop-points", "3",
+        ],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, mark.split("=")[0]: mark.split("=")[1]},
+    )  # fmt: skip
+    assert tuner.stderr is not None
+    lines, kills, waits = [], [], []
+    for line in tuner.stderr:
+        lines.append(line)
+        if kills and len(waits) < len(kills):
+            waits.append(time.monotonic() - kills[-1])  # until the next line, which follows the repeated block
+        if (len(kills) == 0 and line.startswith("  trial 0:")) or (len(kills) == 1 and line.startswith("  block 1 of")):
+            time.sleep(1.0)
+            os.kill(engine_core(mark), signal.SIGKILL)
+            kills.append(time.monotonic())
+    tuner.stderr.close()
+    assert tuner.wait(timeout=60) in (0, 3), "".join(lines)
+    assert len(kills) == 2, "".join(lines)
+    assert max(waits) < 240, "a new engine's start and one block, not the patience of a hung one"
+    assert any(line.startswith("  block 4 of 4") for line in lines), "".join(lines)
+    assert not any("crashed" in line for line in lines), "".join(lines)
+
+
 @pytest.mark.timeout(600)
 def test_an_impossible_latency_limit_ends_with_3_and_the_nearest_miss(ground: Path) -> None:
     similarity = ground / "run" / "similarity.safetensors"

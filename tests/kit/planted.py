@@ -10,7 +10,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,9 @@ class PlantedEngine:
         self.blocks = 0
         self.cut: list[float] = []
 
+    def limit(self, left_s: Callable[[], float]) -> None:
+        pass
+
     def start(self) -> EngineFacts:
         return EngineFacts(key=KEY, top_k=4, ranks=1)
 
@@ -78,7 +81,7 @@ class PlantedEngine:
         return v >= lost / 0.8 if u < 0.8 else v < gained / 0.2
 
     def block(self, requests: Sequence[Request], load: Load, fillers: Sequence[Request] = (), deadline_s: float | None = None,
-              reject: Reject | None = None) -> BlockReport:  # fmt: skip
+              reject: Reject | None = None, expected_s: float | None = None) -> BlockReport:  # fmt: skip
         if any(b.kind in self.crashes for b in self.policy.buckets):
             raise EngineCrashError("planted")
         if self.log is not None:

@@ -189,8 +189,9 @@ def _measure_block(run: Run, pair: int, level: int, policy: Policy, candidate: C
             load = run.load(levels[level], planner.WARMUP_RESIDENCES, pace.residence_s, seed=run.spec.workload.seed + 1000 * pair)
             requests = run.traffic.requests(items, offset=pair * len(items))
             fillers = run.traffic.requests(run.search[: max(64, 4 * levels[level])])
-            # Past its time a block is cut, so that no budget is exceeded.
-            report = run.engine.block(requests, load, fillers, deadline_s=max(1.0, run.left_s()))
+            # The budget cuts a block; long before that, a block that takes a few times its length has a hung engine.
+            expected = len(requests) / pace.rate_per_s + (planner.WARMUP_RESIDENCES + 2) * pace.residence_s
+            report = run.engine.block(requests, load, fillers, max(1.0, run.left_s()), expected_s=expected)
             break
         except EngineCrashError as error:
             if attempt + 1 == _ATTEMPTS and policy != EXACT_POLICY:

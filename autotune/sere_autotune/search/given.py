@@ -6,7 +6,7 @@ import dataclasses
 
 from sere_ext.contract.policy import Policy
 
-from sere_autotune.search.rank import measure, rank, window
+from sere_autotune.search.rank import measure, rank, trial_items
 from sere_autotune.search.sizing import certificate_size
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import LADDER, PACE, Candidate
@@ -27,7 +27,7 @@ def given_ladder(run: Run, policy: Policy) -> list[Candidate]:
     run.similarity_digest = policy.similarity_digest or run.similarity_digest
     search = run.spec.search
     rank(dataclasses.replace(run, spec=run.spec.model_copy(update={"search": search.model_copy(update={"trials": 1})})))
-    items = window(run.search, 1, search.items_per_trial)
+    items = trial_items(run, 1)
     levels = measure(run, policy, items, number=1, seconds=search.trial_seconds, reject=False)
     exact = run.study.levels(run.study.complete()[0])
     n = max(1, sum(level.items for level in levels))

@@ -24,28 +24,44 @@ from sere_autotune.search.learned import propose
 from sere_autotune.search.sampler import make_sampler
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import EDGES, LADDER, NOISE, PACE, SEARCH_ENDED, NoiseFloor, Pace
-from sere_autotune.trial.engine import Reject
+from sere_autotune.trial.engine import BlockReport, Reject
 from sere_autotune.trial.items import Item
-from sere_autotune.trial.measures import LevelResult, answers, constraints, objective, summarise
+from sere_autotune.trial.load import Load, Request
+from sere_autotune.trial.measures import LevelResult, answers, check_exact, constraints, objective, summarise
 from sere_autotune.tuning.space import Space, Table, auto_buckets
 
 _CRASH_FACTOR = 10.0  # a crashed trial's objective, times exact routing's: finite, so that samplers learn from it
 
 
-def window(items: Sequence[Item], number: int, size: int) -> list[Item]:
-    """The `size` items of a trial: the window moves on with each trial and wraps around."""
+def window(items: Sequence[Item], number: int, size: int, step: int | None = None) -> list[Item]:
+    """The `size` items of a trial: the window moves on by `step` with each trial, else by its size, and wraps around."""
     size = min(size, len(items))
-    start = number * size % len(items)
+    start = number * (step or size) % len(items)
     return [items[(start + i) % len(items)] for i in range(size)]
+
+
+def trial_items(run: Run, number: int) -> list[Item]:
+    """The items of a trial: only those that exact routing answered at every load level, so that each has its partner.
+
+    On a slow engine a trial's time ends before its items do; the window then moves on by what a trial can answer.
+    """
+    size = run.spec.search.items_per_trial
+    answered: set[str] | None = None
+    for level in range(len(run.spec.workload.load.levels)):
+        found = set(run.study.exact_answers(level))
+        answered = found if answered is None else answered & found
+    items = [item for item in run.search if item.digest in (answered or set())]
+    pace = run.study.get(PACE)
+    paced = max(1, round((pace.rate_per_s if pace else size) * run.spec.search.trial_seconds * run.traffic.labelled_share))
+    return window(items or run.search, number, size, min(size, paced))
 
 
 def measure(run: Run, policy: Policy, items: Sequence[Item], *, number: int, seconds: float, reject: bool) -> list[LevelResult]:
     """One policy at every load level on the given items; stops at the first level that rejects it.
 
     Raises:
-        EngineCrashError: the engine died under it.
+        EngineCrashError: the engine died under it twice.
     """
-    run.engine.apply(policy)
     found = []
     for index, level in enumerate(run.spec.workload.load.levels):
         exact = run.study.exact_answers(index)
@@ -53,9 +69,7 @@ def measure(run: Run, policy: Policy, items: Sequence[Item], *, number: int, sec
         load = run.load(level, 2, known.residence_s if known else 0.3, seed=run.spec.workload.seed + 31 * number + index)
         requests = run.traffic.requests(items, offset=number * len(items))
         against = Reject(run.max_drop, 0.05, exact) if reject and exact else None
-        # A trial is cut off by its budget too, which so is never exceeded.
-        limit = min(seconds, max(1.0, run.left_s()))
-        report = run.engine.block(requests, load, run.traffic.requests(items[: max(level * 2, 8)]), limit, against)
+        report = _block(run, policy, requests, load, run.traffic.requests(items[: max(level * 2, 8)]), seconds, against)
         result = summarise(index, report.block, exact, run.traffic.timed)
         result.active_before, result.active_after = report.active_before, report.active_after
         found.append(result)
@@ -66,6 +80,25 @@ def measure(run: Run, policy: Policy, items: Sequence[Item], *, number: int, sec
     if policy != EXACT_POLICY:
         _reference(run, found, items, number, seconds)
     return found
+
+
+def _block(
+    run: Run, policy: Policy, requests: Sequence[Request], load: Load, fillers: Sequence[Request], seconds: float,
+    against: Reject | None,
+) -> BlockReport:  # fmt: skip
+    """One block under `policy`; once more, on a new engine, where the engine dies of it or hangs."""
+    pace = run.study.get(PACE)
+    for repeated in (False, True):
+        limit = min(seconds, max(1.0, run.left_s()))  # the budget cuts a trial too
+        try:
+            run.engine.apply(policy)
+            return run.engine.block(
+                requests, load, fillers, limit, against, expected_s=limit + 3 * pace.residence_s if pace else None
+            )
+        except EngineCrashError:
+            if repeated:
+                raise
+    raise AssertionError
 
 
 def _reference(run: Run, found: Sequence[LevelResult], items: Sequence[Item], number: int, seconds: float) -> None:
@@ -145,7 +178,7 @@ def _evaluate(run: Run, trial: Any, table: Table) -> None:
     exact = policy == EXACT_POLICY
     run.report.step(f"trial {trial.number}: {policy.describe()}", time_left_s(run))
     # Exact routing answers every search item, so that later windows find their partner.
-    items = list(run.search) if exact and not study.exact_answers(0) else window(run.search, trial.number, search.items_per_trial)
+    items = list(run.search) if exact and not study.exact_answers(0) else trial_items(run, trial.number)
     seconds = search.trial_seconds * max(1.0, len(items) / search.items_per_trial)
     limits = run.spec.slo.limits()
     began = time.monotonic()
@@ -168,8 +201,10 @@ def _evaluate(run: Run, trial: Any, table: Table) -> None:
         return
     if not any(level.requests for level in levels):
         raise BudgetExhaustedError(f"{run.budget.which(time.monotonic())} ran out in the middle of a trial; raise it")
+    if exact:
+        check_exact(levels)
     base = study.exact_tpot_ms(space)
-    violations = constraints(levels, limits, run.max_drop, run.spec.slo.max_failure_share, base)
+    violations = constraints(levels, limits, run.max_drop, run.spec.slo.max_failure_share, base, is_exact=exact)
     record: dict[str, Any] = {
         "policy": policy.to_json_dict(), "describe": policy.describe(), "digest": policy.digest,
         "levels": [level.to_dict() for level in levels], "seconds": time.monotonic() - began,
@@ -190,6 +225,7 @@ def _row(
         "items": items, "active": levels[0].active_after if levels else None,
         "broken": [key for key, by in violations.items() if by > 0],
         "stopped": next((level.stopped for level in levels if level.stopped), None),
+        "error": next((level.first_error for level in levels if level.first_error), None),
     }  # fmt: skip
 
 
@@ -222,7 +258,7 @@ def _after_exact(run: Run) -> None:
         study.put(EDGES, list(edges))
     if study.get(NOISE) is None:
         run.report.step("noise floor: exact against exact", time_left_s(run))
-        items = window(run.search, 0, run.spec.search.items_per_trial)
+        items = trial_items(run, 0)
         again = measure(run, EXACT_POLICY, items, number=0, seconds=run.spec.search.trial_seconds, reject=False)
         n = sum(level.items for level in again)
         differ = sum(level.differ for level in again) / max(n, 1)

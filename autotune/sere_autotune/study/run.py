@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,10 +21,11 @@ from sere_autotune.tuning.spec import BucketEdges, TuningSpec
 
 
 class Engine(Protocol):
-    """What the stages need of an engine; `engine.WarmEngine` is the real one."""
+    """What the stages need of an engine; `trial.warm.WarmEngine` is the real one."""
 
     start_seconds: float
 
+    def limit(self, left_s: Callable[[], float]) -> None: ...  # seconds that the budget still allows: no call outlives it
     def start(self) -> EngineFacts: ...
     def apply(self, policy: Policy) -> None: ...
     def block(
@@ -34,6 +35,7 @@ class Engine(Protocol):
         fillers: Sequence[Request] = (),
         deadline_s: float | None = None,
         reject: Reject | None = None,
+        expected_s: float | None = None,
     ) -> BlockReport: ...
     def stop(self) -> None: ...
 

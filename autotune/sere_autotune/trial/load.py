@@ -6,6 +6,8 @@ the scheduled arrival, so that a stalled engine cannot hide its queue.
 
 A block is: warm-up requests (not counted), the counted ones, then filler until the last counted one is done, so that
 every counted request runs under the full load. Results keep dispatch order.
+
+A request that fails is a result; an engine that is gone (`EngineGoneError` from `send`) ends the block at once.
 """
 
 from __future__ import annotations
@@ -20,6 +22,12 @@ from dataclasses import dataclass, field
 from sere_ext.contract.records import Message
 
 from sere_autotune.trial.items import Item
+
+FAILURE_PAUSE_S = 0.01  # before a client whose request failed at once sends the next, so that it does not spin
+
+
+class EngineGoneError(Exception):
+    """The engine died: no request of the block can be answered any more."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,8 @@ class Request:
         return cls(item.prompt, item.task.max_tokens, item.task.stop, item=item, messages=item.messages, place=item.place)
 
 
-# Streams (text, tokens) chunks of the answer to a request; the last one ends the iteration.
+# Streams (text, tokens) chunks of the answer to a request; the last one ends the iteration. Raises EngineGoneError where
+# no request can be answered any more; any other exception is the failure of that one request.
 Send = Callable[[Request], AsyncIterator[tuple[str, int]]]
 
 
@@ -49,7 +58,7 @@ class Sent:
     """What became of one counted request; times in milliseconds, `start_s` and `end_s` from the block's begin."""
 
     item: str | None  # digest
-    correct: bool | None
+    correct: bool | None  # None where there is no item, or no answer since the request failed
     text: str
     tokens: int
     ttft_ms: float
@@ -101,8 +110,10 @@ class _Runner:
         self.begin = time.perf_counter()
 
     def plan(self) -> Iterator[tuple[int | None, Request]]:
-        """Warm-up, counted requests with their index, then filler for as long as somebody asks."""
+        """Warm-up, counted requests with their index, then filler for as long as a counted request is in flight."""
         for _ in range(self.load.warmup):
+            if self.stopped:
+                break
             yield None, next(self.fillers)
         for index, request in enumerate(self.requests):
             if self.stopped:
@@ -128,26 +139,21 @@ class _Runner:
                 first, last = first or now, now
                 text += chunk
                 tokens += count
-        except asyncio.CancelledError:
+        except EngineGoneError:
             raise
         except Exception as problem:  # a failed request is a result, not the end of the block
             error = f"{type(problem).__name__}: {problem}"
+            await asyncio.sleep(FAILURE_PAUSE_S)
         if index is None:
-            if error and "Dead" in error:
-                self.stopped = error
             return
         end = last or time.perf_counter()
-        right = request.item.correct(text) if request.item is not None and error is None else None
-        if request.item is not None and error is not None:
-            right = False
         self.results[index] = Sent(
             item=request.item.digest if request.item else None,
-            correct=right, text=text, tokens=tokens,
+            correct=request.item.correct(text) if request.item is not None and error is None else None,
+            text=text, tokens=tokens,
             ttft_ms=((first or end) - begin) * 1e3, e2el_ms=(end - begin) * 1e3,
             start_s=begin - self.begin, end_s=end - self.begin, itl_max_ms=gap * 1e3, error=error,
         )  # fmt: skip
-        if error and "Dead" in error:
-            self.stopped = error
         while self.watch and self.stopped is None and self.judged in self.results:
             self.stopped = self.watch(self.judged, self.results[self.judged])
             self.judged += 1
@@ -162,19 +168,18 @@ class _Runner:
                     return
                 await self.one(*step, scheduled=None)
 
-        await asyncio.gather(*(client() for _ in range(self.load.concurrency)))
+        async with asyncio.TaskGroup() as clients:
+            for _ in range(self.load.concurrency):
+                clients.create_task(client())
 
     async def open(self) -> None:
         gaps = random.Random(self.load.seed)
         due = time.perf_counter()
-        tasks: set[asyncio.Task[None]] = set()
-        for index, request in self.plan():
-            due += gaps.expovariate(self.load.rate)
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            task = asyncio.create_task(self.one(index, request, scheduled=due))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-        await asyncio.gather(*tasks)
+        async with asyncio.TaskGroup() as arrivals:
+            for index, request in self.plan():
+                due += gaps.expovariate(self.load.rate)
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                arrivals.create_task(self.one(index, request, scheduled=due))
 
 
 async def run_block(
@@ -191,7 +196,10 @@ async def run_block(
     Args:
         fillers: what warms up and keeps the load full after the last counted request; else the requests again.
         watch: called in dispatch order; a text it returns ends the block early with that reason.
-        deadline_s: no request is dispatched later than this after the begin.
+        deadline_s: no counted request is dispatched later than this after the begin.
+
+    Raises:
+        EngineGoneError: the engine died; every request in flight was cancelled.
     """
     runner = _Runner(send, requests, load, fillers, watch)
     timer: asyncio.TimerHandle | None = None
@@ -203,6 +211,8 @@ async def run_block(
         timer = asyncio.get_running_loop().call_later(deadline_s, late)
     try:
         await (runner.closed() if load.concurrency else runner.open())
+    except ExceptionGroup as group:  # of the clients: the first one ended the block and cancelled the others
+        raise group.exceptions[0] from None
     finally:
         if timer:
             timer.cancel()

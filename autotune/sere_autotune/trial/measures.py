@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sere_ext.contract.errors import UsageError
 
 from sere_autotune.trial.load import Block, Sent
 
@@ -40,8 +41,8 @@ class LevelResult:
     batch: float
     failures: int
     latency_ms: dict[str, dict[str, float]]
-    accuracy: float  # share right of the labelled
-    items: int  # labelled items paired with the exact answers
+    accuracy: float  # share right of the labelled that were answered
+    items: int  # labelled items answered here and by exact routing: those that can be compared
     losses: int = 0
     gains: int = 0
     differ: int = 0  # items whose answer text differs from exact routing's
@@ -54,6 +55,8 @@ class LevelResult:
     reference_items: int = 0
     reference_differ: int = 0
     reference_discordant: int = 0
+    shared_failures: int = 0  # of `failures`, requests of items that exact routing did not answer either
+    first_error: str | None = None  # of the first failed request
 
     @property
     def drop(self) -> float:
@@ -66,7 +69,7 @@ class LevelResult:
 
 @dataclass(frozen=True)
 class Answer:
-    """What exact routing said to an item."""
+    """The answer to an item, and whether it is right."""
 
     correct: bool
     text: str
@@ -125,7 +128,7 @@ def summarise(level: int, block: Block, exact: Mapping[str, Answer], timed: str 
     chosen = answers(block.sent)
     pairs = pair(exact, chosen)
     measured = [s for s in block.sent if timed == "all" or s.item is None]
-    labelled = [s for s in block.sent if s.item is not None]
+    answered = [s for s in block.sent if s.correct is not None]
     return LevelResult(
         level=level,
         requests=len(block.sent),
@@ -134,8 +137,12 @@ def summarise(level: int, block: Block, exact: Mapping[str, Answer], timed: str 
         residence_s=block.residence_s,
         batch=block.batch,
         failures=sum(s.error is not None for s in block.sent),
+        shared_failures=sum(s.error is not None and s.item is not None and s.item not in exact for s in block.sent)
+        if exact
+        else 0,
+        first_error=next((s.error for s in block.sent if s.error is not None), None),
         latency_ms={m: {name: statistic(values(measured, m), name) for name in STATISTICS} for m in METRICS},
-        accuracy=float(np.mean([bool(s.correct) for s in labelled])) if labelled else 0.0,
+        accuracy=float(np.mean([s.correct for s in answered])) if answered else 0.0,
         items=pairs.n,
         losses=pairs.losses,
         gains=pairs.gains,
@@ -152,17 +159,40 @@ def drift(level: LevelResult, exact_tpot_ms: float | None) -> float:
     return level.reference_tpot_ms / exact_tpot_ms
 
 
+def check_exact(levels: Sequence[LevelResult]) -> None:
+    """Refuse to go on from an exact trial that shows nothing.
+
+    Raises:
+        UsageError: every request of a load level failed, or none of its answers has the two tokens that TPOT needs.
+    """
+    for level in levels:
+        if level.requests and level.failures == level.requests:
+            raise UsageError(f"every request failed: {level.first_error}; mend what it names and run again")
+        if level.requests and np.isnan(level.latency_ms["tpot"]["mean"]):
+            raise UsageError(
+                "no timed answer has two tokens or more, so the time per output token (TPOT), by which policies are compared, is "
+                "not defined; raise accuracy.tasks.N.maxTokens, or give workload.dataset with prompts whose answers are longer: "
+                "their requests are timed then"
+            )
+
+
 def constraints(
     levels: Sequence[LevelResult],
     limits: Sequence[tuple[str, str, float]],
     max_drop: float,
     max_failures: float,
     exact_tpot_ms: Sequence[float] = (),
+    *,
+    is_exact: bool = False,
 ) -> dict[str, float]:
     """Each limit's violation, positive is broken; the same keys for every trial. Relative for latencies, points for the drop.
 
+    A trial none of whose items exact routing answered is undecided, which counts as broken. Requests that fail under exact
+    routing as well are no fault of the policy.
+
     Args:
         exact_tpot_ms: per level median TPOT of the exact trial, to take the machine's drift out of TPOT.
+        is_exact: the trial is of exact routing, which loses nothing against itself.
     """
     found = {}
     for metric, name, limit in limits:
@@ -176,9 +206,10 @@ def constraints(
     drop = sum(level.losses - level.gains for level in levels) / items if items else 0.0
     rejected = any(level.stopped and level.stopped.startswith("accuracy") for level in levels)
     over = (drop - max_drop) * 100
-    found["accuracy"] = max(over, 0.01) if rejected else over
+    found["accuracy"] = max(over, 0.01) if rejected or not (items or is_exact) else over
     requests = sum(level.requests for level in levels)
-    found["failures"] = sum(level.failures for level in levels) / max(requests, 1) - max_failures
+    failures = sum(level.failures - level.shared_failures for level in levels)
+    found["failures"] = failures / max(requests, 1) - max_failures
     return found
 
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sere_autotune.trial.engine import EngineHost
-from sere_autotune.trial.load import Load, Request
-from sere_ext.contract.errors import EngineCrashError, PolicyError
+from sere_autotune.trial import logs, warm
+from sere_autotune.trial.host import EngineHost
+from sere_autotune.trial.load import EngineGoneError, Load, Request
+from sere_autotune.trial.warm import WarmEngine
+from sere_ext.contract.errors import BudgetExhaustedError, EngineCrashError, PolicyError
 from sere_ext.contract.policy import Policy
 from sere_ext.routing import kernel
 
@@ -102,3 +108,100 @@ async def test_a_prefix_cache_that_stays_is_an_error() -> None:
 
     with pytest.raises(EngineCrashError, match="prefix cache could not be dropped"):
         await hosted(Stuck()).apply(TEXT)
+
+
+async def test_an_engine_that_dies_under_load_ends_its_block_at_once_and_is_a_crash() -> None:
+    host = hosted(Engines())
+
+    async def send(_: Request) -> AsyncIterator[tuple[str, int]]:
+        raise EngineGoneError("EngineCore encountered an issue")
+        yield "", 0
+
+    host.send = send  # type: ignore[method-assign]
+    with pytest.raises(EngineCrashError, match="died under load: EngineCore encountered an issue"):
+        await host.block([Request("a", 1)] * 40, Load(concurrency=16), [], None, None)
+
+
+LOG = """\
+(EngineCore pid=7) INFO 11-28 loading weights
+(EngineCore pid=7) ERROR 11-28 [core.py:9] Traceback (most recent call last):
+(EngineCore pid=7) ERROR 11-28 [core.py:9] safetensors._safetensors_rust.SafetensorError: Error while deserializing header: too large
+Traceback (most recent call last):
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+
+
+def test_the_root_line_of_a_log_is_the_error_from_which_the_others_follow() -> None:
+    found = logs.root_cause(LOG)
+    assert found == "safetensors._safetensors_rust.SafetensorError: Error while deserializing header: too large"
+    assert logs.root_cause("INFO nothing\nRuntimeError: Engine core initialization failed.") is None
+
+
+def test_what_the_engines_processes_print_goes_to_its_log(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "engine.log"
+    program = (
+        f"import subprocess; from sere_autotune.trial import logs; assert logs.redirect({str(path)!r}); print('mine', flush=True); "
+        "subprocess.run(['sh', '-c', 'echo ValueError: the child >&2'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout == done.stderr == ""
+    assert logs.root_cause(logs.tail(str(path))) == "ValueError: the child"
+
+
+class Ray:
+    """As much of Ray as waiting takes: a call that never ends, and an actor that can be killed."""
+
+    class exceptions:  # noqa: N801 - Ray's name
+        class GetTimeoutError(Exception):
+            pass
+
+        class RayTaskError(Exception):
+            pass
+
+        class RayError(Exception):
+            pass
+
+    def __init__(self) -> None:
+        self.waited: list[float] = []
+        self.killed = 0
+
+    def get(self, reference: object, timeout: float) -> None:
+        self.waited.append(timeout)
+        raise self.exceptions.GetTimeoutError
+
+    def kill(self, actor: object) -> None:
+        self.killed += 1
+
+
+def hanging(left_s: float) -> tuple[WarmEngine, Ray]:
+    ray = Ray()
+    remote = SimpleNamespace(remote=lambda *_: object())
+    actor = SimpleNamespace(block=remote, stop=remote, apply=remote)
+    engine = WarmEngine(None, None, actor=actor, _ray=ray)  # type: ignore[arg-type]
+    engine.limit(lambda: left_s)
+    return engine, ray
+
+
+def test_a_hung_engine_is_given_up_after_a_few_times_its_blocks_length_not_after_the_budget() -> None:
+    engine, ray = hanging(left_s=4 * 3600.0)
+    with pytest.raises(EngineCrashError, match="hung while running a block"):
+        engine.block([], Load(concurrency=1), deadline_s=4 * 3600.0, expected_s=30.0)
+    assert ray.waited[0] == warm.PATIENCE * 30.0 + warm.PATIENCE_MORE_S
+    assert (ray.killed, engine.actor) == (1, None)
+
+
+def test_no_call_outlives_the_budget() -> None:
+    engine, ray = hanging(left_s=7.0)
+    with pytest.raises(BudgetExhaustedError, match="the budget ran out while the engine was running a block"):
+        engine.block([], Load(concurrency=1), deadline_s=7.0, expected_s=300.0)
+    assert ray.waited[0] == 7.0 + warm.GRACE_S
+    assert ray.killed == 1
+
+
+def test_a_long_temporary_folder_is_replaced_for_rays_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    assert warm._short_folder() is None
+    monkeypatch.setenv("TMPDIR", "/tmp/" + "long" * 15)
+    short = warm._short_folder()
+    assert short is not None and len(short) < 30

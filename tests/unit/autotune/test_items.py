@@ -13,7 +13,7 @@ from sere_autotune.planner import describe, fitted, make_plan
 from sere_autotune.prepare import prepare
 from sere_autotune.study.schema import Pace
 from sere_autotune.trial.chat import ChatTemplate
-from sere_autotune.trial.engine import server_defaults
+from sere_autotune.trial.host import server_defaults
 from sere_autotune.trial.items import Item, load_items
 from sere_autotune.trial.load import Request
 from sere_autotune.trial.traffic import Traffic, dataset_requests
