@@ -11,7 +11,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: help setup demo test lint format coverage docs crds test-unit test-emulated test-engine test-apiserver test-cluster test-chart test-gpu \
-        bench-tune bench-speedup bench-verdicts bench-policies bench-ext bench-telemetry soak-switches retrain-model vllm-snapshots envtest clean
+        bench-tune bench-speedup bench-verdicts bench-tuner bench-policies bench-ext bench-telemetry soak-switches retrain-model vllm-snapshots envtest clean
 
 help: ## What can be made
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -59,6 +59,9 @@ bench-speedup: setup ## A certified speed-up on the real engine at concurrency 1
 
 bench-verdicts: setup ## How often a certificate is false, over simulated studies in adverse worlds; benchmarks/results/verdicts.json
 	$(PY) -m benchmarks.verdicts
+
+bench-tuner: setup ## What whole studies leave of the best policy's speed, in made-up models, beside simpler ways to search
+	$(PY) benchmarks/tuner.py
 
 bench-policies: setup ## Accuracy against active experts of every kind of policy; renews docs/policies.md
 	$(PY) -m benchmarks.policies

@@ -89,7 +89,7 @@ def tune(
             run.advisory, run.cert_items = advisory, prepared.plan.cert_items
             earlier = ledger.openings(opened_items(spec, prepared.cert), study_id(out))
             run.alpha = spent_alpha(spec.accuracy.alpha, earlier)
-            run.similarity_digest = digest
+            run.similarity, run.similarity_digest = similarity, digest
             engine.limit(run.left_s)
             try:
                 outcome = _run(run, ledger, prepared, only)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sere_autotune.trial.engine import _serve_arguments
+from sere_autotune.trial.host import _serve_arguments
 from sere_ext.contract.engine_flags import OWNED_FLAGS, owned_flag
 
 

@@ -10,6 +10,7 @@ import ctypes
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +260,35 @@ def test_without_settings_the_plugin_is_inert(qwen3: Path, stock: Any) -> None:
         assert answers(llm) == stock
         with pytest.raises(UnsupportedError, match="started without sere; start it with `sere serve`"):
             llm.collective_rpc("sere_state")
+
+
+def test_recorded_calls_replayed_count_what_the_engine_counts_under_a_policy(running: Any, similarity: Path) -> None:
+    """The first layer's router sees the prompts' tokens whatever the policy, so replay and engine must agree there to the last expert."""
+    from sere_autotune.search import replay
+    from sere_autotune.trial.routing import Routing
+    from sere_autotune.tuning.space import EXACT, Choice
+    from vllm import SamplingParams
+
+    def ask() -> None:
+        running.reset_prefix_cache()
+        running.generate(PROMPTS[:6], SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
+
+    switch_llm(running, Policy())
+    running.collective_rpc("sere_record", args=(True,))
+    ask()
+    (kept,) = running.collective_rpc("sere_record", args=(False,))
+    assert all(not layer["calls"] for layer in running.collective_rpc("sere_record", args=(False,))[0]), "it has ended"
+    routing = Routing.of(kept)
+    assert routing is not None and len(routing.calls) == 4
+    matrices = read_similarity(similarity).matrices
+    tried = [Choice(Kind.TOPK, 1), Choice(Kind.OEA, 1), Choice(Kind.SERE, 1), Choice(Kind.SERE, 2, 0.5)]
+    counts = replay.count(replace(routing, calls=routing.calls[:1]), [matrices[min(matrices)]], [EXACT, *tried])
+    assert counts.active[0] > counts.active[1]
+    for index, choice in enumerate(tried, 1):
+        bucket = {"minTokens": 2, "kind": choice.kind.value, "S": int(choice.S), **({"rho": choice.rho} if choice.rho else {})}
+        first = Policy.parse({"layerGroups": [{"firstLayer": 0, "lastLayer": 0, "buckets": [bucket]}]})
+        switch_llm(running, first)
+        ask()
+        counters = running.collective_rpc("sere_state")[0]["counters"]
+        (row,) = [row for name, row in counters.items() if name.startswith(first.digest) and name.endswith("|2-")]
+        assert counts.active[index] == row["activeAfter"] / row["calls"], choice

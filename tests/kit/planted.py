@@ -66,6 +66,12 @@ class PlantedEngine:
     def limit(self, left_s: Callable[[], float]) -> None:
         pass
 
+    def record(self) -> None:
+        pass
+
+    def recorded(self) -> None:
+        return None
+
     def start(self) -> EngineFacts:
         return EngineFacts(key=KEY, top_k=4, ranks=1)
 

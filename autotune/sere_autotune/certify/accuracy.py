@@ -141,10 +141,11 @@ def parts(pairs: Paired, max_drop: float, loads: Sequence[str], tasks: Mapping[s
         tasks: item digest -> name of the task.
     """
     groups: dict[tuple[str, str], list[PairedItem]] = {}
+    several = len(set(tasks.values())) > 1
     for item in pairs.items:
         if len(loads) > 1:
             groups.setdefault(("load", loads[item.block[1]]), []).append(item)
-        if len(set(tasks.values())) > 1 and item.item in tasks:
+        if several and item.item in tasks:
             groups.setdefault(("task", tasks[item.item]), []).append(item)
     counts = {
         group: (len(items), sum(i.loss > 0 for i in items), sum(i.loss < 0 for i in items)) for group, items in groups.items()

@@ -6,18 +6,24 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+from sere_ext.similarity.file import read_similarity
 
+from sere_autotune.search import replay
 from sere_autotune.search.kinds import removed_kinds
-from sere_autotune.search.ladder import FRACTIONS, Pick, pick_ladder
+from sere_autotune.search.ladder import Pick, pick_ladder
 from sere_autotune.search.observations import observations
-from sere_autotune.search.posterior import MonotoneModel
+from sere_autotune.search.posterior import PolicyModel
+from sere_autotune.search.replay import Counts
 from sere_autotune.search.sizing import certificate_size
 from sere_autotune.study.run import Run
-from sere_autotune.study.schema import LADDER, NOISE, PACE, SEARCH_ENDED, Candidate, NoiseFloor
+from sere_autotune.study.schema import LADDER, NOISE, PACE, SEARCH_ENDED, Candidate, CountedChoices, NoiseFloor, counts_key
 from sere_autotune.trial import stats
+from sere_autotune.trial.routing import Matrix, Routing
 from sere_autotune.tuning.space import EXACT, Space, Table
 
 _REPEATS = 2  # trials that one table may have
+_FINALS = 1 / 3  # of the trials, for the candidates that the ladder would have
+_SHARES = (0.1, 1.0)  # of the accuracy limit that a proposal may be predicted to cost
 _DRAWS = 16  # of the posterior, before a table that was tried often is replaced by a neighbour
 
 
@@ -37,25 +43,67 @@ def noise_discordance(run: Run) -> float:
     return float((noise.discordant * noise.items + 0.5) / (noise.items + 100))
 
 
-def fitted_model(run: Run, space: Space, seed: int) -> MonotoneModel:
+def fitted_model(run: Run, space: Space, seed: int) -> PolicyModel:
     """The model of all trials so far, over the choices whose kind the search has not given up."""
     gone = removed_kinds(run.study.complete())
-    choices = [choice for choice in space.choices() if choice.kind not in gone]
-    model = MonotoneModel(choices, len(space.edges), space.top_k, noise_discordance(run))
+    choices = space.choices()
+    kept = [i for i, choice in enumerate(choices) if choice.kind not in gone]
+    counts = [Counts(c.active[kept], c.slots[kept], c.moved[kept]) for c in count_choices(run, space)]
+    model = PolicyModel([choices[i] for i in kept], counts, noise_discordance(run))
     model.fit([seen for seen in observations(run.study, space) if seen.choice.kind not in gone], seed)
     return model
 
 
-def propose(run: Run, space: Space, seed: int) -> Table:
-    """The next table: Thompson sampling near the budget shares that the ladder will ask for.
+def count_choices(run: Run, space: Space) -> list[Counts]:
+    """What every choice was counted to do to each bucket's steps: from what the engine recorded, once, and kept in the study."""
+    buckets = range(len(space.edges))
+    if run.study.get(counts_key(0)) is None:
+        recorded = run.engine.recorded()
+        for bucket in buckets:
+            routing = (recorded.within(space.edges[bucket]) if recorded else None) or _assumed(run, space, bucket)
+            found = replay.count(routing, _matrices(run, routing), space.choices())
+            run.study.put(counts_key(bucket), CountedChoices(found.active.tolist(), found.slots.tolist(), found.moved.tolist()))
+    kept = [run.study.get(counts_key(bucket)) for bucket in buckets]
+    return [Counts(np.array(k.active), np.array(k.slots), np.array(k.moved)) for k in kept if k is not None]
 
-    A trial is cheap and blurred, so a table may come twice; a third time teaches less than a table not tried yet.
+
+def _assumed(run: Run, space: Space, bucket: int) -> Routing:
+    """Calls as published models make them, where the engine cannot record its own or none had the bucket's size."""
+    assert run.facts is not None
+    edge = space.edges[bucket]
+    level = run.spec.workload.load.levels[bucket] or edge.min_tokens
+    experts = run.facts.experts or 8 * run.facts.top_k
+    return Routing.assumed(experts, run.facts.top_k, min(max(level, edge.min_tokens), edge.max_tokens))
+
+
+def _matrices(run: Run, routing: Routing) -> list[Matrix] | None:
+    """The similarity of experts in each of the routing's MoE layers; None where the study has no artefact of such experts.
+
+    Assumed calls may have other layers than the model: those take the matrices in turn.
+    """
+    if run.similarity is None:
+        return None
+    found = [matrix for _, matrix in sorted(read_similarity(run.similarity).matrices.items())]
+    if len(found[0]) != routing.experts:
+        return None
+    return [found[layer % len(found)] for layer in range(len(routing.calls))]
+
+
+def propose(run: Run, space: Space, seed: int) -> Table:
+    """The next table: one that the model's posterior holds possible at a share of the limit, later the ladder's own candidates.
+
+    The last third of the trials goes to those candidates that the ladder would have now, the least measured one first: what they
+    cost and gain then rests on several blocks. A table may come twice before that; a third time teaches less than a new one.
     """
     rng = np.random.default_rng(seed)
     model = fitted_model(run, space, seed)
     tried = Counter(space.table(trial.params) for trial in run.study.complete())
+    if sum(tried.values()) >= run.spec.search.trials * (1 - _FINALS):
+        finalists = [pick.table for _, pick in _picks(run, space, model)]
+        if finalists:
+            return min(finalists, key=lambda table: tried[table])
     for _ in range(_DRAWS):
-        table = model.sample_table(run.max_drop * float(rng.choice(FRACTIONS[3])), rng)
+        table = model.sample_table(run.max_drop * float(rng.uniform(*_SHARES)), rng)
         if table == space.exact():  # nothing is safe enough in this draw: learn from what costs least
             cheapest = [int(np.argmin(model.drop(b).mean(axis=0)[1:])) + 1 for b in range(model.buckets)]
             table = tuple(model.choices[i] for i in cheapest)
@@ -71,6 +119,14 @@ def propose(run: Run, space: Space, seed: int) -> Table:
     return min(fresh, key=lambda pair: pair[0])[1] if fresh else table
 
 
+def _picks(run: Run, space: Space, model: PolicyModel) -> list[tuple[float, Pick]]:
+    """The ladder as the trials so far would have it."""
+    allowed = _allowed(run, space, model)
+    return pick_ladder(
+        model, run.max_drop, run.spec.search.rungs, noise_discordance(run), allowed, items=run.cert_items, alpha=run.alpha
+    )
+
+
 def freeze_ladder(run: Run) -> list[Candidate]:
     """The ladder, picked once and kept; empty where no policy is predicted to hold the limits and to gain."""
     frozen = run.study.get(LADDER)
@@ -78,16 +134,14 @@ def freeze_ladder(run: Run) -> list[Candidate]:
         return frozen
     space = run.space()
     model = fitted_model(run, space, run.spec.search.seed)
-    noise = noise_discordance(run)
-    allowed = _allowed(run, space, model)
-    picks = pick_ladder(model, run.max_drop, run.spec.search.rungs, noise, allowed, items=run.cert_items, alpha=run.alpha)
+    picks = _picks(run, space, model)
     ladder = [_candidate(run, space, model, fraction, pick, len(picks)) for fraction, pick in picks]
     if ladder or not run.study.get(SEARCH_ENDED):  # a search cut short may go on with a raised budget
         run.study.put(LADDER, ladder)
     return ladder
 
 
-def _candidate(run: Run, space: Space, model: MonotoneModel, fraction: float, pick: Pick, candidates: int) -> Candidate:
+def _candidate(run: Run, space: Space, model: PolicyModel, fraction: float, pick: Pick, candidates: int) -> Candidate:
     policy = space.policy(pick.table)
     index = [model.choices.index(choice) for choice in pick.table]
     drops = np.mean([model.drop(b)[:, i] for b, i in enumerate(index)], axis=0)
@@ -108,7 +162,7 @@ def _candidate(run: Run, space: Space, model: MonotoneModel, fraction: float, pi
     )  # fmt: skip
 
 
-def _allowed(run: Run, space: Space, model: MonotoneModel) -> Any:
+def _allowed(run: Run, space: Space, model: PolicyModel) -> Any:
     """[buckets, choices]: False where TPOT is predicted over its limit, or a trial broke another latency limit."""
     study, choices = run.study, model.choices
     allowed = np.ones((model.buckets, len(choices)), bool)

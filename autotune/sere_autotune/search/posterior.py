@@ -1,20 +1,21 @@
-"""The monotone model pooled over all trials: what a policy costs and gains, with its uncertainty. Pure (seeded).
+"""What all trials together say of every choice: its drop, its discordance and its speed, each with its uncertainty. Pure (seeded).
 
-Per bucket and kind, with s = 3 (S - 1) / (top_k - 1):
+Speed. A step takes T = a + b U + c s, with U the active experts and s the slots that the choice was counted to have
+(`replay`). With exact routing's T, U and s as units, a bucket has two unknowns, the shares b and c of an exact step, so its
+posterior is a grid:
 
-    excess discordance  e = exp(a[kind, bucket] - bS s exp(-bM m) - bR rho)   falls in S and rho, rises in m
-    drop                q e                                                    q: net loss per excess discordant item
-    log speed-up        g = exp(h[kind, bucket] - cS s exp(-cM m) - cR rho)   falls in S and rho, rises in m
+    log speed-up  g = -log(1 - b (1 - U) - c (1 - s)),  b, c >= 0,  b + c < 1
 
-with m = minShare, which acts on what S keeps beyond the first expert: the larger it is, the fewer are kept. How many that are
-(cM) and what they were worth (bM) is learnt apart, since those of least weight go first. Both are there only where minShare
-is searched.
+Measured log speed-ups scatter around g by sigma, which is on the grid too: a few percent on a quiet machine, a third beside
+noisy neighbours.
 
-Discordant items are Poisson with mean n (d0 + e), losses among them binomial. Log speed-ups scatter around g by sigma, which
-is learnt too: a few percent on a quiet machine, a third beside noisy neighbours; taken for a few percent there, one lucky
-block is believed, and the posterior is so steep that its draws do not mix. The slopes are shared, so 12 trials of 500 items are
-enough to rank. Posterior draws come from differential-evolution MCMC (C. ter Braak, Statistics and Computing 16 (2006) 239),
-which needs no tuning. Facts page "statistics", section Search.
+Accuracy. Per bucket and kind, with m the counted share of router weight that moves to another expert or to none:
+
+    excess discordance  e = D / (1 + exp(-(A[kind, bucket] + B[kind] log(m / 0.2) - R rho)))   bends at D; rho acts where it is used
+    drop                q e                                                                  q: net loss per excess discordant item
+
+Discordant items are Poisson with mean n (d0 + e), losses among them binomial. Posterior draws come from differential-evolution
+MCMC (C. ter Braak, Statistics and Computing 16 (2006) 239), which needs no tuning.
 """
 
 from __future__ import annotations
@@ -26,13 +27,21 @@ import numpy as np
 from numpy.typing import NDArray
 from sere_ext.contract.policy import Kind
 
+from sere_autotune.search.replay import Counts
 from sere_autotune.tuning.space import Choice, Table
 
 Floats = NDArray[np.float64]
 
 _CHAINS, _STEPS, _KEPT = 64, 400, 5
 _CELLS = 400
-_SCALARS = 6  # log bS, log bR, logit q, log cS, log cR, log sigma; then log bM and log cM where minShare is searched
+_BEND = 0.6  # D: of all items, those that can differ
+_MOVED = 0.2  # weight moved at which the prior of A holds; about S = 2 of 8
+_GRID = 26  # values of b and of c between 0 and 1
+_SCATTER = np.geomspace(0.02, 0.4, 8)  # sigma
+# Medians and spreads (log scale for B and R, logit for q) chosen wide: 2 % of items differ where a fifth of the weight moves.
+_A, _A_SPREAD, _A_BUCKETS = -3.4, 1.6, 0.7
+_SCALARS = np.array([[0.5, 0.8], [0.7, 0.8]])  # logit q, log R
+_B, _B_SPREAD = np.log(2.0), 0.4
 
 
 @dataclass(frozen=True)
@@ -47,45 +56,122 @@ class Observation:
     log_speed: float  # log(exact TPOT / this TPOT); nan where it was not measured
 
 
-Features = tuple[NDArray[np.intp], Floats, Floats, Floats, Floats]  # cell, s, rho, minShare, whether it re-routes
-
-
 @dataclass(frozen=True)
 class _Data:
-    """All observations as arrays."""
+    """Observations as arrays."""
 
-    features: Features
+    where: tuple[NDArray[np.intp], NDArray[np.intp]]  # bucket, choice
     n: Floats
     losses: Floats
     gains: Floats
-    speed: Floats
 
 
-class MonotoneModel:
+class PolicyModel:
     """Posterior over policies' drop, discordance and speed.
 
     Args:
         choices: all choices of a bucket, exact first.
-        buckets: number of buckets.
-        top_k: the model's.
+        counts: per bucket what `replay.count` says of them.
         noise_floor: share of items on which exact routing differs from itself under load, as losses and gains.
     """
 
-    def __init__(self, choices: Sequence[Choice], buckets: int, top_k: int, noise_floor: float) -> None:
-        self.choices, self.buckets, self.top_k = list(choices), buckets, top_k
+    def __init__(self, choices: Sequence[Choice], counts: Sequence[Counts], noise_floor: float) -> None:
+        self.choices, self.buckets = list(choices), len(counts)
         self.floor = max(noise_floor, 1e-4)
-        # Always the three of the default search, so that a seed gives the same draws whichever of them a study names.
-        self.kinds = list(dict.fromkeys([Kind.SERE, Kind.TOPK, Kind.OEA, *(c.kind for c in choices if c.kind is not Kind.EXACT)]))
-        self._shares = any(choice.share for choice in choices)
-        self._scalars = _SCALARS + 2 * self._shares
+        # Where every kind was given up, a kind without choices stands in.
+        self.kinds = list(dict.fromkeys(c.kind for c in self.choices if c.kind is not Kind.EXACT)) or [Kind.TOPK]
+        self._index = {choice: i for i, choice in enumerate(self.choices)}
+        self._alive = np.array([c.kind is not Kind.EXACT for c in self.choices])
+        self._kind = np.array([self.kinds.index(c.kind) if c.kind is not Kind.EXACT else 0 for c in self.choices])
+        self._rho = np.array([c.rho for c in self.choices])
+        self._moved = np.stack([np.log(np.maximum(c.moved, 1e-5) / _MOVED) for c in counts])
+        self._saved = np.stack([[1 - c.active / c.active[0], 1 - c.slots / c.slots[0]] for c in counts])  # [buckets, 2, choices]
         self._draws: Floats | None = None
-        self._grid = [self._features(bucket, self.choices) for bucket in range(buckets)]
+        self._speeds: list[Floats] = []
 
     def fit(self, observations: Sequence[Observation], seed: int) -> None:
         """Draw from the posterior given all trials so far."""
         rng = np.random.default_rng(seed)
-        seen = [o for o in observations if o.choice.kind is not Kind.EXACT and o.items > 0]
-        data = self._data(seen)
+        seen = [o for o in observations if o.choice.kind is not Kind.EXACT]
+        self._draws = self._sample(self._data([o for o in seen if o.items > 0]), rng)
+        self._speeds = [self._fit_speed(b, [o for o in seen if o.bucket == b], rng) for b in range(self.buckets)]
+
+    # Posterior of every choice of a bucket, [draws, choices].
+
+    def excess(self, bucket: int) -> Floats:
+        return self._excess(self.draws, np.full(len(self.choices), bucket), np.arange(len(self.choices)))
+
+    def drop(self, bucket: int) -> Floats:
+        return self.excess(bucket) * _sigmoid(self.draws[:, :1])
+
+    def log_speed(self, bucket: int) -> Floats:
+        b, c = self._speeds[bucket].T[:, :, None]
+        saved = self._saved[bucket]
+        return np.asarray(-np.log(np.maximum(1 - b * saved[0] - c * saved[1], 1e-3)))
+
+    @property
+    def draws(self) -> Floats:
+        if self._draws is None:
+            raise RuntimeError("fit the model first")
+        return self._draws
+
+    def sample_table(self, max_drop: float, rng: np.random.Generator) -> Table:
+        """Thompson sampling: the fastest table that stays within `max_drop` (a share) in one draw from the posterior."""
+        draw = int(rng.integers(len(self.draws)))
+        drops = np.stack([self.drop(b)[draw] for b in range(self.buckets)])
+        speeds = np.stack([self.log_speed(b)[draw] for b in range(self.buckets)])
+        return tuple(self.choices[i] for i in best_table(speeds, drops, max_drop))
+
+    # Speed.
+
+    def _fit_speed(self, bucket: int, seen: Sequence[Observation], rng: np.random.Generator) -> Floats:
+        """As many draws (b, c) as the accuracy has."""
+        steps = (np.arange(_GRID) + 0.5) / _GRID
+        b, c = (grid.ravel() for grid in np.meshgrid(steps, steps, indexing="ij"))
+        inside = b + c < 1
+        b, c = b[inside], c[inside]
+        at = np.array([self._index[o.choice] for o in seen if not np.isnan(o.log_speed)], dtype=int)
+        measured = np.array([o.log_speed for o in seen if not np.isnan(o.log_speed)])
+        saved = self._saved[bucket][:, at]
+        predicted = -np.log(np.maximum(1 - b[:, None] * saved[0] - c[:, None] * saved[1], 1e-3))
+        off = (predicted - measured)[:, None, :] / _SCATTER[:, None]
+        # Heavy tails: one block beside a noisy neighbour must not outvote the others. Sigma: 5 %, give or take.
+        score = -(np.log(_SCATTER)[:, None] + 2.5 * np.log1p(off**2 / 4)).sum(axis=2) - 0.5 * (np.log(_SCATTER / 0.05)) ** 2
+        weight = np.exp(score - score.max()).ravel()
+        drawn = rng.choice(len(weight), size=len(self.draws), p=weight / weight.sum()) // len(_SCATTER)
+        jitter = (rng.random((2, len(drawn))) - 0.5) / _GRID
+        return np.stack([b[drawn], c[drawn]], axis=1) + jitter.T
+
+    # Accuracy. A state x is (logit q, log R, log B [kinds], A [kinds * buckets]).
+
+    def _split(self, x: Floats) -> tuple[Floats, Floats]:
+        n = len(_SCALARS)
+        return x[:, n : n + len(self.kinds)], x[:, n + len(self.kinds) :]
+
+    def _excess(self, x: Floats, bucket: NDArray[np.intp], choice: NDArray[np.intp]) -> Floats:
+        slopes, offsets = self._split(x)
+        kind = self._kind[choice]
+        bend = offsets[:, kind * self.buckets + bucket] + np.exp(slopes[:, kind]) * self._moved[bucket, choice]
+        return np.asarray(self._alive[choice] * _BEND * _sigmoid(bend - np.exp(x[:, 1:2]) * self._rho[choice]))
+
+    def _prior_draws(self, rng: np.random.Generator, count: int) -> Floats:
+        kinds = len(self.kinds)
+        scalars = _SCALARS[:, 0] + _SCALARS[:, 1] * rng.normal(size=(count, len(_SCALARS)))
+        slopes = _B + _B_SPREAD * rng.normal(size=(count, kinds))
+        offsets = _A + _A_SPREAD * rng.normal(size=(count, kinds, 1)) + _A_BUCKETS * rng.normal(size=(count, kinds, self.buckets))
+        return np.concatenate([scalars, slopes, offsets.reshape(count, -1)], axis=1)
+
+    def _log_prior(self, x: Floats) -> Floats:
+        slopes, offsets = self._split(x)
+        found = -0.5 * (((x[:, : len(_SCALARS)] - _SCALARS[:, 0]) / _SCALARS[:, 1]) ** 2).sum(axis=1)
+        found -= 0.5 * (((slopes - _B) / _B_SPREAD) ** 2).sum(axis=1)
+        by_kind = offsets.reshape(len(x), len(self.kinds), self.buckets)
+        mean = by_kind.mean(axis=2)
+        found -= 0.5 * (((mean - _A) / np.hypot(_A_SPREAD, _A_BUCKETS / np.sqrt(self.buckets))) ** 2).sum(axis=1)
+        found -= 0.5 * (((by_kind - mean[:, :, None]) / _A_BUCKETS) ** 2).sum(axis=(1, 2))  # buckets of one kind are alike
+        return np.asarray(found)
+
+    def _sample(self, data: _Data | None, rng: np.random.Generator) -> Floats:
         state = self._prior_draws(rng, _CHAINS)
         score = self._log_posterior(state, data)
         size = state.shape[1]
@@ -100,113 +186,29 @@ class MonotoneModel:
             state[taken], score[taken] = proposal[taken], new[taken]
             if step >= _STEPS // 2 and step % (_STEPS // 2 // _KEPT) == 0:
                 kept.append(state.copy())
-        self._draws = np.concatenate(kept)
-
-    # Posterior of every choice of a bucket, [draws, choices].
-
-    def excess(self, bucket: int) -> Floats:
-        return self._excess(self.draws, self._grid[bucket])
-
-    def drop(self, bucket: int) -> Floats:
-        return self.excess(bucket) * _sigmoid(self.draws[:, 2:3])
-
-    def log_speed(self, bucket: int) -> Floats:
-        return self._speed(self.draws, self._grid[bucket])
-
-    @property
-    def draws(self) -> Floats:
-        if self._draws is None:
-            raise RuntimeError("fit the model first")
-        return self._draws
-
-    def sample_table(self, max_drop: float, rng: np.random.Generator) -> Table:
-        """Thompson sampling: the fastest table that stays within `max_drop` (a share) in one draw from the posterior."""
-        draw = int(rng.integers(len(self.draws)))
-        x = self.draws[draw : draw + 1]
-        drops = np.concatenate([self._excess(x, grid) * _sigmoid(x[:, 2:3]) for grid in self._grid])
-        speeds = np.concatenate([self._speed(x, grid) for grid in self._grid])
-        return tuple(self.choices[i] for i in best_table(speeds, drops, max_drop))
-
-    def _features(self, bucket: int, choices: Sequence[Choice]) -> Features:
-        kinds = np.array([0 if c.kind is Kind.EXACT else self.kinds.index(c.kind) for c in choices])
-        s = np.array([3.0 * (c.S - 1) / max(self.top_k - 1, 1) for c in choices])
-        rho = np.array([c.rho for c in choices])
-        share = np.array([c.share for c in choices])
-        alive = np.array([0.0 if c.kind is Kind.EXACT else 1.0 for c in choices])
-        return kinds * self.buckets + bucket, s, rho, share, alive
-
-    def _split(self, x: Floats) -> tuple[Floats, Floats]:
-        cells = len(self.kinds) * self.buckets
-        return x[:, self._scalars : self._scalars + cells], x[:, self._scalars + cells :]
-
-    def _kept(self, x: Floats, s: Floats, share: Floats, scalar: int) -> Floats:
-        """What minShare leaves of s."""
-        return s * np.exp(-np.exp(x[:, scalar : scalar + 1]) * share) if self._shares else s
-
-    def _excess(self, x: Floats, features: Features) -> Floats:
-        cell, s, rho, share, alive = features
-        offset = self._split(x)[0][:, cell]
-        s = self._kept(x, s, share, _SCALARS)
-        return alive * np.exp(np.clip(offset - np.exp(x[:, 0:1]) * s - np.exp(x[:, 1:2]) * rho, -20, 0))
-
-    def _speed(self, x: Floats, features: Features) -> Floats:
-        cell, s, rho, share, alive = features
-        offset = self._split(x)[1][:, cell]
-        s = self._kept(x, s, share, _SCALARS + 1)
-        return alive * np.exp(np.clip(offset - np.exp(x[:, 3:4]) * s - np.exp(x[:, 4:5]) * rho, -20, 2))
-
-    # Priors: medians and spreads (log scale) chosen wide; at S = 1 without protection 5 % of items differ, 1.4x speed.
-    # bM and cM: near what oea does at S = 2 in docs/policies.md, where minShare 0.5 is half of the way to S = 1 in active experts.
-    # sigma: 5 %, within a factor of 2.7 two times of three.
-    _MEDIANS = np.array([0.0, 1.0, 0.5, -0.5, 0.0, -3.0, 0.0, 0.3])
-    _SPREADS = np.array([0.6, 0.8, 1.0, 0.6, 0.8, 1.0, 0.6, 0.6])
-
-    def _prior_draws(self, rng: np.random.Generator, count: int) -> Floats:
-        cells = len(self.kinds) * self.buckets
-        n = self._scalars
-        scalars = self._MEDIANS[:n] + self._SPREADS[:n] * rng.normal(size=(count, n))
-        a = np.log(0.05) + 1.5 * rng.normal(size=(count, cells))
-        h = np.log(0.35) + 0.8 * rng.normal(size=(count, cells))
-        return np.concatenate([scalars, a, h], axis=1)
-
-    def _log_prior(self, x: Floats) -> Floats:
-        a, h = self._split(x)
-        n = self._scalars
-        found = -0.5 * (((x[:, :n] - self._MEDIANS[:n]) / self._SPREADS[:n]) ** 2).sum(axis=1)
-        found -= 0.5 * (((a - np.log(0.05)) / 1.5) ** 2).sum(axis=1) + 0.5 * (((h - np.log(0.35)) / 0.8) ** 2).sum(axis=1)
-        for cells, spread in ((a, 0.7), (h, 0.5)):  # buckets of one kind are alike
-            by_kind = cells.reshape(len(x), len(self.kinds), self.buckets)
-            found -= 0.5 * (((by_kind - by_kind.mean(axis=2, keepdims=True)) / spread) ** 2).sum(axis=(1, 2))
-        return np.asarray(found)
+        return np.concatenate(kept)
 
     def _data(self, seen: Sequence[Observation]) -> _Data | None:
         if not seen:
             return None
-        parts = [self._features(o.bucket, [o.choice]) for o in seen]
-        cells, *rest = (np.concatenate([part[i] for part in parts]) for i in range(5))
+        bucket, choice = np.array([o.bucket for o in seen]), np.array([self._index[o.choice] for o in seen])
         n, losses, gains = np.array([(o.items, o.losses, o.gains) for o in seen], dtype=float).T
-        s, rho, share, alive = rest
-        return _Data((cells, s, rho, share, alive), n, losses, gains, np.array([o.log_speed for o in seen]))
+        return _Data((bucket, choice), n, losses, gains)
 
     def _log_posterior(self, x: Floats, data: _Data | None) -> Floats:
         found = self._log_prior(x)
         if data is None:
             return found
-        excess = self._excess(x, data.features)
+        excess, q = self._excess(x, *data.where), _sigmoid(x[:, :1])
         # Losses and gains as independent Poisson: the same as Poisson discordance with binomial losses.
-        q = _sigmoid(x[:, 2:3])
         loss_rate = data.n * (self.floor / 2 + excess * (1 + q) / 2)
         gain_rate = data.n * (self.floor / 2 + excess * (1 - q) / 2)
-        found = found + (data.losses * np.log(loss_rate) - loss_rate + data.gains * np.log(gain_rate) - gain_rate).sum(axis=1)
-        measured = ~np.isnan(data.speed)
-        log_sigma = x[:, 5:6]
-        off = (self._speed(x, data.features) - np.nan_to_num(data.speed)) / np.exp(log_sigma)
-        # Heavy tails: one block beside a noisy neighbour must not outvote the others.
-        return np.asarray(found - (measured * (log_sigma + 2.5 * np.log1p(off**2 / 4))).sum(axis=1))
+        likely = data.losses * np.log(loss_rate) - loss_rate + data.gains * np.log(gain_rate) - gain_rate
+        return np.asarray(found + likely.sum(axis=1))
 
 
 def _sigmoid(x: Floats) -> Floats:
-    return np.asarray(1.0 / (1.0 + np.exp(-x)))
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(x, -40, 40))))
 
 
 def best_table(speeds: Floats, drops: Floats, max_drop: float, allowed: NDArray[np.bool_] | None = None) -> list[int]:

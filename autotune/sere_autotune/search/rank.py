@@ -20,7 +20,7 @@ from sere_ext.contract.policy import EXACT_POLICY, Kind, Policy
 from sere_autotune import planner
 from sere_autotune.search.baseline import check_baseline
 from sere_autotune.search.kinds import removed_kinds
-from sere_autotune.search.learned import propose
+from sere_autotune.search.learned import count_choices, propose
 from sere_autotune.search.sampler import make_sampler
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import EDGES, LADDER, NOISE, PACE, SEARCH_ENDED, NoiseFloor, Pace
@@ -259,7 +259,9 @@ def _after_exact(run: Run) -> None:
     if study.get(NOISE) is None:
         run.report.step("noise floor: exact against exact", time_left_s(run))
         items = trial_items(run, 0)
+        run.engine.record()
         again = measure(run, EXACT_POLICY, items, number=0, seconds=run.spec.search.trial_seconds, reject=False)
+        count_choices(run, run.space())  # before a restart loses what was recorded
         n = sum(level.items for level in again)
         differ = sum(level.differ for level in again) / max(n, 1)
         discordant = sum(level.losses + level.gains for level in again) / max(n, 1)

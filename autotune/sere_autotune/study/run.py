@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from sere_ext.contract.policy import Policy
@@ -15,6 +16,7 @@ from sere_autotune.study.study import TuningStudy
 from sere_autotune.trial.engine import BlockReport, EngineFacts, Reject
 from sere_autotune.trial.items import Item
 from sere_autotune.trial.load import Load, Request
+from sere_autotune.trial.routing import Routing
 from sere_autotune.trial.traffic import Traffic
 from sere_autotune.tuning.space import Space, auto_buckets
 from sere_autotune.tuning.spec import BucketEdges, TuningSpec
@@ -37,6 +39,8 @@ class Engine(Protocol):
         reject: Reject | None = None,
         expected_s: float | None = None,
     ) -> BlockReport: ...
+    def record(self) -> None: ...  # the router calls of the next block's first steps, under exact routing
+    def recorded(self) -> Routing | None: ...  # what was recorded; None where this engine cannot
     def stop(self) -> None: ...
 
 
@@ -60,6 +64,7 @@ class Run:
     search: list[Item]
     cert: list[Item]
     report: Reporter
+    similarity: Path | None = None  # the artefact that the engine reads
     similarity_digest: str | None = None
     facts: EngineFacts | None = None
     advisory: bool = False

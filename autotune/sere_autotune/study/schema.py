@@ -40,6 +40,15 @@ class NoiseFloor:
 
 
 @dataclass(frozen=True)
+class CountedChoices:
+    """What every choice of a bucket does to recorded steps, in the order of `Space.choices`; exact routing first."""
+
+    active: list[float]  # active experts of a step and MoE layer
+    slots: list[float]  # of a token
+    moved: list[float]  # share of router weight that another expert gets, or none
+
+
+@dataclass(frozen=True)
 class Spent:
     """Time charged so far, over all restarts of the tuner."""
 
@@ -208,6 +217,10 @@ OUTCOME: Key[Outcome] = Key("outcome", Outcome)
 def exact_answers_key(level: int) -> Key[dict[str, tuple[bool, str]]]:
     """Exact routing's answers to the search items at a load level: item digest -> (right, text)."""
     return Key(f"exactAnswers.{level}", dict[str, tuple[bool, str]])
+
+
+def counts_key(bucket: int) -> Key[CountedChoices]:
+    return Key(f"counts.{bucket}", CountedChoices)
 
 
 def block_key(candidate: int, pair: int, level: int, routing: str) -> Key[MeasuredBlock]:

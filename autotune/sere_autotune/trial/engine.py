@@ -36,3 +36,4 @@ class EngineFacts:
     top_k: int
     ranks: int
     layers: tuple[int, ...] = ()  # model layer numbers of the MoE layers
+    experts: int = 0  # of each of them; 0 where nobody said

@@ -148,6 +148,11 @@ class EngineHost:
             covered=routed / calls,
         )
 
+    async def record(self, on: bool) -> list[Any]:
+        """`sere_record` of the first rank; all ranks see the same tokens."""
+        found: list[Any] = (await self.engine.collective_rpc("sere_record", args=(on,)))[0]
+        return found
+
     async def send(self, request: Request) -> AsyncIterator[tuple[str, int]]:
         """Stream (text, tokens) chunks of one greedy answer, sampled as `vllm serve` samples a request of temperature 0.
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sere_ext.contract.errors import EngineCrashError, SereError
+from sere_ext.contract.errors import BudgetExhaustedError, EngineCrashError, SereError
 from sere_ext.contract.policy import Policy
 from sere_ext.control.switch import States
 
-from sere_autotune.outcome import BudgetExhaustedError
 from sere_autotune.trial.engine import BlockReport, EngineFacts, Reject
 from sere_autotune.trial.host import EngineHost, last_line
 from sere_autotune.trial.load import Load, Request
+from sere_autotune.trial.routing import Routing
 from sere_autotune.tuning.spec import TuningSpec, engine_options
 
 START_TIMEOUT_S = 900.0  # large models load for minutes
@@ -73,7 +73,11 @@ class WarmEngine:
         self.start_seconds = time.monotonic() - began
         key, model = states[0].key, states[0].model
         self.facts = EngineFacts(
-            key=key.to_json_dict(), top_k=model.top_k, ranks=len(states), layers=tuple(sorted(model.moe_layers))
+            key=key.to_json_dict(),
+            top_k=model.top_k,
+            ranks=len(states),
+            layers=tuple(sorted(model.moe_layers)),
+            experts=model.num_experts,
         )
         return self.facts
 
@@ -109,6 +113,17 @@ class WarmEngine:
         return self._call(
             self.actor.block.remote(list(requests), load, list(fillers), deadline_s, reject), patience, "running a block"
         )
+
+    def record(self) -> None:
+        """Keep some router calls of the blocks that follow, which must run under exact routing."""
+        if self.actor is not None:
+            self._call(self.actor.record.remote(True), SWITCH_TIMEOUT_S, "beginning to record")
+
+    def recorded(self) -> Routing | None:
+        """What was kept since `record`, which ends here; None where this engine cannot, or nothing was recorded."""
+        if self.actor is None:
+            return None
+        return Routing.of(self._call(self.actor.record.remote(False), SWITCH_TIMEOUT_S, "handing over what was recorded"))
 
     def stop(self) -> None:
         """End the engine and its actor; nothing is left running."""

@@ -43,6 +43,7 @@ def patch_worker_base() -> None:
     WorkerBase.sere_apply = SereWorker.sere_apply
     WorkerBase.sere_note = SereWorker.sere_note
     WorkerBase.sere_state = SereWorker.sere_state
+    WorkerBase.sere_record = SereWorker.sere_record
     WorkerBase._sere_patched = True
 
 
@@ -223,6 +224,24 @@ class SereWorker:
         """Keep fields of a `Note` without a change of policy; the other fields stay as they are."""
         state = _state_of(self)
         state.note = {**state.note, **note}
+
+    def sere_record(self, on: bool) -> list[dict[str, Any]]:
+        """Begin to keep some router calls of every MoE layer (bounded, see `Recorder`), or end it; hands over what was kept.
+
+        Exact routing must be in force meanwhile. Only the CPU's operator can keep calls: elsewhere there are none.
+
+        Returns:
+            per MoE layer renormalise, scoring (as in `LayerState`) and calls, each with tokens, experts, and the bytes of ids
+            (int32 [T, k]), weights (float32 [T, k]) and logits (float16 [T, E]).
+        """
+        from sere_ext.routing.record import Recorder
+
+        found = []
+        for layer in _state_of(self).layers:
+            calls = layer.recorder.calls if layer.recorder else []
+            found.append({"renormalise": layer.renormalise, "scoring": layer.scoring, "calls": calls})
+            layer.recorder = Recorder() if on else None
+        return found
 
     def sere_state(self) -> dict[str, Any]:
         """What is in force on this rank: a `RankState`.

@@ -92,6 +92,9 @@ def _launch(slot: int, weights: torch.Tensor, ids: torch.Tensor, logits: torch.T
             _captured[seen] = _captured.get(seen, 0) + 1
         kernel.reroute_cuda(layer.struct, call, torch.cuda.current_stream().cuda_stream)
     else:
+        if layer.recorder is not None:
+            real = min(int(layer.real[0]), len(ids))
+            layer.recorder.add(weights[:real], ids[:real], logits[:real, : layer.experts])
         kernel.reroute_cpu(layer.struct, call)
 
 

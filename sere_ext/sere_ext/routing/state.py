@@ -18,6 +18,7 @@ from sere_ext.contract.errors import ConflictError, PolicyError, UnsupportedErro
 from sere_ext.contract.policy import EXACT_POLICY, MAX_BUCKETS, Bucket, Kind, Policy
 from sere_ext.contract.state import COUNTED, OTHER, CounterRow, RowKey
 from sere_ext.routing import kernel
+from sere_ext.routing.record import Recorder
 from sere_ext.similarity.file import Similarity, sorted_neighbours
 
 _MAX_COUNTER_KEYS = 1024  # a tuner tries hundreds of policies in one engine's life; the oldest counters go first
@@ -60,6 +61,7 @@ class LayerState:
     similarities: Any = field(init=False)  # float32 [E, E - 1], of the neighbours; stays on the host
     counters: Any = field(default_factory=lambda: np.zeros((MAX_BUCKETS + 1, len(kernel.COUNTERS)), np.int64))
     _rho: Any = field(default_factory=lambda: np.full(MAX_BUCKETS, np.inf, np.float32))  # of each row; infinite: none needed
+    recorder: Recorder | None = None  # of calls on the CPU, while a tuner wants them
     struct: kernel.Layer = field(init=False)  # what the kernel is given; a Mirror puts its own addresses in
 
     def __post_init__(self) -> None:

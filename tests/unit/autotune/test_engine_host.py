@@ -151,15 +151,9 @@ def test_what_the_engines_processes_print_goes_to_its_log(tmp_path: Path) -> Non
 class Ray:
     """As much of Ray as waiting takes: a call that never ends, and an actor that can be killed."""
 
-    class exceptions:  # noqa: N801 - Ray's name
-        class GetTimeoutError(Exception):
-            pass
-
-        class RayTaskError(Exception):
-            pass
-
-        class RayError(Exception):
-            pass
+    exceptions = SimpleNamespace(
+        **{name: type(name, (Exception,), {}) for name in ("GetTimeoutError", "RayTaskError", "RayError")}
+    )
 
     def __init__(self) -> None:
         self.waited: list[float] = []

@@ -17,7 +17,7 @@ def test_all_that_a_whole_run_stores_is_read_again_as_its_record(tmp_path: Path)
     for name, stored in study.study.user_attrs.items():
         family, *numbers = name.split(".")
         key = fixed.get(name) or {
-            "exactAnswers": schema.exact_answers_key, "block": schema.block_key, "verdict": schema.verdict_key,
+            "exactAnswers": schema.exact_answers_key, "block": schema.block_key, "verdict": schema.verdict_key, "counts": schema.counts_key,
         }[family](*[int(n) if n.isdigit() else n for n in numbers])  # fmt: skip
         assert key.name == name
         assert key.encode(key.decode(stored)) == stored, name

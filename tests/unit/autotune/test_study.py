@@ -281,10 +281,14 @@ def test_min_share_is_searched_where_it_is_asked_for_and_a_study_with_it_goes_on
     tmp_path: Path, items: Path, sampler: str
 ) -> None:
     changes = {"search__policies": ["oea"], "search__minShare": [0.7, 0, 0.7], "search__sampler": sampler, "search__seed": 2}
-    engine = PlantedEngine(wait_s=0.2)
-    first = run(spec_for(tmp_path / "out", items, search__trials=8, search__deviceHours=12 / 3600, **changes), engine)
-    again = run(spec_for(tmp_path / "out", items, search__trials=8, **changes), PlantedEngine())
-    assert again.summary["trials"][: len(first.summary["trials"])] == first.summary["trials"]
+    spec = spec_for(tmp_path / "out", items, search__trials=12, **changes)
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, Elsewhere())
+    study = TuningStudy(tmp_path / "out", None)
+    before = [trial.user_attrs["describe"] for trial in study.complete()]
+    study.close()
+    again = run(spec, PlantedEngine())
+    assert before and [trial["policy"] for trial in again.summary["trials"]][: len(before)] == before
     tried = [trial["policy"] for trial in again.summary["trials"]]
     assert any("share=0.70" in policy for policy in tried)
     assert not any("share" in policy for policy in tried if "k0=1 " in policy)

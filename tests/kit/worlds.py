@@ -1,0 +1,227 @@
+"""Made-up models for whole tuning studies: experts, routing, output errors and step times, none by the tuner's own formulas.
+
+A world draws experts (their outputs as vectors), router logits of steps, and from the kernel's own re-routing the change of
+every layer's output. What that costs in accuracy and what a step takes are laws of the world (`LAWS`):
+
+    knee     accuracy falls along a logistic curve of the summed output error; a step pays for bytes or for arithmetic,
+             whichever is more, layer by layer
+    cliff    accuracy holds until an error is reached and then falls steeply, early layers count most; experts are paid in tiles
+             of four, and the busiest expert sets a layer's time
+    ramp     accuracy falls with a power of the error, late layers count most; the first experts lie in a cache, and
+             every further one costs less than the one before
+
+The tuner sees other steps than those that its certificate's blocks are made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sere_autotune.search.replay import between, layer_states, mix, rerouted
+from sere_autotune.trial.engine import BlockReport, EngineFacts, Reject
+from sere_autotune.trial.load import Block, Load, Request, Sent
+from sere_autotune.trial.routing import Call, Routing
+from sere_autotune.trial.stats import DropRejector
+from sere_autotune.tuning.space import EXACT, Choice, Space
+from sere_autotune.tuning.spec import BucketEdges
+from sere_ext.contract.policy import EXACT_POLICY, Bucket, Kind, Policy
+
+Floats = NDArray[np.float64]
+LAWS = ("knee", "cliff", "ramp")
+EXPERTS, TOP_K, LAYERS, BATCH, WIDTH = 64, 8, 6, 16, 16
+KINDS = (Kind.SERE, Kind.TOPK, Kind.OEA)
+EDGES = (BucketEdges(min_tokens=8, max_tokens=64),)
+EXACT_RIGHT = 0.85
+TPOT_MS = 20.0
+KEY = {
+    "modelName": "world", "configDigest": "sha256:0", "engineVersion": "0", "pluginVersion": "0", "device": "cpu",
+    "tensorParallelSize": 1,
+}  # fmt: skip
+
+
+@dataclass
+class World:
+    """One model. `seed` draws its experts, routing and how harmful errors are."""
+
+    law: str
+    seed: int
+    noise_floor: float = 0.02  # share of items on which exact routing differs from itself
+    scatter: float = 0.15  # of a block's mean time, on the log scale
+    _rows: dict[Choice, Floats] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng([LAWS.index(self.law), self.seed])
+        centres, alike = rng.normal(size=(12, WIDTH)), rng.uniform(0.0, 1.2)
+        self.outputs = [
+            centres[rng.integers(12, size=EXPERTS)] * alike + rng.normal(size=(EXPERTS, WIDTH)) for _ in range(LAYERS)
+        ]
+        skew = rng.uniform(0.8, 1.4)
+        self.popular = [rng.permutation(-skew * np.log(np.arange(1, EXPERTS + 1))) for _ in range(LAYERS)]
+        self.harm = float(np.exp(rng.normal(0.0, 0.6)))  # of an output error
+        self.share = float(rng.uniform(0.45, 0.85))  # of an exact step that experts take
+        self.seen, self.true = self._routing(rng, 4), self._routing(rng, 8)
+
+    def _routing(self, rng: np.random.Generator, steps: int) -> Routing:
+        def call(layer: int) -> Call:
+            return Call.of((self.popular[layer] + rng.gumbel(size=(BATCH, EXPERTS))).astype(np.float32), TOP_K)
+
+        return Routing(tuple(tuple(call(layer) for _ in range(steps)) for layer in range(LAYERS)))
+
+    @cached_property
+    def similarity(self) -> list[NDArray[np.float32]]:
+        """1 - distance / largest distance of the experts' outputs, as the paper's Frobenius metric; [E, E] per layer."""
+        found = []
+        for vectors in self.outputs:
+            apart = np.linalg.norm(vectors[:, None] - vectors[None], axis=2)
+            found.append((1 - apart / apart.max()).astype(np.float32))
+        return found
+
+    @cached_property
+    def space(self) -> Space:
+        return Space(EDGES, KINDS, TOP_K, None, tuple(range(LAYERS)))
+
+    @cached_property
+    def _states(self) -> Any:
+        return layer_states(self.true, self.similarity)
+
+    def _layered(self, choice: Choice) -> Floats:
+        """[layers, 4]: active experts, slots of a token, tokens of the busiest expert, squared relative output error."""
+        if choice not in self._rows:
+            bucket = Bucket(
+                min_tokens=1, kind=choice.kind, S=int(choice.S) if choice.kind is not Kind.EXACT else None, rho=choice.rho
+            )
+            rows = np.zeros((LAYERS, 4))
+            for layer, (state, calls) in enumerate(zip(self._states, self.true.calls, strict=True)):
+                state.load_table((bucket,))
+                for call in calls:
+                    before, after = mix(call.ids, call.weights, EXPERTS), mix(*rerouted(state, call), EXPERTS)
+                    out = before @ self.outputs[layer]
+                    error = np.linalg.norm((after - before) @ self.outputs[layer], axis=1) / np.linalg.norm(out, axis=1)
+                    used = after != 0
+                    rows[layer] += (
+                        used.any(axis=0).sum(),
+                        used.sum() / BATCH,
+                        used.sum(axis=0).max(),
+                        np.minimum(error, 2.0).mean() ** 2,
+                    )
+            self._rows[choice] = rows / len(self.true.calls[0])
+        return self._rows[choice]
+
+    def drop(self, choice: Choice) -> float:
+        """True share of items lost, net of those gained."""
+        error = between(choice, LAYERS, self._layered)[:, 3]
+        if self.law == "knee":
+            total = self.harm * error.mean()
+            return 0.7 / (1 + math.exp(-(math.log(total + 1e-9) - math.log(0.25)) / 0.45)) if total else 0.0
+        weight = np.exp(-np.arange(LAYERS) / 2) if self.law == "cliff" else np.linspace(0.3, 1.7, LAYERS)
+        total = self.harm * float((weight * error).sum() / weight.sum())
+        return 0.7 * (1 - math.exp(-((total / 0.25) ** 2.2))) if self.law == "cliff" else min(0.7, 0.35 * total**1.3)
+
+    def time(self, choice: Choice) -> float:
+        """True time of a step, exact routing = 1."""
+        return self._step(between(choice, LAYERS, self._layered)) / self._step(self._layered(EXACT))
+
+    def _step(self, rows: Floats) -> float:
+        active, slots, busiest = rows[:, 0], rows[:, 1], rows[:, 2]
+        exact = self._layered(EXACT)
+        if self.law == "knee":
+            work = np.maximum(active / exact[:, 0], 0.45 * slots / TOP_K)
+        elif self.law == "cliff":
+            work = np.ceil(active / 4) * 4 / exact[:, 0] * 0.8 + 0.2 * busiest / exact[:, 2]
+        else:
+            work = np.maximum(active - 6, 1.0) ** 0.85 / np.maximum(exact[:, 0] - 6, 1.0) ** 0.85 + 0.1 * slots / TOP_K
+        return 1 - self.share + self.share * float(work.mean())
+
+    def choice_of(self, policy: Policy) -> Choice:
+        """The choice whose policy this is."""
+        return self._choices.get(policy.model_copy(update={"similarity_digest": None}).digest, EXACT)
+
+    @cached_property
+    def _choices(self) -> dict[str, Choice]:
+        return {self.space.policy((choice,)).digest: choice for choice in self.space.choices()}
+
+    def best(self, max_drop: float) -> tuple[Choice, float]:
+        """The fastest choice that truly keeps the limit, and its speed-up."""
+        feasible = [choice for choice in self.space.choices() if self.drop(choice) <= max_drop]
+        found = min(feasible, key=self.time)
+        return found, 1 / self.time(found)
+
+
+class WorldEngine:
+    """A world behind the tuner's engine protocol. Blocks take no time; the engine seconds that they would take are summed."""
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.world, self.policy, self.choice = world, EXACT_POLICY, EXACT
+        self.start_seconds, self.seconds = 0.01, 0.0
+        self.random = np.random.default_rng([world.seed, seed, 7])
+        self.drift = 0.0
+
+    def limit(self, left_s: Callable[[], float]) -> None:
+        pass
+
+    def start(self) -> EngineFacts:
+        return EngineFacts(key=KEY, top_k=TOP_K, ranks=1, layers=tuple(range(LAYERS)), experts=EXPERTS)
+
+    def apply(self, policy: Policy) -> None:
+        self.policy, self.choice = policy, self.world.choice_of(policy)
+
+    def record(self) -> None:
+        pass
+
+    def recorded(self) -> Routing | None:
+        return self.world.seen
+
+    def stop(self) -> None:
+        pass
+
+    def block(self, requests: Sequence[Request], load: Load, fillers: Sequence[Request] = (), deadline_s: float | None = None,
+              reject: Reject | None = None, expected_s: float | None = None) -> BlockReport:  # fmt: skip
+        world, n = self.world, len(requests)
+        drop, time = world.drop(self.choice), world.time(self.choice)
+        lost, gained = 1.15 * drop / EXACT_RIGHT, 0.15 * drop / (1 - EXACT_RIGHT)
+        item = np.array([uniforms(request.prompt) for request in requests])  # the same in every block: losses are nested
+        right = item[:, 0] < EXACT_RIGHT
+        right = np.where(right, item[:, 1] >= lost, item[:, 1] < gained)
+        right ^= self.random.random(n) < world.noise_floor / 2
+        self.drift = 0.8 * self.drift + 0.02 * self.random.normal()
+        pace = TPOT_MS * time * math.exp(self.drift + world.scatter * self.random.normal() * 0.4)
+        tpots = pace * np.exp(0.1 * self.random.normal(size=n))
+        rejector = DropRejector(reject.limit, reject.alpha) if reject else None
+        sent, stopped, step = [], None, 15 * TPOT_MS / 1e3 / BATCH
+        for index, request in enumerate(requests):
+            assert request.item is not None
+            good = bool(right[index])
+            tpot = float(tpots[index])
+            sent.append(Sent(request.item.digest, good, "yes" if good else "no", 16, 50.0, 50.0 + 15 * tpot, index * step,
+                             index * step + 0.35))  # fmt: skip
+            exact = reject.exact.get(request.item.digest) if reject else None
+            if rejector is not None and exact is not None and rejector.update(exact.correct, good):
+                stopped = f"accuracy: rejected after {rejector.items} items"
+                break
+        self.seconds += len(sent) * step * time
+        return BlockReport(Block(sent, len(sent) * step, 0.35, float(BATCH), stopped), 40.0, 40.0 * time, 1.0)
+
+
+_UNIFORMS: dict[str, tuple[float, float]] = {}
+
+
+def uniforms(prompt: str) -> tuple[float, float]:
+    """Two numbers of an item, always the same: whether exact routing is right, and how fragile its answer is."""
+    if prompt not in _UNIFORMS:
+        digest = hashlib.sha256(prompt.encode()).digest()
+        _UNIFORMS[prompt] = (int.from_bytes(digest[:6]) / 2**48, int.from_bytes(digest[6:12]) / 2**48)
+    return _UNIFORMS[prompt]
+
+
+def seeded(law: str, seed: int) -> World:
+    """A world with a noise floor, and blocks that scatter, as published models and busy machines show."""
+    draw = random.Random(f"{law} {seed}")
+    return World(law, seed, noise_floor=draw.choice([0.005, 0.02, 0.04]), scatter=draw.choice([0.05, 0.15, 0.3]))
