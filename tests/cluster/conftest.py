@@ -45,14 +45,16 @@ def node() -> None:
 
 @pytest.fixture(scope="session")
 def data(node: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder behind the claim `data`: the small model, its items, calibration text."""
+    """The folder behind the claim `data`: a small model to serve; a widened one to tune, its items and calibration text."""
     folder = tmp_path_factory.mktemp("data")
-    shutil.copytree(ROOT / "tests/assets/tiny_moe", folder / "model")
-    for name, split, count in (("items", "eval", ITEMS), ("calib", "calibration", 64)):
+    shutil.copytree(ROOT / "tests/assets/tiny_moe", folder / "small")
+    commands = [["widen", str(ROOT / "tests/assets/rows_moe"), str(folder / "model")]]
+    for name, split, count in (("items", "eval", ITEMS), ("calib", "calibration", 256)):
         options = ["--split", split, "--count", str(count), "--seed", "5", "--out", str(folder / f"{name}.jsonl")]
-        subprocess.run(
-            [sys.executable, "-m", "tests.assets.make.items", *options], check=True, stdout=subprocess.DEVNULL, cwd=ROOT
-        )
+        commands.append(["items", "--model", "rows_moe", *options])
+    for script, *options in commands:
+        command = [sys.executable, "-m", f"tests.assets.make.{script}", *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     return folder
 
 

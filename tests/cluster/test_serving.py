@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(1500)
 def story(operator: None) -> dict[str, Any]:
     """Applied once; two engines start."""
     spec = {
-        "model": {"uri": "pvc://data/model"},
+        "model": {"uri": "pvc://data/small"},
         "engine": {"maxModelLen": 128, "extraArgs": ["--dtype=float32", "--enforce-eager", "--max-num-seqs=16"]},
         "replicas": 2,
         "routing": {"mode": "Exact"},

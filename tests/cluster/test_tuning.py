@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from sere_ext.contract.policy import Policy
 from sere_ext.contract.state import EngineState
 
 from demo import kube, site
@@ -70,7 +71,7 @@ def test_profile_reaches_the_pod_hot(tuned: dict[str, Any], prompts: list[str]) 
     assert kube.identity(pod) == before
     profile = kube.get("sereprof", job()["status"]["profile"], NAMESPACE) or {}
     running = state(pod)
-    assert running["policy"] == profile["spec"]["policy"]
+    assert running.policy == Policy.parse(profile["spec"]["policy"])
     assert running.policy_digest == (kube.get("sere", NAME, NAMESPACE) or {})["status"]["policy"]["stable"] != "exact"
     assert condition("Tuned")["status"] == "True"
 
