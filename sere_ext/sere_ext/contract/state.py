@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, ValidationError, field_serializer
+from pydantic import ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from sere_ext.contract.errors import SereError, UnsupportedError, error_of
 from sere_ext.contract.policy import Policy
@@ -109,6 +109,13 @@ class _Whole(_InForce):
     key: Annotated[ProfileKey, Field(description="what runs here")]
     model: ModelShape
     counters: tuple[CounterRow, ...]
+
+    @field_validator("key", mode="before")
+    @classmethod
+    def _known_fields(cls, value: Any) -> Any:
+        """Leave out fields of a newer release's key; a profile, which is read strictly, cannot ask for them anyway."""
+        known = {name for field, info in ProfileKey.model_fields.items() for name in (field, info.alias)}
+        return {name: part for name, part in value.items() if name in known} if isinstance(value, dict) else value
 
     @field_serializer("policy")
     def _plain(self, policy: Policy) -> dict[str, Any]:
