@@ -16,6 +16,7 @@ from tests.assets.make.items import lines
 from tests.assets.make.models import ROWS_MOE, Recipe
 from tests.assets.make.tasks import Split
 from tests.assets.make.widen import widen
+from tests.assets.make.widen_similarity import widen_similarity
 
 CALIBRATION_ITEMS = 600
 SERE = (sys.executable, "-m", "sere_ext.cli.main")
@@ -44,23 +45,15 @@ def calibrated(recipe: Recipe, directory: Path, folder: Path) -> Path:
 def widened(recipe: Recipe, folder: Path, factor: int = 0) -> tuple[Path, Path]:
     """The model's widened form and the similarity of its experts; both are made once.
 
-    Widened experts compute what the small ones do, so that the small model's similarities hold as they are.
-
     Args:
         factor: of the widening; 0 takes the recipe's own.
     """
-    from sere_ext.contract.model_config import model_config_digest
-    from sere_ext.similarity.file import read_similarity, write_similarity
-    from sere_ext.similarity.hub import model_config_dict
-
     factor = factor or recipe.widening
     model, similarity = folder / f"model-{factor}", folder / f"similarity-{factor}.safetensors"
     if not (model / "model.safetensors").exists():
         widen(recipe.directory, model, factor)
     if not similarity.exists():
-        found = read_similarity(calibrated(recipe, recipe.directory, folder))
-        meta = found.meta.model_copy(update={"config_digest": model_config_digest(model_config_dict(str(model)))})
-        write_similarity(similarity, meta, found.matrices)
+        widen_similarity(calibrated(recipe, recipe.directory, folder), model, similarity)
     return model, similarity
 
 

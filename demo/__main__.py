@@ -108,7 +108,9 @@ def stage_engine(args: argparse.Namespace) -> dict[str, Any]:
     heading("1/2  Tune: a real MoE model on a live vLLM engine")
     tuning = prepare(args)
     if not (BUILD / "similarity.safetensors").exists():
-        run("sere", "calibrate", BUILD / "model", "--data", BUILD / "calib.jsonl", "--out", BUILD / "similarity.safetensors")
+        narrow = BUILD / "narrow.safetensors"
+        run("sere", "calibrate", MODEL, "--data", BUILD / "calib.jsonl", "--out", narrow)
+        run(sys.executable, "-m", "tests.assets.make.widen_similarity", narrow, BUILD / "model", BUILD / "similarity.safetensors")
     if args.fresh:
         import shutil
 
@@ -222,7 +224,7 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("--max-drop-points", type=float, default=1.0, help="accuracy budget of stage 1 in points")
     parser.add_argument("--tpot-p95-ms", type=float, default=200.0, help="latency limit of stage 1 in ms")
-    parser.add_argument("--trials", type=int, default=12, help="trials of stage 1")
+    parser.add_argument("--trials", type=int, default=8, help="trials of stage 1")
     parser.add_argument("--items", type=int, default=4000, help="items that stage 1 makes; a sixth is searched on")
     parser.add_argument(
         "--kubeconfig",

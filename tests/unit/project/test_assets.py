@@ -314,6 +314,25 @@ class TestModel:
         with torch.no_grad():
             torch.testing.assert_close(wide(input_ids=ids).logits, model(input_ids=ids).logits, atol=LOGIT_TOLERANCE, rtol=0)
 
+    def test_a_widened_models_similarity_is_the_small_ones_under_its_own_config(self, recipe: Recipe, tmp_path: Path):
+        import numpy as np
+        from sere_ext.contract.model_config import model_config_digest
+        from sere_ext.contract.similarity import SimilarityMeta
+        from sere_ext.similarity.file import read_similarity, write_similarity
+        from sere_ext.similarity.hub import model_config_dict
+
+        from tests.assets.make.widen import widen
+        from tests.assets.make.widen_similarity import widen_similarity
+
+        meta = SimilarityMeta(
+            model_type="qwen3_moe", model_name="small", config_digest="sha256:0", data_digest="", tokens=1, layers=(0,), num_experts=2
+        )  # fmt: skip
+        write_similarity(tmp_path / "narrow", meta, {0: np.array([[1, 0.4], [0.4, 1]], np.float32)})
+        model = widen(recipe.directory, tmp_path / "model", 2)
+        found = read_similarity(widen_similarity(tmp_path / "narrow", model, tmp_path / "wide"))
+        assert found.meta.config_digest == model_config_digest(model_config_dict(str(model)))
+        assert found.matrices[0][0, 1] == np.float32(0.4)
+
 
 class TestTraining:
     def test_sorted_experts_compute_what_transformers_does_gradients_too(self, model, recipe: Recipe):
