@@ -242,7 +242,14 @@ def test_a_profile_of_another_engine_means_exact_routing(qwen3: Path, stock: Any
                 "discordantShare": 0, "noiseFloor": 0}  # fmt: skip
     spec = {
         "policy": policy("topk", S=1).to_json_dict(),
-        "key": {"modelName": "m", "configDigest": "c", "engineVersion": "0.31.0", "pluginVersion": "0.1.0", "device": "cpu"},
+        "key": {
+            "modelName": "m",
+            "configDigest": "c",
+            "engineVersion": "0.31.0",
+            "pluginVersion": "0.1.0",
+            "device": "cpu",
+            "weightFormat": "float32",
+        },
         "evidence": {"certified": True, "tpotMs": once, "speedup": {"value": 1, "condition": "x"}, "accuracy": accuracy},
     }
     path = tmp_path / "profile.json"
