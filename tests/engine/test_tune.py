@@ -199,7 +199,7 @@ def test_the_dry_run_starts_nothing_and_prints_a_whole_file(ground: Path) -> Non
     ("arguments", "words"),
     [
         (["--calibrate-data", "none.jsonl"], "calibrate.data: no file at none.jsonl"),
-        (["--engine-extra-args", "[--additional-config, '{}']"], "--additional-config is set by the tuner"),
+        (["--engine-extra-args", "[--additional-config, '{}']"], "--additional-config may not stand here"),
         (["--similarity", "{items}"], "no safetensors file"),
         (["--model", "{dense}"], "dense model"),
         (["--search-trials", "none"], "search.trials"),
