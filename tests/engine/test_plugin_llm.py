@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -184,6 +185,26 @@ def test_a_similarity_file_of_another_model_is_refused(running: Any, deepseek: P
     calibrate(str(deepseek), calibration, other, Options(sequences=2))
     with pytest.raises(SimilarityError, match=r"made for another model: deepseek_v2 .* run `sere calibrate`"):
         switch_llm(running, policy("sere", S=2), similarity=str(other))
+
+
+def test_a_compiled_graph_of_another_slot_is_never_taken_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key of the compile cache follows the number that the graph's calls carry."""
+    from sere_ext.engine import worker
+    from sere_ext.engine.settings import resolve
+
+    keys = []
+    for slot in (0, 4):
+        monkeypatch.setattr(ops, "next_slot", lambda slot=slot: slot)
+        config = SimpleNamespace(
+            additional_config={"sere": {}}, device_config=SimpleNamespace(device_type="cpu"), kernel_config=None, lora_config=None,
+            parallel_config=SimpleNamespace(pipeline_parallel_size=1), model_config=SimpleNamespace(),
+        )  # fmt: skip
+        engine_worker = SimpleNamespace(
+            load_model=None, compile_or_warm_up_model=None, execute_model=None, execute_dummy_batch=None
+        )
+        worker._attach(engine_worker, config, resolve(config.additional_config))
+        keys.append(config.additional_config["sere"]["graph"])
+    assert keys[0] != keys[1]
 
 
 def test_compiled_is_bit_identical_too_and_follows_live_changes(qwen3: Path, similarity: Path) -> None:

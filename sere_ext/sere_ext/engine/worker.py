@@ -53,13 +53,16 @@ def _attach(worker: Any, vllm_config: Any, settings: Settings) -> None:
     from sere_ext.engine.features import check_features
     from sere_ext.engine.proof import prove_hit
     from sere_ext.engine.versions import check_engine_version, engine_version
+    from sere_ext.routing import ops
 
     device = vllm_config.device_config.device_type
     check_engine_version(engine_version(), device)
     check_features(vllm_config)
     if isinstance(vllm_config.additional_config, dict):
         ours = vllm_config.additional_config.get("sere") or {}
-        vllm_config.additional_config["sere"] = {**ours, "graph": f"{__version__}/{GRAPH_FORM}"}
+        # A compiled graph holds the numbers of its layers, which follow those of engines that this process had before: a graph
+        # of another number would re-route by another engine's policy.
+        vllm_config.additional_config["sere"] = {**ours, "graph": f"{__version__}/{GRAPH_FORM}/{ops.next_slot()}"}
     load_model, warm_up = worker.load_model, worker.compile_or_warm_up_model
     execute, execute_dummy = worker.execute_model, worker.execute_dummy_batch
 

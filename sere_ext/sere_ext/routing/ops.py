@@ -33,6 +33,11 @@ def bind(layers: list[LayerState]) -> int:
     return len(_layers) - len(layers)
 
 
+def next_slot() -> int:
+    """The slot that the first layer bound next will have."""
+    return len(_layers)
+
+
 def captured(layers: list[LayerState]) -> dict[int, list[int]]:
     """Calls of each layer's operator while CUDA graphs were captured, by number of rows."""
     every = sorted({rows for rows, _ in _captured})
