@@ -13,12 +13,12 @@ __all__ = ["node", "world"]  # fixtures
 
 def test_an_upgrade_replaces_the_pods_of_one_model_at_a_time(world: World, kubeconfig: str, tmp_path: Path) -> None:
     names = [f"m{index}" for index in range(4)]
+    world.node.load_s = 2.0  # of all pods: one that became ready in less would be unready again
     for name in names:
         world.apply(manifest(name, engine={}))
     for name in names:
         world.ready(name)
     assert world.operator.stop() == 0
-    world.node.load_s = 2.0
     own = {"SERE_LEASE_NAME": world.namespace, "SERE_WATCH_NAMESPACES": world.namespace}
     newer = {"SERE_ENGINE_IMAGE": "sere-engine:newer", "SERE_ENGINE_ROLLOUTS": "1"}
     world.operator = OperatorProcess(kubeconfig, tmp_path / "newer.log", **own, **newer).start()

@@ -261,7 +261,7 @@ def test_certify_alone_takes_a_policy(tmp_path: Path, items: Path) -> None:
 def test_a_rungs_power_is_that_of_the_items_which_may_be_used(tmp_path: Path, items: Path) -> None:
     good = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 3}]})
     powers = []
-    for count in (None, 200):
+    for count in (None, 280):
         spec = spec_for(tmp_path / f"{count}" / "out", items, accuracy__maxDropPoints=2, search__rungs=1, certify__items=count)
         powers.append(run(spec, PlantedEngine(), only=good).summary["ladder"][0]["power"])
     assert powers[0] > 0.9 > 0.7 > powers[1], powers

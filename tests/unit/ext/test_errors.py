@@ -12,7 +12,8 @@ from sere_ext.contract.errors import ExitCode, SereError, UsageError, error_of, 
 from tests.kit import ROOT
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SereError)]
-DEVELOPERS = {"SchemaError"}  # a mistake in our own types, met while the CRDs are made
+# A mistake in our own types, met while the CRDs are made; an engine that died, which the tuner replaces and never shows.
+NOBODYS = {"SchemaError", "EngineGoneError"}
 
 
 def test_every_error_of_the_three_packages_is_in_the_tree() -> None:
@@ -26,7 +27,7 @@ def test_every_error_of_the_three_packages_is_in_the_tree() -> None:
         for node in ast.walk(ast.parse((ROOT / file).read_text()))
         if isinstance(node, ast.ClassDef) and node.name.endswith("Error") and not node.name.startswith("_")
     ]
-    assert sorted(classes) == sorted({kind.__name__ for kind in KINDS} | DEVELOPERS)
+    assert sorted(classes) == sorted({kind.__name__ for kind in KINDS} | NOBODYS)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
