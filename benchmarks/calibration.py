@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from sere_ext.calibration.moments import make_moments
 
 from benchmarks.ground import machine
+from sere_ext.calibration.moments import make_moments
 from tests.kit import pairwise
 
 EXPERTS, CHUNK = 64, 256

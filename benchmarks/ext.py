@@ -20,9 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sere_autotune.trial.stats import ratio_interval
-
 from benchmarks.ground import machine, widened
+from sere_autotune.trial.stats import ratio_interval
 from tests.assets.make.models import ROWS_MOE
 from tests.kit import ROOT
 
@@ -120,9 +119,10 @@ def _arm(concurrency: int, arm: str, taken: dict[str, list[dict[str, Any]]]) -> 
     if counters:
         total = {key: sum(counter[key] for counter in counters) for key in counters[0]}
         row |= {
-            "activeBefore": total["activeBefore"] / total["calls"], "active": total["activeAfter"] / total["calls"],
+            "activeBefore": total["activeBefore"] / total["calls"],
+            "active": total["activeAfter"] / total["calls"],
             "slots": (total["slots"] - total["merged"]) / total["tokens"],
-        }  # fmt: skip
+        }
     return row
 
 

@@ -50,8 +50,9 @@ def measure(repetitions: int = 25) -> list[dict[str, Any]]:
 
 
 def _row(T: int, k: int, E: int, repetitions: int) -> dict[str, Any]:
-    from sere_ext.routing import ops  # noqa: F401  (registers the operators)
     from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
+
+    from sere_ext.routing import ops  # noqa: F401  (registers the operators)
 
     source = torch.Generator().manual_seed(T * k * E)
     logits = torch.randn(T, E, generator=source)
@@ -90,9 +91,11 @@ def _row(T: int, k: int, E: int, repetitions: int) -> dict[str, Any]:
         torch.ops.sere.fused_experts_cpu(out, x, w13, w2, None, None, merged_weights, merged_ids, "silu", "vec", False)
 
     forms = {
-        "stock": experts(weights, ids), "unmerged": experts(weights, unmerged_ids),
-        "merged": experts(merged_weights, merged_ids), "packed": packed,
-    }  # fmt: skip
+        "stock": experts(weights, ids),
+        "unmerged": experts(weights, unmerged_ids),
+        "merged": experts(merged_weights, merged_ids),
+        "packed": packed,
+    }
     return {
         "tokens": T, "topK": k, "experts": E, "active": int(ids.unique().numel()),
         "activeRerouted": int(merged_ids[merged_weights != 0].unique().numel()), "slots": T * k,

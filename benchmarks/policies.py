@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sere_ext.similarity.file import read_similarity
 from torch import Tensor
 
 from benchmarks.ground import calibrated, machine
 from benchmarks.lanes import Lanes, Prompted, answers, prompted
 from benchmarks.rerouted import Rerouted, describe, grid
+from sere_ext.similarity.file import read_similarity
 from tests.assets.make import models
 from tests.assets.make.tasks import Item
 from tests.kit import ROOT

@@ -58,14 +58,17 @@ def policies(result: dict[str, Any]) -> str:
                 ["policy", "active experts", "experts per token", "points lost, 95 %", "answers that differ %", "front"],
                 [
                     [
-                        f"`{row['policy']}`", f"{row['active']:.2f}", f"{row['slots']:.2f}",
+                        f"`{row['policy']}`",
+                        f"{row['active']:.2f}",
+                        f"{row['slots']:.2f}",
                         "" if row is exact else _interval(row["dropPoints"], row["dropLow"], row["dropHigh"], 2),
-                        f"{row['differPercent']:.2f}", "yes" if row["front"] else "",
+                        f"{row['differPercent']:.2f}",
+                        "yes" if row["front"] else "",
                     ]
                     for row in rows
                 ],
             )
-        )  # fmt: skip
+        )
     return "".join(text)
 
 

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from benchmarks.lanes import Lanes
 from sere_ext.contract.policy import Policy
 from sere_ext.routing import kernel, ops
 from sere_ext.routing.state import LayerState
 from sere_ext.similarity.file import sorted_neighbours
-from torch import Tensor
-
-from benchmarks.lanes import Lanes
 
 
 class Rerouted:
@@ -55,9 +55,10 @@ class Rerouted:
         """Means over layers and steps: active experts before and after, and experts per token that have a weight."""
         total = dict(zip(kernel.COUNTERS, map(int, sum(layer.counters.sum(0) for layer in self.layers)), strict=True))
         return {
-            "activeBefore": total["activeBefore"] / total["calls"], "active": total["activeAfter"] / total["calls"],
+            "activeBefore": total["activeBefore"] / total["calls"],
+            "active": total["activeAfter"] / total["calls"],
             "slots": (total["slots"] - total["merged"]) / total["tokens"],
-        }  # fmt: skip
+        }
 
 
 def describe(bucket: dict[str, Any]) -> str:

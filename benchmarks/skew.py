@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sere_ext.routing import kernel
 from torch import Tensor
 
 from benchmarks.ground import calibrated, machine
 from benchmarks.lanes import Lanes, answers, prompted
 from benchmarks.policies import load
 from benchmarks.rerouted import Rerouted
+from sere_ext.routing import kernel
 from tests.assets.make import models
 from tests.kit import ROOT
 
@@ -60,11 +60,13 @@ def measure(directory: Path) -> dict[str, Any]:
     per_layer = [layer.counters.sum(0) for layer in route.layers]
     touched = [float(counters[kernel.ACTIVE_BEFORE] / counters[kernel.CALLS]) for counters in per_layer]
     return {
-        "model": recipe.name, "batch": BATCH, "activeByLayer": touched,
+        "model": recipe.name,
+        "batch": BATCH,
+        "activeByLayer": touched,
         "skewByLayer": [fitted(one, recipe.experts, recipe.top_k) for one in touched],
         "skew": fitted(sum(touched) / len(touched), recipe.experts, recipe.top_k),
         "similarity": {"shares": SHARES, "layers": [quantiles(matrix) for matrix in similarity]},
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

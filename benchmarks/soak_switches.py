@@ -21,11 +21,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ground import machine
 from sere_ext.calibration.run import calibrate
 from sere_ext.contract.policy import EXACT_POLICY, Policy
 from sere_ext.control.client import get_state, put_policy
-
-from benchmarks.ground import machine
 from tests.kit import ROOT
 from tests.kit.serving import Load, complete, serving
 

@@ -33,9 +33,12 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.folder.resolve()
     flags = {
-        **tuner_flags(folder, "speedup", limit_points=1), "--search-device-hours": 1, "--certify-pairs": args.pairs,
-        "--certify-block-seconds": 10, "--certify-items": args.items,
-    }  # fmt: skip
+        **tuner_flags(folder, "speedup", limit_points=1),
+        "--search-device-hours": 1,
+        "--certify-pairs": args.pairs,
+        "--certify-block-seconds": 10,
+        "--certify-items": args.items,
+    }
     policy = args.policy or folder / "policy.json"
     if not args.policy:
         policy.write_text(json.dumps(POLICY))

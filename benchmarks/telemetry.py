@@ -29,6 +29,7 @@ CONCURRENCY, TOKENS = 16, 64
 def operator_us(experts: int, top_k: int) -> float:
     """Median of one call on `CONCURRENCY` tokens under exact routing, in microseconds."""
     import torch
+
     from sere_ext.routing import ops
     from sere_ext.routing.state import LayerState, WorkerState
 
@@ -49,11 +50,12 @@ def operator_us(experts: int, top_k: int) -> float:
 async def measure(model: Path, pairs: int, block_s: float) -> dict[str, Any]:
     os.environ["VLLM_PLUGINS"] = "sere,sere_control"
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # JSON stands alone on stdout
-    from sere_ext.control.live import LiveControl
-    from sere_ext.control.metrics import Metrics, _Recorder
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    from sere_ext.control.live import LiveControl
+    from sere_ext.control.metrics import Metrics, _Recorder
 
     arguments = AsyncEngineArgs(
         model=str(model),

@@ -24,6 +24,7 @@ from unittest import mock
 
 import numpy as np
 from scipy import stats as sps
+
 from sere_autotune import tuner
 from sere_autotune.prepare import prepare, read_config
 from sere_autotune.tuning.space import Choice, Space
@@ -31,7 +32,6 @@ from sere_ext.contract.model_config import model_config_digest
 from sere_ext.contract.policy import Kind, Policy
 from sere_ext.contract.similarity import SimilarityMeta
 from sere_ext.similarity.file import write_similarity
-
 from tests.kit import ROOT
 from tests.kit.planted import Quiet, spec_for, write_items
 from tests.kit.worlds import EXPERTS, LAWS, LAYERS, TOP_K, World, WorldEngine, seeded
@@ -215,8 +215,9 @@ def main() -> None:
                 print(
                     f"{world.law} {seed:3d} {name:9s} {found.policy:14s} {found.speed:.3f}x of {found.best:.3f}x, drop "
                     f"{100 * found.drop:.2f}, regret {found.regret:.3f} ({time.process_time() - began:.0f} s)",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
+                    file=sys.stderr,
+                    flush=True,
+                )
             write(options.out, studies, spent + time.process_time() - began)  # what was done by now, should it be stopped
     print(json.dumps(write(options.out, studies, spent + time.process_time() - began), indent=2))
 

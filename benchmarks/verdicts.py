@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from sere_autotune.certify.verdict import Rules, judge, walk
 from sere_autotune.search.baseline import check_baseline
 from sere_autotune.study.ledger import Ledger, spent_alpha
@@ -30,7 +31,6 @@ from sere_autotune.trial.measures import Answer
 from sere_autotune.trial.stats import clopper_pearson
 from sere_autotune.tuning.spec import AccuracySpec
 from sere_ext.contract.errors import CannotCertifyError
-
 from tests.kit import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "verdicts.json"
@@ -222,9 +222,11 @@ def whole(studies: int, seed: int) -> dict[str, dict[str, int]]:
     rows: dict[str, dict[str, int]] = {}
     worlds: dict[str, Callable[[Any], tuple[float, float, float]]] = {
         "whole: as planted": truth,
-        "whole: every policy 0.05 points over the limit": (lambda policy: (OVER + 0.0024, 0.002, truth(policy)[2]) if policy.buckets else (0.0, 0.0, 1.0)),
+        "whole: every policy 0.05 points over the limit": (
+            lambda policy: (OVER + 0.0024, 0.002, truth(policy)[2]) if policy.buckets else (0.0, 0.0, 1.0)
+        ),
         "whole: every policy is slower": (lambda policy: (0.001, 0.001, 0.97) if policy.buckets else (0.0, 0.0, 1.0)),
-    }  # fmt: skip
+    }
     for name, world in worlds.items():
         count = {"studies": studies, "chosen": 0, "falseCertificates": 0, "falseFaster": 0}
         for index in range(studies):
@@ -277,9 +279,12 @@ def summary(rows: dict[str, dict[str, int]]) -> dict[str, Any]:
     }  # fmt: skip
     kinds = ("falseCertificates", "falseFaster")
     return {
-        "allowed": ALLOWED, "confidence": 0.95, **{kind: share(kind, rows) for kind in kinds},
-        "whereNothingTrueCanBeChosen": {kind: share(kind, at_risk(kind) & rows.keys()) for kind in kinds}, "worlds": limits,
-    }  # fmt: skip
+        "allowed": ALLOWED,
+        "confidence": 0.95,
+        **{kind: share(kind, rows) for kind in kinds},
+        "whereNothingTrueCanBeChosen": {kind: share(kind, at_risk(kind) & rows.keys()) for kind in kinds},
+        "worlds": limits,
+    }
 
 
 def run(studies: int, whole_studies: int, seed: int, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:

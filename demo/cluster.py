@@ -18,12 +18,12 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from sere_ext.contract.policy import EXACT
-from sere_ext.contract.state import EngineState
 
 from demo import kube, site
 from demo.preflight import RefusedError
 from demo.traffic import Traffic
+from sere_ext.contract.policy import EXACT
+from sere_ext.contract.state import EngineState
 
 ROOT = kube.ROOT
 BUILD = ROOT / "build" / "demo"
@@ -54,8 +54,10 @@ def prepare() -> list[str]:
         subprocess.run([sys.executable, "-m", "tests.assets.make.widen", ROOT / "tests/assets/rows_moe", widened], check=True)
     shutil.copytree(widened, DATA / "model")
     for name, split, count, seed in (
-        ("items", "eval", ITEMS, 2), ("calib", "calibration", 256, 2), ("client", "calibration", 256, 3),
-    ):  # fmt: skip
+        ("items", "eval", ITEMS, 2),
+        ("calib", "calibration", 256, 2),
+        ("client", "calibration", 256, 3),
+    ):
         options = [
             "--model",
             "rows_moe",

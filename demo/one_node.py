@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sere_ext.contract.names import ENGINE_PORT
-
 from demo import kube
 from demo.kube import Object
+from sere_ext.contract.names import ENGINE_PORT
 
 # The tests' engine image holds no torch and no vLLM: they come from this process's own environment, mounted read-only.
 ENVIRONMENT = "environment"

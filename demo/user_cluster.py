@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
-from sere_ext.contract.names import ENGINE_PORT
 
 from demo import kube, one_node, preflight
 from demo.kube import KubectlError, Object
+from sere_ext.contract.names import ENGINE_PORT
 
 FILLER = "fill"
 UNPACK = "import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|xz').extractall({folder!r}, filter='data')"

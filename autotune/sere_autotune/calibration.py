@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from sere_autotune.trial.items import Item
+from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.similarity import read_meta
-
-from sere_autotune.trial.items import Item
-from sere_autotune.tuning.spec import TuningSpec
 
 
 class Origin(StrEnum):

@@ -13,15 +13,15 @@ from typing import Annotated, Any, TextIO
 import optuna  # noqa: F401  (so that `sere` leaves these commands out where the extra is not installed)
 import typer
 from rich.console import Console
-from sere_ext.contract.errors import CannotCertifyError, SereError, UsageError
-from sere_ext.contract.policy import Policy
-from sere_ext.contract.profile import read_policy_file
-from sere_ext.contract.volume import MAX_FILE_BYTES
 
 from sere_autotune.outcome import ending_of
 from sere_autotune.tuning.file import load_spec, to_yaml
 from sere_autotune.tuning.options import LeavesCommand, overrides, with_leaves
 from sere_autotune.tuning.spec import TuningSpec
+from sere_ext.contract.errors import CannotCertifyError, SereError, UsageError
+from sere_ext.contract.policy import Policy
+from sere_ext.contract.profile import read_policy_file
+from sere_ext.contract.volume import MAX_FILE_BYTES
 
 
 def register(app: typer.Typer) -> None:

@@ -21,9 +21,12 @@ class Ending(StrEnum):
 
 
 EXIT_CODES = {
-    Ending.CHOSEN: ExitCode.DONE, Ending.INFEASIBLE: ExitCode.INFEASIBLE, Ending.BUDGET: ExitCode.BUDGET,
-    Ending.CANNOT_CERTIFY: ExitCode.CANNOT_CERTIFY, Ending.FAILED: ExitCode.FAILED,
-}  # fmt: skip
+    Ending.CHOSEN: ExitCode.DONE,
+    Ending.INFEASIBLE: ExitCode.INFEASIBLE,
+    Ending.BUDGET: ExitCode.BUDGET,
+    Ending.CANNOT_CERTIFY: ExitCode.CANNOT_CERTIFY,
+    Ending.FAILED: ExitCode.FAILED,
+}
 _ENDINGS = {code: ending for ending, code in EXIT_CODES.items()}
 
 

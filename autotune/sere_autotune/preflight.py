@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sere_ext.contract.errors import UsageError
-from sere_ext.contract.model_config import language_config
-
 from sere_autotune.trial.chat import ChatTemplate
 from sere_autotune.trial.items import Item
 from sere_autotune.trial.load import Request
 from sere_autotune.trial.traffic import dataset_requests
 from sere_autotune.tuning.spec import TuningSpec, flag_value
+from sere_ext.contract.errors import UsageError
+from sere_ext.contract.model_config import language_config
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json", "*.tiktoken")
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")

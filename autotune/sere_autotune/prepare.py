@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sere_ext.contract.errors import SimilarityError, UsageError
-from sere_ext.contract.model_config import language_config, model_config_digest, names_folder
-from sere_ext.contract.policy import Policy
-from sere_ext.contract.similarity import read_meta
-
 from sere_autotune import calibration, planner, preflight
 from sere_autotune.study.ledger import Ledger, Shared
 from sere_autotune.study.study import study_id
 from sere_autotune.trial.duplicates import near_duplicates
 from sere_autotune.trial.items import Item, load_items, split
 from sere_autotune.tuning.spec import TuningSpec
+from sere_ext.contract.errors import SimilarityError, UsageError
+from sere_ext.contract.model_config import language_config, model_config_digest, names_folder
+from sere_ext.contract.policy import Policy
+from sere_ext.contract.similarity import read_meta
 
 
 @dataclass

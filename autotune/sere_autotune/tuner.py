@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sere_ext.contract.errors import BudgetExhaustedError, CannotCertifyError, DiskFullError, UsageError
-from sere_ext.contract.policy import Policy
-
 from sere_autotune import calibration
 from sere_autotune.certify.stage import certify
 from sere_autotune.outcome import Ending, Outcome
@@ -30,6 +27,8 @@ from sere_autotune.study.study import TuningStudy, fingerprint, forget, study_id
 from sere_autotune.trial.items import set_digest
 from sere_autotune.trial.traffic import Traffic
 from sere_autotune.tuning.spec import TuningSpec
+from sere_ext.contract.errors import BudgetExhaustedError, CannotCertifyError, DiskFullError, UsageError
+from sere_ext.contract.policy import Policy
 
 EngineFactory = Callable[[TuningSpec, str | None, Callable[[bool], None]], Engine]
 
@@ -133,8 +132,11 @@ def _check_same_engine(study: TuningStudy, key: dict[str, Any]) -> None:
     key = json.loads(json.dumps(key))  # as it was stored
     if not before or before == key or not study.complete():
         return
-    changed = ", ".join(f"{name} was {before.get(name)} and is {key.get(name)}" for name in sorted({*before, *key})
-                        if before.get(name) != key.get(name))  # fmt: skip
+    changed = ", ".join(
+        f"{name} was {before.get(name)} and is {key.get(name)}"
+        for name in sorted({*before, *key})
+        if before.get(name) != key.get(name)
+    )
     raise UsageError(
         f"{study.out} holds trials of another engine: {changed}; go on where they were measured, name another `out`, or add "
         "--fresh to begin anew"

@@ -124,6 +124,7 @@ class Engine:
     def switch(self, arm: str, batch: int) -> float:
         """Put an arm in force for up to `batch` tokens a step, between two steps; returns ms until every rank confirmed."""
         import torch
+
         from sere_ext.contract.state import Refusal
 
         text = self._policy(arm, batch).to_json()

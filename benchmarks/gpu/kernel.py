@@ -45,6 +45,7 @@ class Case:
 
     def __init__(self, library: Any, experts: int, tokens: int) -> None:
         import torch
+
         from sere_ext.routing import kernel
         from sere_ext.routing.cuda import CudaMirror
         from sere_ext.routing.state import LayerState
@@ -73,6 +74,7 @@ class Case:
 
     def ours(self) -> None:
         import torch
+
         from sere_ext.routing import kernel
         from sere_ext.routing.ops import call_of
 

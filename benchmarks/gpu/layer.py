@@ -45,11 +45,11 @@ class Layer:
 
     def __init__(self, number: int, shape: Shape, batch: int, device: str, weights: tuple[Any, Any]) -> None:
         import torch
+
+        from benchmarks.gpu.bound import gumbel, zipf
         from sere_ext.routing import kernel
         from sere_ext.routing.state import LayerState
         from sere_ext.similarity.file import sorted_neighbours
-
-        from benchmarks.gpu.bound import gumbel, zipf
 
         source = torch.Generator().manual_seed(1000 * number + batch)
         experts, top_k, hidden = shape.experts, shape.top_k, shape.hidden
@@ -77,6 +77,7 @@ class Layer:
     def reroute(self) -> None:
         """Rewrite the router's choice in place under the policy in force."""
         import torch
+
         from sere_ext.routing import kernel
         from sere_ext.routing.ops import call_of
 
@@ -264,10 +265,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         line = fit([(row["active"], row["usPerLayer"]) for row in of.values()])
         off, stock = of["off"]["usPerLayer"], of[STOCK]["usPerLayer"]
         found[str(batch)] = {
-            "usPerActiveExpert": line and line.per_expert, "usBeside": line and line.base, "r2": line and line.r2,
-            "reroutingUs": off - stock, "reroutingShare": (off - stock) / off,
+            "usPerActiveExpert": line and line.per_expert,
+            "usBeside": line and line.base,
+            "r2": line and line.r2,
+            "reroutingUs": off - stock,
+            "reroutingShare": (off - stock) / off,
             "speedups": {name: stock / row["usPerLayer"] for name, row in of.items()},
-        }  # fmt: skip
+        }
     return found
 
 
@@ -288,11 +292,14 @@ def lines(rows: list[dict[str, Any]]) -> list[list[str]]:
     stock = {row["batch"]: row["usPerLayer"] for row in rows if row["arm"] == STOCK}
     return [
         [
-            str(row["batch"]), row["arm"], f"{row['usPerLayer']:.1f}", f"{row['active']:.1f}",
+            str(row["batch"]),
+            row["arm"],
+            f"{row['usPerLayer']:.1f}",
+            f"{row['active']:.1f}",
             f"{stock[row['batch']] / row['usPerLayer']:.2f}x",
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:

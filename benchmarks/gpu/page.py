@@ -115,8 +115,11 @@ def figure(result: dict[str, Any], kind: str) -> str:
         return HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * ratio / most
 
     parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
-    parts += [f'<line x1="{MARGIN}" x2="{x(batches[-1]):.1f}" y1="{y(n):.1f}" y2="{y(n):.1f}" stroke="#ddd"/>'
-              f'<text x="{MARGIN - 6}" y="{y(n) + 4:.1f}" text-anchor="end">{n}x</text>' for n in range(int(most) + 1)]  # fmt: skip
+    parts += [
+        f'<line x1="{MARGIN}" x2="{x(batches[-1]):.1f}" y1="{y(n):.1f}" y2="{y(n):.1f}" stroke="#ddd"/>'
+        f'<text x="{MARGIN - 6}" y="{y(n) + 4:.1f}" text-anchor="end">{n}x</text>'
+        for n in range(int(most) + 1)
+    ]
     parts += [f'<text x="{x(b):.1f}" y="{HEIGHT - MARGIN + 16}" text-anchor="middle">{b}</text>' for b in batches]
     parts.append(
         f'<text x="{MARGIN}" y="20">{escape(result["shape"])}, random weights, {kind} routing: speed-up against batch</text>'

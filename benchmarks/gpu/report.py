@@ -72,8 +72,10 @@ class Report:
         out.parent.mkdir(parents=True, exist_ok=True)
         self._log = out.with_suffix(".log").open("w")
         self.result: dict[str, Any] = {
-            "stage": stage, "command": shlex.join(["python", _relative(sys.argv[0]), *sys.argv[1:]]), "machine": where(),
-        }  # fmt: skip
+            "stage": stage,
+            "command": shlex.join(["python", _relative(sys.argv[0]), *sys.argv[1:]]),
+            "machine": where(),
+        }
         self.say(f"{stage}: {self.result['machine']}")
 
     def seconds(self) -> float:
@@ -111,8 +113,11 @@ def where() -> dict[str, Any]:
     try:
         asked = subprocess.run(
             ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=30, check=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return found
     name, driver, memory, sm, mem = (part.strip() for part in asked.stdout.splitlines()[0].split(","))

@@ -63,6 +63,7 @@ def copied_bytes_per_s(device: str, mib: int) -> float:
 def random_similarity(shape: Shape, folder: Path) -> Path:
     """A similarity file of random matrices; how alike experts are does not matter at rho 0, only that each has a nearest."""
     import torch
+
     from sere_ext.contract.model_config import model_config_digest
     from sere_ext.contract.similarity import SimilarityMeta
     from sere_ext.similarity.file import write_similarity
@@ -123,9 +124,10 @@ def cell(shape: Shape, kind: str, batch: int, arm: str, mine: list[Segment], exa
     if arm != STOCK:
         total = {key: sum((s.counters or {})[key] for s in mine) for key in mine[0].counters or {}}
         found |= {
-            "activeBefore": total["activeBefore"] / total["calls"], "active": total["activeAfter"] / total["calls"],
+            "activeBefore": total["activeBefore"] / total["calls"],
+            "active": total["activeAfter"] / total["calls"],
             "slots": (total["slots"] - total["merged"]) / total["tokens"],
-        }  # fmt: skip
+        }
     return found
 
 

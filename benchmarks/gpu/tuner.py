@@ -123,11 +123,14 @@ def out_of_time(out: Path | None, report: Report) -> dict[str, Any]:
 def rows(trials: list[dict[str, Any]]) -> list[list[str]]:
     return [
         [
-            str(trial["number"]), trial["policy"], f"{p95(trial):.3f}",
-            f"{trial['dropPoints']:+.2f}", "yes" if trial["feasible"] else "",
+            str(trial["number"]),
+            trial["policy"],
+            f"{p95(trial):.3f}",
+            f"{trial['dropPoints']:+.2f}",
+            "yes" if trial["feasible"] else "",
         ]
         for trial in trials
-    ]  # fmt: skip
+    ]
 
 
 def checks(summary: dict[str, Any] | None, exact: float | None, limit: float | None) -> list[Check]:

@@ -14,9 +14,9 @@ from kubernetes import client as kube
 from kubernetes import config as kube_config
 from kubernetes.client.rest import ApiException
 from kubernetes.dynamic import DynamicClient
-from sere_ext.contract.errors import ApiError
 from urllib3.exceptions import HTTPError
 
+from sere_ext.contract.errors import ApiError
 from sere_operator.api import meta
 
 Object = dict[str, Any]

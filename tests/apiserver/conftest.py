@@ -58,8 +58,11 @@ def crds(kubeconfig: str) -> list[str]:
     names = [yaml.safe_load(path.read_text())["metadata"]["name"] for path in sorted(CRDS.glob("sere*.yaml"))]
     subprocess.run(
         ["kubectl", "wait", "--for=condition=Established", "--timeout=30s", *(f"crd/{name}" for name in names)],
-        check=True, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     # Established comes before discovery lists the resources; kubectl and the dynamic client go by discovery.
     until = time.monotonic() + 30
     while True:

@@ -124,8 +124,10 @@ def status(generation: int, ready: str = "True") -> dict[str, Any]:
 def put_status(sere: Any, namespace: str, name: str, value: dict[str, Any]) -> None:
     sere.status.patch(
         body={"apiVersion": API, "kind": "SereDeployment", "metadata": {"name": name}, "status": value},
-        name=name, namespace=namespace, content_type="application/merge-patch+json",
-    )  # fmt: skip
+        name=name,
+        namespace=namespace,
+        content_type="application/merge-patch+json",
+    )
 
 
 def test_columns_of_kubectl_get(kubectl: Kubectl, sere: Any, namespace: str) -> None:
@@ -224,9 +226,11 @@ def test_a_profile_is_immutable_and_keeps_its_digest(client: DynamicClient, name
     assert ProfileSpec.model_validate(stored["spec"]).digest == digest, "the way through the server must not change the content"
     with pytest.raises(ApiException) as refusal:
         profiles.patch(
-            name=body["metadata"]["name"], namespace=namespace, content_type="application/merge-patch+json",
+            name=body["metadata"]["name"],
+            namespace=namespace,
+            content_type="application/merge-patch+json",
             body={"spec": {"evidence": {"certified": True}}},
-        )  # fmt: skip
+        )
     assert "a profile is immutable, its name stands for its content; create another one" in refusal_message(refusal.value)
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 from kubernetes.dynamic import DynamicClient
-from sere_operator.api import meta
 
+from sere_operator.api import meta
 from tests.kit.fake_node import KEY
 from tests.kit.states import engine_state
 
@@ -72,9 +72,11 @@ def served(kubectl: Kubectl, sere: Any, namespace: str) -> None:
 
 def put_status(sere: Any, namespace: str, status: dict[str, Any]) -> None:
     sere.status.patch(
-        body={"status": {"observedGeneration": 1, **status}}, name="qwen3-static", namespace=namespace,
+        body={"status": {"observedGeneration": 1, **status}},
+        name="qwen3-static",
+        namespace=namespace,
         content_type="application/merge-patch+json",
-    )  # fmt: skip
+    )
 
 
 def annotations(client: DynamicClient, namespace: str, kind: str, name: str) -> dict[str, str]:

@@ -16,8 +16,11 @@ __all__ = ["node", "world"]  # fixtures
 def plugin(world: World, command: str, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "sere_operator.cli.kubectl", command, "-n", world.namespace, "m", *arguments],
-        check=False, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

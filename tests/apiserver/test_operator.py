@@ -72,9 +72,11 @@ def test_foreign_changes_are_healed(world: World) -> None:
     eventually(lambda: world.get("Deployment", "m")["spec"]["replicas"] == 2)
     foreign = {"name": "engine", "image": "other:1", "env": [{"name": "FOREIGN", "value": "1"}]}
     world.api("Deployment").patch(
-        name="m", namespace=world.namespace, body={"spec": {"template": {"spec": {"containers": [foreign]}}}},
+        name="m",
+        namespace=world.namespace,
+        body={"spec": {"template": {"spec": {"containers": [foreign]}}}},
         content_type="application/strategic-merge-patch+json",
-    )  # fmt: skip
+    )
 
     def engine() -> bool:
         container = world.get("Deployment", "m")["spec"]["template"]["spec"]["containers"][0]

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from sere_autotune.outcome import Ending, Outcome
 from sere_autotune.result.publish import Access, Publisher, Target
 from sere_autotune.result.results import Finished
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.similarity import SimilarityMeta
 from sere_ext.similarity.file import write_similarity
-
 from tests.kit.fake_node import KEY, Behaviour
 from tests.kit.matrices import symmetric
 from tests.kit.operator_process import World, eventually, manifest

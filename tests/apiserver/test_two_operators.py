@@ -20,9 +20,12 @@ __all__ = ["node", "world"]  # fixtures
 def other(world: World, kubeconfig: str, tmp_path: Path) -> Iterator[OperatorProcess]:
     """A second release over the same namespace."""
     process = OperatorProcess(
-        kubeconfig, tmp_path / "other.log", SERE_LEASE_NAME=f"{world.namespace}-b", SERE_WATCH_NAMESPACES=world.namespace,
+        kubeconfig,
+        tmp_path / "other.log",
+        SERE_LEASE_NAME=f"{world.namespace}-b",
+        SERE_WATCH_NAMESPACES=world.namespace,
         SERE_ENGINE_IMAGE="sere-engine:other",
-    )  # fmt: skip
+    )
     yield process
     process.kill()
     print(process.log()[-3000:])

@@ -12,10 +12,10 @@ import urllib.request
 from typing import Any
 
 import pytest
-from sere_ext.contract.state import EngineState
 
 from demo import kube, site
 from demo.traffic import Traffic
+from sere_ext.contract.state import EngineState
 
 SITE = site.current()
 NAMESPACE = SITE.namespace
@@ -38,9 +38,11 @@ def story(operator: None) -> dict[str, Any]:
         "rollout": {"canary": {"minRequests": 20, "deadline": "2m"}},
     }
     resource = {
-        "apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereDeployment",
-        "metadata": {"name": NAME}, "spec": SITE.spec(spec),
-    }  # fmt: skip
+        "apiVersion": "serving.sere.dev/v1alpha1",
+        "kind": "SereDeployment",
+        "metadata": {"name": NAME},
+        "spec": SITE.spec(spec),
+    }
     kube.apply(resource, namespace=NAMESPACE)
     return resource
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import yaml
-from sere_ext.contract.policy import Policy
-from sere_ext.contract.state import EngineState
 
 from demo import kube, site
 from demo.traffic import Traffic
+from sere_ext.contract.policy import Policy
+from sere_ext.contract.state import EngineState
 
 SITE = site.current()
 NAMESPACE = SITE.namespace

@@ -16,7 +16,6 @@ from pathlib import Path
 from sere_ext.routing import kernel
 from sere_ext.routing.build import SOURCES
 from sere_ext.routing.state import LayerState
-
 from tests.kit.reroute_contract import Tensors, kernel_call
 
 HERE = Path(__file__).parent

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sere_ext.contract.policy import Kind
 from sere_ext.routing import kernel
 from sere_ext.routing.state import LayerState
-
 from tests.emulated.emulator import BARRIER, SOURCE, Emulated, build, without_barrier
 from tests.kit.reroute_contract import Call, KernelContract, Tensors, kernel_call, kernel_run, large, same
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from sere_ext.contract.errors import UnsupportedError
 from sere_ext.routing import build
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from sere_ext.contract.errors import UnsupportedError
 from sere_ext.contract.policy import Policy
 from sere_ext.control.switch import llm_states, switch_llm
-
 from tests.kit import families
 from tests.kit.inside import (
     NEW_TOKENS,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sere_autotune.trial.chat import ChatTemplate
 from sere_autotune.trial.host import server_defaults
 

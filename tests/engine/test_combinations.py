@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sere_ext.contract.errors import UnsupportedError
 from sere_ext.contract.policy import Policy
 from sere_ext.control.switch import llm_states, switch_llm
-
 from tests.kit import TINY_MOE as TINY
 from tests.kit import families
 from tests.kit.inside import Recorder, answers, check_oracle, engine, random_similarity, recording, same

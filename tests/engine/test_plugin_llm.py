@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from sere_ext.calibration.run import Options, calibrate
 from sere_ext.contract.errors import ConflictError, PolicyError, SereError, SimilarityError, UnsupportedError
 from sere_ext.contract.policy import Kind, Policy
@@ -26,7 +27,6 @@ from sere_ext.control.switch import llm_states, switch_llm
 from sere_ext.routing import ops
 from sere_ext.routing.reference import reroute
 from sere_ext.similarity.file import read_similarity
-
 from tests.kit.inside import in_process
 from tests.kit.states import counted
 
@@ -167,10 +167,11 @@ def test_bad_changes_are_refused_and_change_nothing(running: Any, stock: Any, si
         ({"policy": policy("sere", S=2), "similarity": str(tmp_path / "none")}, SimilarityError, "no similarity file"),
         (
             {"policy": policy("sere", S=2).model_copy(update={"similarity_digest": "sha256:other"})},
-            PolicyError, "made with similarity sha256:other",
+            PolicyError,
+            "made with similarity sha256:other",
         ),
         ({"policy": policy("topk", S=2), "generation": 0}, ConflictError, "generation 0 is stale"),
-    ]  # fmt: skip
+    ]
     for change, error, says in cases:
         with pytest.raises(error, match=says):
             switch_llm(running, **change)
@@ -292,10 +293,11 @@ def test_without_settings_the_plugin_is_inert(qwen3: Path, stock: Any) -> None:
 
 def test_recorded_calls_replayed_count_what_the_engine_counts_under_a_policy(running: Any, similarity: Path) -> None:
     """The first layer's router sees the prompts' tokens whatever the policy, so replay and engine must agree there to the last expert."""
+    from vllm import SamplingParams
+
     from sere_autotune.search import replay
     from sere_autotune.trial.routing import Routing
     from sere_autotune.tuning.space import EXACT, Choice
-    from vllm import SamplingParams
 
     def ask() -> None:
         running.reset_prefix_cache()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sere_ext.calibration.run import calibrate
 from sere_ext.contract.errors import ConflictError, PolicyError, UnauthorizedError
 from sere_ext.contract.policy import EXACT_POLICY, Policy
@@ -22,7 +23,6 @@ from sere_ext.contract.state import EngineState, ModelShape
 from sere_ext.contract.volume import key_file, piece_name, policy_files, similarity_file
 from sere_ext.control.client import get_state, put_policy
 from sere_ext.similarity.file import packed_meta, read_similarity, write_similarity
-
 from tests.kit.serving import Load, Server, complete, metrics_of, serving
 from tests.kit.states import counted
 

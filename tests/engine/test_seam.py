@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
+
 from sere_ext.engine import seam
 from sere_ext.engine.seam import refusal
 from sere_ext.routing import ops
 from sere_ext.routing.state import LayerState
-from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
-from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 
 
 class UnquantizedFusedMoEMethod:

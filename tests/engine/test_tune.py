@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from sere_ext.contract.profile import Profile
 
+from sere_ext.contract.profile import Profile
 from tests.kit import ROOT
 
 TRIALS = 5

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from sere_ext.contract.policy import Bucket, Kind
 from sere_ext.routing import kernel
 from sere_ext.routing.reference import reroute
 from sere_ext.routing.state import LayerState
 from sere_ext.similarity.file import sorted_neighbours
-
 from tests.kit.reroute_contract import KernelContract, Tensors, kernel_call, large
 
 pytestmark = [

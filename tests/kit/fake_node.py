@@ -22,10 +22,10 @@ from kubernetes import client as kube
 from kubernetes import config as kube_config
 from kubernetes.dynamic import DynamicClient
 from kubernetes.dynamic.exceptions import NotFoundError
+
 from sere_ext.contract.profile import ProfileKey
 from sere_ext.contract.shards import join
 from sere_ext.contract.volume import desired
-
 from tests.kit.states import engine_state
 
 MANAGED = "app.kubernetes.io/managed-by=sere-operator"

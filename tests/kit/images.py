@@ -145,9 +145,12 @@ def copy_interpreter(root: Path) -> None:
     for key in dict.fromkeys(("stdlib", "platstdlib")):
         source = Path(sysconfig.get_path(key, vars={"base": str(base), "installed_base": str(base)}))
         shutil.copytree(
-            source, root / str(source).lstrip("/"), symlinks=True, dirs_exist_ok=True,
+            source,
+            root / str(source).lstrip("/"),
+            symlinks=True,
+            dirs_exist_ok=True,
             ignore=shutil.ignore_patterns(*STDLIB_LEFT_OUT, *STDLIB_LEFT_OUT_GLOBS),
-        )  # fmt: skip
+        )
         compile_missing(root / str(source).lstrip("/"), root)
 
 

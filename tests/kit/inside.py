@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from sere_ext.contract.model_config import model_config_digest
 from sere_ext.contract.policy import Bucket, Kind
 from sere_ext.contract.similarity import SimilarityMeta
 from sere_ext.routing.reference import reroute
 from sere_ext.similarity.file import write_similarity
 from sere_ext.similarity.hub import model_config_dict
-
 from tests.kit import families
 
 Calls = list[tuple[torch.Tensor, torch.Tensor]]

@@ -26,7 +26,6 @@ from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.objects.volume import recovered_shards
 from sere_operator.plan.reads import Artefact, Child, Golden, Listed, Metrics, Read, ServiceToken, State, Token
 from sere_operator.plan.snapshot import GoldenResult, Plan, PodMetrics, Similarity, Snapshot
-
 from tests.kit.states import engine_state
 
 KEY = {
@@ -226,10 +225,12 @@ class World:
         """One look. Raises CrashError once `crash_after` writes were done, if there are more."""
         plan = decide(self.observe(), self.defaults)
         writes: list[tuple[Callable[[Any], None], Any]] = [
-            *((self._apply, body) for body in plan.replace), *((self._apply, body) for body in plan.apply),
-            *((self._annotate, patch) for patch in plan.pods), *((self._delete, body) for body in plan.delete),
+            *((self._apply, body) for body in plan.replace),
+            *((self._apply, body) for body in plan.apply),
+            *((self._annotate, patch) for patch in plan.pods),
+            *((self._delete, body) for body in plan.delete),
             *([(self._status, plan.status)] if plan.status is not None else []),
-        ]  # fmt: skip
+        ]
         for done, (write, argument) in enumerate(writes):
             if done == crash_after:
                 self.watching_since = self.now
@@ -276,9 +277,12 @@ class World:
         if (live := self.children.get("Deployment")) is not None:
             updated = sum(pod.template == live["spec"]["template"] for pod in self.pods)
             live["status"] = {
-                "observedGeneration": 1, "replicas": len(self.pods), "updatedReplicas": updated,
-                "availableReplicas": sum(pod.ready for pod in self.pods), "conditions": self.deployment_conditions,
-            }  # fmt: skip
+                "observedGeneration": 1,
+                "replicas": len(self.pods),
+                "updatedReplicas": updated,
+                "availableReplicas": sum(pod.ready for pod in self.pods),
+                "conditions": self.deployment_conditions,
+            }
 
     def _annotate(self, patch: Any) -> None:
         for pod in self.pods:

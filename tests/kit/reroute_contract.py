@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from sere_ext.contract.policy import Kind
 from sere_ext.routing import kernel
 from sere_ext.routing.ops import call_of
@@ -275,8 +276,11 @@ class RerouteContract:
         call = {
             "ids": torch.tensor([[2, 0], [0, 3], [3, 1]], dtype=torch.int32),
             "weights": torch.tensor([[0.25, 0.75], [0.75, 0.25], [0.125, 0.875]]),
-            "num_experts": 4, "kind": kind, "S": 1, "similarity": similarity,
-        } | options  # fmt: skip
+            "num_experts": 4,
+            "kind": kind,
+            "S": 1,
+            "similarity": similarity,
+        } | options
         return self.run(call)
 
     def test_sere_takes_the_most_similar_primary_and_keeps_critical_experts(self) -> None:

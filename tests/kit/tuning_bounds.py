@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from sere_operator.api.tuning import SereTuningJobSpec
 
+from sere_operator.api.tuning import SereTuningJobSpec
 from tests.kit import ROOT
 
 SAMPLE = ROOT / "manifests" / "samples" / "tuned.yaml"

@@ -14,15 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from sere_ext.contract.errors import (
-    BudgetExhaustedError,
-    CannotCertifyError,
-    EngineCrashError,
-    PolicyError,
-    SereError,
-    UnsupportedError,
-)
-from sere_ext.contract.policy import EXACT_POLICY, Policy
 
 from sere_autotune import planner
 from sere_autotune.certify.verdict import Rules, judge, walk
@@ -46,6 +37,15 @@ from sere_autotune.trial.engine import BlockReport
 from sere_autotune.trial.items import Item
 from sere_autotune.trial.measures import METRICS, answers, values
 from sere_autotune.words import duration
+from sere_ext.contract.errors import (
+    BudgetExhaustedError,
+    CannotCertifyError,
+    EngineCrashError,
+    PolicyError,
+    SereError,
+    UnsupportedError,
+)
+from sere_ext.contract.policy import EXACT_POLICY, Policy
 
 _HOPELESS = 0.05  # probability to certify below which the held-out items are not opened
 _ATTEMPTS = 2  # at one block; an engine that dies of a policy twice dies of it always

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sere_ext.contract.policy import Policy
-
 from sere_autotune.outcome import Ending, NearestMiss, Outcome, nearest_miss
 from sere_autotune.result.profile import condition, headline
 from sere_autotune.search.kinds import removed_kinds
@@ -13,6 +11,7 @@ from sere_autotune.search.ladder import MIN_SPEEDUP
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import Candidate, Verdict
 from sere_autotune.words import percent
+from sere_ext.contract.policy import Policy
 
 # What would have to give, by the verdict on the candidate that came closest.
 _GIVE = {
@@ -54,9 +53,12 @@ def counts(run: Run) -> dict[str, int]:
     feasible = sum(all(by <= 0 for by in t.constraints.values()) for t in complete)
     # The names are the operator's (ARCHITECTURE.md): they become status.trials of the SereTuningJob.
     return {
-        "scheduled": run.spec.search.trials, "completed": len(complete), "feasible": feasible,
-        "infeasible": len(complete) - feasible, "failed": crashed,
-    }  # fmt: skip
+        "scheduled": run.spec.search.trials,
+        "completed": len(complete),
+        "feasible": feasible,
+        "infeasible": len(complete) - feasible,
+        "failed": crashed,
+    }
 
 
 def nearest(run: Run) -> NearestMiss | None:

@@ -6,6 +6,12 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+from sere_autotune.calibration import checked_digest
+from sere_autotune.search.learned import noise_floor
+from sere_autotune.study.run import Run
+from sere_autotune.study.schema import ENGINE, FINGERPRINT, SIMILARITY, SPENT, Candidate, Spent, Verdict
+from sere_autotune.trial.measures import Answer
+from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.profile import (
     AccuracyEvidence,
@@ -19,13 +25,6 @@ from sere_ext.contract.profile import (
     Ratio,
     SimilarityRef,
 )
-
-from sere_autotune.calibration import checked_digest
-from sere_autotune.search.learned import noise_floor
-from sere_autotune.study.run import Run
-from sere_autotune.study.schema import ENGINE, FINGERPRINT, SIMILARITY, SPENT, Candidate, Spent, Verdict
-from sere_autotune.trial.measures import Answer
-from sere_autotune.tuning.spec import TuningSpec
 
 GOLDEN_PROMPTS = 24
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+
+from sere_autotune.result.results import Finished
 from sere_ext.contract.config_maps import config_maps, encoded, uri
 from sere_ext.contract.errors import PublishError, UsageError
 from sere_ext.contract.names import OPENINGS_NAME
 from sere_ext.contract.volume import MAX_FILE_BYTES
-
-from sere_autotune.result.results import Finished
 
 FIELD_MANAGER = "sere-tuner"
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")

@@ -74,9 +74,11 @@ def render(summary: dict[str, Any]) -> str:
 def _verdict(summary: dict[str, Any]) -> str:
     kind = "good" if summary["outcome"] == "Chosen" and not summary["advisory"] else "bad"
     word = {
-        "Chosen": "Chosen", "Infeasible": "Nothing feasible", "BudgetExhausted": "A budget ran out",
+        "Chosen": "Chosen",
+        "Infeasible": "Nothing feasible",
+        "BudgetExhausted": "A budget ran out",
         "CannotCertify": "These items cannot certify the limit",
-    }.get(summary["outcome"], "Failed")  # fmt: skip
+    }.get(summary["outcome"], "Failed")
     if summary["advisory"]:
         word = "Advisory only, not certified"
     return f"<div class='verdict {kind}'><p><strong>{word}.</strong> {_e(summary['message'])}</p></div>"
@@ -277,8 +279,10 @@ def pareto_svg(summary: dict[str, Any]) -> str:
         x = px(max(x0, min(x1, (chosen["result"]["exact_accuracy"] - chosen["result"]["chosen_accuracy"]) * 100)))
         mean = chosen["result"]["latency_ms"]["chosen"]["tpot"]["mean"]
         y = py(max(y0, min(y1, mean)))
-        parts.append(f'<path d="M{x:.1f} {y - 9:.1f}l9 9-9 9-9-9z" fill=none stroke="var(--ink)" stroke-width=2>'
-                     f"<title>certified: {_e(chosen['describe'])}, {mean:.2f} ms</title></path>")  # fmt: skip
+        parts.append(
+            f'<path d="M{x:.1f} {y - 9:.1f}l9 9-9 9-9-9z" fill=none stroke="var(--ink)" stroke-width=2>'
+            f"<title>certified: {_e(chosen['describe'])}, {mean:.2f} ms</title></path>"
+        )
         parts.append(f"<text x={x + 13:.1f} y={y + 4:.1f}>chosen, as certified</text>")
     return "".join(parts) + "</svg>"
 

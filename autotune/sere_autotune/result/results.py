@@ -8,9 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sere_ext.contract.files import write_whole
-from sere_ext.contract.profile import Profile
-
 from sere_autotune.outcome import Outcome
 from sere_autotune.result.profile import build_profile, condition, headline
 from sere_autotune.result.report import render
@@ -31,6 +28,8 @@ from sere_autotune.study.schema import (
 )
 from sere_autotune.study.study import TuningStudy
 from sere_autotune.tuning.spec import TuningSpec, engine_options
+from sere_ext.contract.files import write_whole
+from sere_ext.contract.profile import Profile
 
 
 @dataclass

@@ -15,8 +15,10 @@ def lines(summary: dict[str, Any]) -> str:
     hours = f"{summary['spent']['deviceHours']:.2f} device-hours"
     if summary["chosen"] is None:
         word = {
-            Ending.INFEASIBLE: "Nothing feasible", Ending.BUDGET: "Budget spent", Ending.CANNOT_CERTIFY: "Cannot certify",
-        }.get(Ending(summary["outcome"]), "Failed")  # fmt: skip
+            Ending.INFEASIBLE: "Nothing feasible",
+            Ending.BUDGET: "Budget spent",
+            Ending.CANNOT_CERTIFY: "Cannot certify",
+        }.get(Ending(summary["outcome"]), "Failed")
         miss = summary["nearestMiss"]
         found = [f"{word}   {len(summary['trials'])} trials, {hours}", f"  {summary['message']}"]
         if miss and summary["outcome"] != Ending.INFEASIBLE.value:

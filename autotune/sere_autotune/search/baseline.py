@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from sere_ext.contract.errors import CannotCertifyError
-
 from sere_autotune.trial.items import Item
 from sere_autotune.trial.measures import Answer
+from sere_ext.contract.errors import CannotCertifyError
 
 # Exact routing must be right on this many times the accuracy limit, so that losing the limit is losing a tenth of what is
 # right at most; half of all items is always enough.

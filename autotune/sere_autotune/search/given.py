@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from sere_ext.contract.policy import Policy
-
 from sere_autotune.search.rank import measure, rank, trial_items
 from sere_autotune.search.sizing import certificate_size
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import LADDER, PACE, Candidate
 from sere_autotune.trial.measures import objective
 from sere_autotune.trial.stats import power
+from sere_ext.contract.policy import Policy
 
 
 def given_ladder(run: Run, policy: Policy) -> list[Candidate]:

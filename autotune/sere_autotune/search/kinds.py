@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from optuna.trial import FrozenTrial
+
 from sere_ext.contract.policy import Kind, Policy
 
 _CRASHES = 2  # trials of a kind that the engine may die of

@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-from sere_ext.similarity.file import read_similarity
 
 from sere_autotune.search import replay
 from sere_autotune.search.kinds import removed_kinds
@@ -20,6 +19,7 @@ from sere_autotune.study.schema import LADDER, NOISE, PACE, SEARCH_ENDED, Candid
 from sere_autotune.trial import stats
 from sere_autotune.trial.routing import Matrix, Routing
 from sere_autotune.tuning.space import EXACT, Space, Table
+from sere_ext.similarity.file import read_similarity
 
 _REPEATS = 2  # trials that one table may have
 _FINALS = 1 / 3  # of the trials, for the candidates that the ladder would have

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sere_ext.contract.policy import Kind
 
 from sere_autotune.search.replay import Counts
 from sere_autotune.tuning.space import Choice, Table
+from sere_ext.contract.policy import Kind
 
 Floats = NDArray[np.float64]
 

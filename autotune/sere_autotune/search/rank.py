@@ -7,15 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sere_ext.contract.errors import (
-    BudgetExhaustedError,
-    CannotCertifyError,
-    EngineCrashError,
-    PolicyError,
-    SereError,
-    UnsupportedError,
-)
-from sere_ext.contract.policy import EXACT_POLICY, Kind, Policy
 
 from sere_autotune import planner
 from sere_autotune.search.baseline import check_baseline
@@ -29,6 +20,15 @@ from sere_autotune.trial.items import Item
 from sere_autotune.trial.load import Load, Request
 from sere_autotune.trial.measures import LevelResult, answers, check_exact, constraints, objective, summarise
 from sere_autotune.tuning.space import Space, Table, auto_buckets
+from sere_ext.contract.errors import (
+    BudgetExhaustedError,
+    CannotCertifyError,
+    EngineCrashError,
+    PolicyError,
+    SereError,
+    UnsupportedError,
+)
+from sere_ext.contract.policy import EXACT_POLICY, Kind, Policy
 
 _CRASH_FACTOR = 10.0  # a crashed trial's objective, times exact routing's: finite, so that samplers learn from it
 
@@ -191,9 +191,11 @@ def _evaluate(run: Run, trial: Any, table: Table) -> None:
         worst = max((t.value or 0.0 for t in study.complete()), default=1e3)
         before = removed_kinds(study.complete())
         crash: dict[str, Any] = {
-            "policy": policy.to_json_dict(), "describe": policy.describe(), "crash": str(error),
+            "policy": policy.to_json_dict(),
+            "describe": policy.describe(),
+            "crash": str(error),
             "refused": not isinstance(error, EngineCrashError),  # a kind that this model's router cannot have
-        }  # fmt: skip
+        }
         study.tell(trial, worst * _CRASH_FACTOR, dict.fromkeys(keys, 1.0), crash)
         run.report.trial({"number": trial.number, "policy": policy.describe(), "crash": str(error)})
         for kind in removed_kinds(study.complete()).keys() - before.keys():
@@ -206,9 +208,12 @@ def _evaluate(run: Run, trial: Any, table: Table) -> None:
     base = study.exact_tpot_ms(space)
     violations = constraints(levels, limits, run.max_drop, run.spec.slo.max_failure_share, base, is_exact=exact)
     record: dict[str, Any] = {
-        "policy": policy.to_json_dict(), "describe": policy.describe(), "digest": policy.digest,
-        "levels": [level.to_dict() for level in levels], "seconds": time.monotonic() - began,
-    }  # fmt: skip
+        "policy": policy.to_json_dict(),
+        "describe": policy.describe(),
+        "digest": policy.digest,
+        "levels": [level.to_dict() for level in levels],
+        "seconds": time.monotonic() - began,
+    }
     study.tell(trial, objective(levels, base), violations, record)
     run.report.trial(_row(trial.number, space, table, levels, violations, base))
 
@@ -218,15 +223,18 @@ def _row(
 ) -> dict[str, Any]:
     items = sum(level.items for level in levels)
     return {
-        "number": number, "policy": space.policy(table).describe(), "exact": table == space.exact(),
+        "number": number,
+        "policy": space.policy(table).describe(),
+        "exact": table == space.exact(),
         "tpotMs": objective(levels, base) if levels else float("nan"),
         "accuracy": float(np.mean([level.accuracy for level in levels])) if levels else float("nan"),
         "dropPoints": 100 * sum(level.losses - level.gains for level in levels) / items if items else 0.0,
-        "items": items, "active": levels[0].active_after if levels else None,
+        "items": items,
+        "active": levels[0].active_after if levels else None,
         "broken": [key for key, by in violations.items() if by > 0],
         "stopped": next((level.stopped for level in levels if level.stopped), None),
         "error": next((level.first_error for level in levels if level.first_error), None),
-    }  # fmt: skip
+    }
 
 
 def _check_baseline(run: Run) -> None:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sere_autotune.trial.routing import Call, Matrix, Routing
+from sere_autotune.tuning.space import Choice
 from sere_ext.contract.policy import Bucket, Kind
 from sere_ext.routing import kernel
 from sere_ext.routing.state import LayerState
 from sere_ext.similarity.file import sorted_neighbours
-
-from sere_autotune.trial.routing import Call, Matrix, Routing
-from sere_autotune.tuning.space import Choice
 
 Floats = NDArray[np.float64]
 

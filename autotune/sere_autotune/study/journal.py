@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optuna.storages.journal import JournalFileBackend
+
 from sere_ext.contract.errors import DiskFullError
 
 # What a write says where the place is full: the disk, the user's quota, or the largest file that is allowed.

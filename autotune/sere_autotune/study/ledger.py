@@ -20,9 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from sere_ext.contract.files import write_whole
-
 from sere_autotune.study.schema import Pace
+from sere_ext.contract.files import write_whole
 
 _KEPT = 0.25  # of the level that is left, what a study leaves for the ones after it
 

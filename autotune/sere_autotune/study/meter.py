@@ -6,10 +6,9 @@ import contextlib
 import threading
 import time
 
-from sere_ext.contract.errors import DiskFullError
-
 from sere_autotune.study.budget import Budget
 from sere_autotune.study.study import TuningStudy
+from sere_ext.contract.errors import DiskFullError
 
 BEAT_S = 10.0  # what a kill loses at most
 

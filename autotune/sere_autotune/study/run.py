@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sere_ext.contract.policy import Policy
-
 from sere_autotune.study.budget import Budget
 from sere_autotune.study.schema import EDGES
 from sere_autotune.study.study import TuningStudy
@@ -20,6 +18,7 @@ from sere_autotune.trial.routing import Routing
 from sere_autotune.trial.traffic import Traffic
 from sere_autotune.tuning.space import Space, auto_buckets
 from sere_autotune.tuning.spec import BucketEdges, TuningSpec
+from sere_ext.contract.policy import Policy
 
 
 class Engine(Protocol):

@@ -19,8 +19,6 @@ from typing import Any, TypeVar
 import optuna
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
-from sere_ext.contract.errors import UsageError
-from sere_ext.contract.record import canonical_json
 
 from sere_autotune.study.budget import Budget
 from sere_autotune.study.journal import Journal
@@ -28,6 +26,8 @@ from sere_autotune.study.schema import ENQUEUED, FINGERPRINT, SPENT, Key, Spent,
 from sere_autotune.trial.measures import Answer, LevelResult
 from sere_autotune.tuning.space import Space, Table
 from sere_autotune.tuning.spec import TuningSpec
+from sere_ext.contract.errors import UsageError
+from sere_ext.contract.record import canonical_json
 
 T = TypeVar("T")
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sere_autotune.tuning.spec import flag_value
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.records import Message
-
-from sere_autotune.tuning.spec import flag_value
 
 
 @dataclass(frozen=True)

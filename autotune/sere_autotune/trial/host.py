@@ -6,16 +6,15 @@ import os
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
-from sere_ext.contract.errors import EngineCrashError, SereError, UnsupportedError
-from sere_ext.contract.policy import EXACT, EXACT_POLICY, Policy
-from sere_ext.contract.state import OTHER, CounterRow, by_key
-from sere_ext.control.switch import States, agree, read_states, switch, total_counters
-
 from sere_autotune.trial import logs
 from sere_autotune.trial.chat import ChatTemplate
 from sere_autotune.trial.engine import BlockReport, Reject
 from sere_autotune.trial.load import Block, EngineGoneError, Load, Request, Sent, run_block
 from sere_autotune.trial.stats import DropRejector
+from sere_ext.contract.errors import EngineCrashError, SereError, UnsupportedError
+from sere_ext.contract.policy import EXACT, EXACT_POLICY, Policy
+from sere_ext.contract.state import OTHER, CounterRow, by_key
+from sere_ext.control.switch import States, agree, read_states, switch, total_counters
 
 
 class EngineHost:

@@ -8,12 +8,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from sere_autotune.tuning.spec import AccuracySpec, TaskSpec
 from sere_ext.contract.answers import right
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.records import Message, answer_of, prompt_of, read_rows
 from sere_ext.contract.tuning import ItemFields
-
-from sere_autotune.tuning.spec import AccuracySpec, TaskSpec
 
 
 @dataclass(frozen=True)

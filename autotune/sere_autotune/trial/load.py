@@ -19,9 +19,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from sere_ext.contract.records import Message
-
 from sere_autotune.trial.items import Item
+from sere_ext.contract.records import Message
 
 FAILURE_PAUSE_S = 0.01  # before a client whose request failed at once sends the next, so that it does not spin
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sere_ext.contract.errors import UsageError
 
 from sere_autotune.trial.load import Block, Sent
+from sere_ext.contract.errors import UsageError
 
 METRICS = ("tpot", "ttft", "e2el")
 STATISTICS = ("mean", "p50", "p90", "p95", "p99")

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sere_ext.routing import kernel
 
 from sere_autotune.tuning.spec import BucketEdges
+from sere_ext.routing import kernel
 
 Matrix = NDArray[np.float32]
 

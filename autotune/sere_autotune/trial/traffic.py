@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from sere_ext.contract.errors import UsageError
-from sere_ext.contract.records import prompt_of, read_rows
-
 from sere_autotune.trial.items import Item
 from sere_autotune.trial.load import Request
 from sere_autotune.tuning.spec import WorkloadSpec
+from sere_ext.contract.errors import UsageError
+from sere_ext.contract.records import prompt_of, read_rows
 
 _DATASET = "workload.dataset"
 

@@ -13,15 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sere_ext.contract.errors import BudgetExhaustedError, EngineCrashError, SereError
-from sere_ext.contract.policy import Policy
-from sere_ext.control.switch import States
-
 from sere_autotune.trial.engine import BlockReport, EngineFacts, Reject
 from sere_autotune.trial.host import EngineHost, last_line
 from sere_autotune.trial.load import Load, Request
 from sere_autotune.trial.routing import Routing
 from sere_autotune.tuning.spec import TuningSpec, engine_options
+from sere_ext.contract.errors import BudgetExhaustedError, EngineCrashError, SereError
+from sere_ext.contract.policy import Policy
+from sere_ext.control.switch import States
 
 START_TIMEOUT_S = 900.0  # large models load for minutes
 SWITCH_TIMEOUT_S = 120.0

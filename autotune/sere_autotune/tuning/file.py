@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from sere_ext.contract.errors import UsageError
-from sere_ext.contract.validation import explain
 
 from sere_autotune.tuning.spec import TuningSpec
+from sere_ext.contract.errors import UsageError
+from sere_ext.contract.validation import explain
 
 
 def load_spec(path: str | Path | None, overrides: dict[tuple[str, ...], Any] | None = None) -> TuningSpec:

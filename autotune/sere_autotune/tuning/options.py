@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from sere_ext.contract.errors import UsageError
-from sere_ext.contract.tuning import Unset
 from typer.core import TyperCommand
 
 from sere_autotune.tuning.file import yaml_problem
 from sere_autotune.tuning.spec import TuningSpec
+from sere_ext.contract.errors import UsageError
+from sere_ext.contract.tuning import Unset
 
 REQUIRED = "required"
 _SHOWN_UP_TO = 100_000  # bounds above this only keep out typing errors; help leaves them out

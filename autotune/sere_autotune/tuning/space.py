@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import optuna
-from sere_ext.contract.policy import MAX_TOKENS, Bucket, Kind, LayerGroup, Policy
 
 from sere_autotune.tuning.spec import BucketEdges
+from sere_ext.contract.policy import MAX_TOKENS, Bucket, Kind, LayerGroup, Policy
 
 RHO_STEP = 0.05
 RHO_MAX = 0.95

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
+
 from sere_ext.contract.constraints import Constrained, at_most_one
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.record import Record

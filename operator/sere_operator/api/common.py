@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from pydantic import Field, ValidationError
+
 from sere_ext.contract.constraints import Constrained, Constraint, at_most_one, exactly_one, rule
 from sere_ext.contract.errors import SpecError
 from sere_ext.contract.record import Record

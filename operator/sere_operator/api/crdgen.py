@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from sere_ext.contract.record import Record
 
+from sere_ext.contract.record import Record
 from sere_operator.api import meta
 from sere_operator.api.deployment import SereDeploymentSpec, SereDeploymentStatus
 from sere_operator.api.profile import SereProfileSpec

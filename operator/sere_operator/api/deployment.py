@@ -6,11 +6,11 @@ from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
+
 from sere_ext.contract.constraints import Constrained, at_most_one
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.record import Record
 from sere_ext.contract.tuning import LatencySlo
-
 from sere_operator.api.common import (
     Artefact,
     Challenger,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
-from sere_ext.contract.record import Record
 
+from sere_ext.contract.record import Record
 from sere_operator.api.common import MANAGED_PREFIXES, MANAGED_VARIABLE, MANAGED_VARIABLES
 from sere_operator.api.meta import GROUP
 

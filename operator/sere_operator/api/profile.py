@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sere_ext.contract.profile import ProfileSpec
-
 from sere_operator.api.meta import child_name
 
 SereProfileSpec = ProfileSpec

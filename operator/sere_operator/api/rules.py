@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pydantic import BaseModel
+
 from sere_ext.contract.constraints import Constrained
 from sere_ext.contract.policy import MAX_BUCKETS, MAX_TOKENS
-
 from sere_operator.api.deployment import NEEDS_SIMILARITY, SereDeploymentSpec
 from sere_operator.api.tuning import SereTuningJobSpec
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
+
 from sere_ext.contract.constraints import Constrained, exactly_one, rule
 from sere_ext.contract.record import Record
 from sere_ext.contract.tuning import (
@@ -23,7 +24,6 @@ from sere_ext.contract.tuning import (
     WorkloadShape,
     buckets_fit,
 )
-
 from sere_operator.api.common import (
     Challenger,
     Claim,

@@ -8,7 +8,6 @@ from typing import Any
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.names import ENGINE_PORT
 from sere_ext.contract.state import EngineState
-
 from sere_operator.api import meta
 from sere_operator.kube import KINDS, Api, Object
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from sere_ext.contract.policy import EXACT
 from sere_ext.contract.volume import OVERRIDE, STABLE
-
 from sere_operator.api import meta
 from sere_operator.api.conditions import ConditionType, Reason, find_condition, held_rollout
 
@@ -118,8 +117,11 @@ def _tuning(deployment: Object, job: Object | None) -> list[str]:
     sentences = [] if tuned is None else [_sentence(name, tuned)]
     if job is not None and not (job.get("status") or {}).get("outcome"):
         progress = (job.get("status") or {}).get("progress")
-        sentences.append(f"Tuning job {job['metadata']['name']} has done {progress} trials." if progress else
-                         f"Tuning job {job['metadata']['name']} has not begun its trials.")  # fmt: skip
+        sentences.append(
+            f"Tuning job {job['metadata']['name']} has done {progress} trials."
+            if progress
+            else f"Tuning job {job['metadata']['name']} has not begun its trials."
+        )
     return sentences
 
 

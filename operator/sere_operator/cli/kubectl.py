@@ -18,11 +18,11 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+
 from sere_ext.contract.errors import ApiError, SereError, UsageError
 from sere_ext.contract.policy import EXACT
 from sere_ext.contract.state import EngineState
 from sere_ext.contract.volume import OVERRIDE, STABLE, policy_file
-
 from sere_operator.api import meta
 from sere_operator.cli.cluster import Cluster
 from sere_operator.cli.explain import Object, explain, override_of, pod_ready, stable_of

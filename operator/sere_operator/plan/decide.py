@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from sere_ext.contract.errors import SpecError
 from sere_ext.contract.policy import EXACT, EXACT_POLICY
-
 from sere_operator.api import meta
 from sere_operator.api.common import parse_spec
 from sere_operator.api.conditions import Reason

@@ -8,7 +8,6 @@ from typing import Any
 
 from sere_ext.contract.profile import ProfileKey
 from sere_ext.contract.state import EngineState
-
 from sere_operator.plan.histogram import Histogram
 from sere_operator.plan.reads import Read
 

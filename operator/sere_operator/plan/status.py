@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from sere_ext.contract.policy import EXACT
-
 from sere_operator.api import meta
 from sere_operator.api.conditions import ConditionType, Reason, set_condition
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec, Strategy
@@ -27,9 +26,10 @@ Judgement = tuple[bool | None, Reason, str]
 def serving_pods(snapshot: Snapshot, step: Step) -> list[PodView]:
     """Pods that pass their probe, show the policy meant for them on every rank, and gave a real token under it."""
     return [
-        pod for pod in snapshot.live_pods
+        pod
+        for pod in snapshot.live_pods
         if pod.ready and pod.digest in right_digests(snapshot, step, pod) and pod.proven == pod.digest
-    ]  # fmt: skip
+    ]
 
 
 def pods_trouble(snapshot: Snapshot, spec: SereDeploymentSpec) -> str | None:

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from functools import partial
 
 import structlog
-from sere_ext.contract.errors import ApiError, NotLeadingError
 
+from sere_ext.contract.errors import ApiError, NotLeadingError
 from sere_operator.api import meta
 from sere_operator.plan.refusal import Refusal, refused
 from sere_operator.plan.snapshot import Event, Object, Plan, Resource

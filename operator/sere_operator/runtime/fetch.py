@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx2
+
 from sere_ext.contract.errors import NoAnswerError
 
 MIB = 1024 * 1024

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from sere_ext.contract.record import canonical_json
-
 from sere_operator.api import meta
 from sere_operator.plan.snapshot import Event, Object, Plan
 from sere_operator.runtime.reconciler import Key

@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import structlog
-from sere_ext.contract.errors import ApiError, LostLeaseError
 
+from sere_ext.contract.errors import ApiError, LostLeaseError
 from sere_operator.runtime.client import Client
 
 log = structlog.get_logger(__name__)

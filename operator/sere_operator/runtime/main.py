@@ -18,8 +18,8 @@ from functools import partial
 
 import kopf
 import structlog
-from sere_ext.contract.errors import ApiError, LostLeaseError, NotLeadingError
 
+from sere_ext.contract.errors import ApiError, LostLeaseError, NotLeadingError
 from sere_operator.api import meta
 from sere_operator.kube import Api, in_cluster_or_kubeconfig
 from sere_operator.plan.decide import decide

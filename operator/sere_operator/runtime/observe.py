@@ -13,7 +13,6 @@ from sere_ext.contract.config_maps import encoded, places
 from sere_ext.contract.errors import SimilarityError
 from sere_ext.contract.shards import join
 from sere_ext.contract.similarity import verified_digest
-
 from sere_operator.api import meta
 from sere_operator.plan.needs import needs, taken
 from sere_operator.plan.objects.children import Defaults

@@ -15,10 +15,10 @@ from typing import Any
 
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
+
 from sere_ext.contract.errors import NoAnswerError, UnsupportedError
 from sere_ext.contract.profile import GoldenPrompt
 from sere_ext.contract.state import EngineState
-
 from sere_operator.plan.histogram import from_bounds
 from sere_operator.plan.snapshot import GoldenResult, PodMetrics
 from sere_operator.runtime.answers import Answers, Aside

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import structlog
+
 from sere_ext.contract.errors import ApiError, NotLeadingError
 
 log = structlog.get_logger(__name__)

@@ -11,8 +11,8 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 import structlog
-from sere_ext.contract.errors import ApiError, NotLeadingError
 
+from sere_ext.contract.errors import ApiError, NotLeadingError
 from sere_operator.api import meta
 from sere_operator.plan.snapshot import Object, PodPatch
 from sere_operator.runtime.client import Client

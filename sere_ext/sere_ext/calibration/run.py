@@ -184,8 +184,10 @@ def _check_loaded(model: str, loaded: dict[str, Any]) -> None:
 
 def _tokens(tokenizer: Any, texts: list[Text], options: Options) -> list[list[int]]:
     rendered = [text if isinstance(text, str) else _rendered(tokenizer, text) for text in texts]
-    given = [tokenizer(text, add_special_tokens=isinstance(source, str), truncation=True, max_length=options.max_length)
-             for text, source in zip(rendered, texts, strict=True)]  # fmt: skip
+    given = [
+        tokenizer(text, add_special_tokens=isinstance(source, str), truncation=True, max_length=options.max_length)
+        for text, source in zip(rendered, texts, strict=True)
+    ]
     return [list(one["input_ids"]) for one in given]
 
 

@@ -26,9 +26,12 @@ _ROLES: Final = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "b
 _MARKED_ANSWER: Final = re.compile(r"^#### *(.+?) *$", re.MULTILINE)  # how GSM8K ends a worked answer
 _BREAK: Final = re.compile(r"\r\n|\n|\r")  # not those that str.splitlines knows beside them: JSON strings may hold U+2028
 _MARKS: Final = (
-    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
-)  # fmt: skip
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 @dataclass(frozen=True)

@@ -256,8 +256,10 @@ class SearchBudget(Record):
             description="kinds of routing to try, of sere, topk, oea and hybrid; exact routing is always trial 0",
         ),
     ] = (
-        Kind.SERE, Kind.TOPK, Kind.OEA,
-    )  # fmt: skip
+        Kind.SERE,
+        Kind.TOPK,
+        Kind.OEA,
+    )
     trials: Annotated[int, Field(ge=1, le=10_000, description="search trials, the exact one included")] = 60
     device_hours: Annotated[float, Field(gt=0, le=100_000, description="budget: hours times devices, engine start included")] = (
         4.0

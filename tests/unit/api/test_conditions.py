@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
+
 from sere_operator.api.conditions import ConditionType, Reason, find_condition, set_condition, timestamp
 
 NOW = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import BaseModel, Field
+
 from sere_operator.api.crdgen import DEFINITIONS, Definition, render
 from sere_operator.api.reference import reference
 from sere_operator.api.rules import RULES
 from sere_operator.api.schema import SchemaError, structural_schema
-
 from tests.kit import ROOT
 
 CRDS = ROOT / "manifests" / "crd"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from sere_operator.api import meta
 from sere_operator.cli.explain import explain
 
@@ -143,9 +144,10 @@ def failing(name: str, state: dict[str, Any], last: dict[str, Any] | None = None
 
 
 CRASH = failing(
-    "a", {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 40s restarting failed container"}},
+    "a",
+    {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 40s restarting failed container"}},
     {"terminated": {"exitCode": 1, "reason": "Error", "message": "OSError: /mnt/pvc/models/qwen3\n  is no folder"}},
-)  # fmt: skip
+)
 IMAGE = failing("b", {"waiting": {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "e:9"'}})
 NODE = pod("c", ready=False)
 NODE["status"]["conditions"].append(
@@ -163,10 +165,13 @@ NODE["status"]["conditions"].append(
         ),
         ([IMAGE], 'Pod b cannot run: ImagePullBackOff: Back-off pulling image "e:9".'),
         ([NODE], "Pod c cannot run: no node takes it: 0/3 nodes: Insufficient nvidia.com/gpu."),
-        ([NODE, {**NODE, "metadata": {"name": "d"}}], "2 pods (c and others) cannot run: no node takes it: 0/3 nodes: Insufficient nvidia.com/gpu."),
+        (
+            [NODE, {**NODE, "metadata": {"name": "d"}}],
+            "2 pods (c and others) cannot run: no node takes it: 0/3 nodes: Insufficient nvidia.com/gpu.",
+        ),
     ],
     ids=["crash", "image", "node", "two of one cause"],
-)  # fmt: skip
+)
 def test_why_pods_cannot_run_comes_right_after_what_runs(pods: list[dict[str, Any]], sentence: str) -> None:
     conditions = [condition("PolicyApplied", "False", "PolicyPending", "1 of 1 pods do not show exact yet")]
     sentences = explain(deployment(conditions=conditions), pods, MAP, None)

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+
 from sere_ext.contract.errors import SpecError
 from sere_ext.contract.profile import Profile
 from sere_operator.api import meta
@@ -17,7 +18,6 @@ from sere_operator.api.common import duration_seconds, parse_pvc, parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.api.profile import profile_name
 from sere_operator.api.tuning import SereTuningJobSpec
-
 from tests.kit import ROOT
 
 SAMPLES = ROOT / "manifests" / "samples"
@@ -122,8 +122,10 @@ def test_a_tuning_job_is_an_exact_copy_of_what_is_tuned() -> None:
     spec = parse_spec(SereDeploymentSpec, spec_of("tuned")).to_json_dict()
     kept = {key: spec[key] for key in ("model", "engine", "resources", "slo", "accuracy", "tuning", "volumes", "tolerations")}
     assert parse_spec(SereTuningJobSpec, {"deployment": "qwen3", **kept}).to_json_dict() == {
-        "deployment": "qwen3", "suspend": False, **kept,
-    }  # fmt: skip
+        "deployment": "qwen3",
+        "suspend": False,
+        **kept,
+    }
 
 
 def test_models_are_frozen() -> None:

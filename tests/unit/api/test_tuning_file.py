@@ -9,6 +9,7 @@ import pytest
 import yaml
 from jsonschema import Draft4Validator
 from pydantic import ValidationError
+
 from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.errors import SpecError
 from sere_operator.api.common import parse_spec
@@ -17,7 +18,6 @@ from sere_operator.api.rules import RULES
 from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan.objects.pods import Storage
 from sere_operator.plan.tuning.objects import tuning_file
-
 from tests.kit import tuning_bounds
 from tests.kit.tuning_bounds import Case
 
@@ -126,8 +126,10 @@ def test_flags_that_are_set_otherwise_are_refused_in_every_form(case: Case) -> N
 
 def test_every_metric_and_kind_goes_through() -> None:
     """Whatever the resource takes ends in a tuning.yaml that says the same."""
-    tasks = [{"uri": "pvc://a/b", "metric": metric, **({"pattern": "(x)"} if metric == "regex" else {})}
-             for metric in ("exact", "numeric", "regex", "contains")]  # fmt: skip
+    tasks = [
+        {"uri": "pvc://a/b", "metric": metric, **({"pattern": "(x)"} if metric == "regex" else {})}
+        for metric in ("exact", "numeric", "regex", "contains")
+    ]
     spec = job({"accuracy": {"tasks": tasks}, "tuning": {"policies": ["sere", "topk", "oea", "hybrid"], "rungs": 2}})
     read = TuningSpec.model_validate(tuning_file(spec, Storage()))
     assert [task.metric for task in read.accuracy.tasks] == ["exact", "numeric", "regex", "contains"]

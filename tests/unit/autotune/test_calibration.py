@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from sere_autotune import calibration, commands
 from sere_autotune.calibration import Origin, make_publishable
 from sere_autotune.prepare import read_config
@@ -17,7 +18,6 @@ from sere_ext.contract.model_config import model_config_digest
 from sere_ext.contract.profile import Profile
 from sere_ext.contract.similarity import SimilarityMeta, read_meta, verified_digest
 from sere_ext.similarity.file import packed_meta, read_similarity, write_similarity
-
 from tests.kit.matrices import symmetric
 from tests.kit.planted import PlantedEngine, run, spec_for, write_items
 

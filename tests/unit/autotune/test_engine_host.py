@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from sere_autotune.trial import logs, warm
 from sere_autotune.trial.host import EngineHost
 from sere_autotune.trial.load import EngineGoneError, Load, Request
@@ -19,7 +20,6 @@ from sere_autotune.trial.warm import WarmEngine
 from sere_ext.contract.errors import BudgetExhaustedError, EngineCrashError, PolicyError
 from sere_ext.contract.policy import Policy
 from sere_ext.routing import kernel
-
 from tests.kit.ranks import Engine, Engines
 
 POLICY = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 1}]})

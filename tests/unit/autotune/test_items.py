@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sere_autotune import calibration, preflight
 from sere_autotune.planner import describe, fitted, make_plan
 from sere_autotune.prepare import prepare
@@ -19,7 +20,6 @@ from sere_autotune.trial.load import Request
 from sere_autotune.trial.traffic import Traffic, dataset_requests
 from sere_autotune.tuning.spec import AccuracySpec, TaskSpec, WorkloadSpec
 from sere_ext.contract.errors import UsageError
-
 from tests.kit import TINY_MOE as TINY
 from tests.kit.planted import spec_for, write_items
 
@@ -138,9 +138,12 @@ def test_a_tokenizer_that_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> No
 
 def test_the_dry_run_says_what_is_hardly_meant(tmp_path: Path) -> None:
     spec = tiny(
-        tmp_path, workload__load__concurrency=[64], engine__extraArgs=["--max-num-seqs=32"], search__trials=1,
+        tmp_path,
+        workload__load__concurrency=[64],
+        engine__extraArgs=["--max-num-seqs=32"],
+        search__trials=1,
         search__deviceHours=0.0001,
-    )  # fmt: skip
+    )
     text = describe(prepare(spec).plan, spec)
     for told in (
         "concurrency 64 is above --max-num-seqs 32: requests queue",

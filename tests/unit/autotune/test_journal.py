@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from sere_autotune.study.journal import cut_torn_line
 from sere_autotune.study.study import JOURNAL, TuningStudy
 from sere_ext.contract.errors import UsageError
-
 from tests.kit import ROOT
 from tests.kit.planted import PlantedEngine, run, spec_for, write_items
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from sere_autotune.search.ladder import best_ladder, pick_ladder, worth
 from sere_autotune.search.posterior import Observation, PolicyModel, best_table
 from sere_autotune.search.replay import Counts, count

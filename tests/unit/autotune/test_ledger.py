@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+
 from sere_autotune.study.ledger import Ledger, spent_alpha, state_folder
 from sere_autotune.trial.duplicates import near_duplicates
 from sere_autotune.trial.items import load_items, normalised
 from sere_autotune.tuning.spec import AccuracySpec
 from sere_ext.contract.policy import Policy
-
 from tests.kit.planted import PlantedEngine, run, spec_for, write_items
 
 GOOD = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 3}]})

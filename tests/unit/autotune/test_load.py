@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
+
 from sere_autotune.trial.items import Item
 from sere_autotune.trial.load import EngineGoneError, Load, Request, run_block
 from sere_autotune.tuning.spec import TaskSpec

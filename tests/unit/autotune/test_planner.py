@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from sere_autotune import calibration, planner
 from sere_autotune.outcome import Ending, nearest_miss
 from sere_autotune.prepare import Prepared, prepare
@@ -16,7 +17,6 @@ from sere_ext.contract.errors import CannotCertifyError, PolicyError, UsageError
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.similarity import SimilarityMeta
 from sere_ext.similarity.file import write_similarity
-
 from tests.kit.planted import PlantedEngine, run, spec_for, write_items
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import kubernetes_validate
 import pytest
+
 from sere_autotune.outcome import Ending, Outcome
 from sere_autotune.result.publish import Access, Publisher, Target
 from sere_autotune.result.results import Finished
@@ -93,8 +94,11 @@ def test_a_chosen_policy_is_applied_with_profile_and_artefact(server: Server, tm
     before = [request for _, _, request in server.requests[:-1]]
     assert all("profile.json" not in request.get("data", {}) for request in before), "the artefact is there before it is named"
     assert before[1]["data"] == before[0]["data"] == {"progress.json": '{"stage": "report"}'}
-    held = {(request["metadata"]["name"], key): b64decode(text)
-            for request in before for key, text in request.get("binaryData", {}).items()}  # fmt: skip
+    held = {
+        (request["metadata"]["name"], key): b64decode(text)
+        for request in before
+        for key, text in request.get("binaryData", {}).items()
+    }
     assert join([held[place] for place in places("qwen3-tuning-1", "shard-001-of-003") or []]) == content
     owner = {"apiVersion": "v1", "kind": "K", "name": "run", "uid": "u", "controller": True}
     for request in before[2:]:

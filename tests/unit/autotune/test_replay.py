@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from sere_autotune.search.replay import count, layer_states, mix, rerouted
 from sere_autotune.trial.routing import Routing
 from sere_autotune.tuning.space import EXACT, Choice

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+
 from sere_autotune.result import results, screen
 from sere_autotune.result.report import pareto, pareto_svg, render
-
 from tests.kit.planted import PlantedEngine, run, spec_for, write_items
 
 

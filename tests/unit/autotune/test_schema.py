@@ -5,7 +5,6 @@ from pathlib import Path
 from sere_autotune.study import schema
 from sere_autotune.study.schema import Key
 from sere_autotune.study.study import TuningStudy
-
 from tests.kit.planted import PlantedEngine, run, spec_for, write_items
 
 
@@ -17,8 +16,11 @@ def test_all_that_a_whole_run_stores_is_read_again_as_its_record(tmp_path: Path)
     for name, stored in study.study.user_attrs.items():
         family, *numbers = name.split(".")
         key = fixed.get(name) or {
-            "exactAnswers": schema.exact_answers_key, "block": schema.block_key, "verdict": schema.verdict_key, "counts": schema.counts_key,
-        }[family](*[int(n) if n.isdigit() else n for n in numbers])  # fmt: skip
+            "exactAnswers": schema.exact_answers_key,
+            "block": schema.block_key,
+            "verdict": schema.verdict_key,
+            "counts": schema.counts_key,
+        }[family](*[int(n) if n.isdigit() else n for n in numbers])
         assert key.name == name
         assert key.encode(key.decode(stored)) == stored, name
     ladder, verdict = study.get(schema.LADDER), study.get(schema.verdict_key(0))

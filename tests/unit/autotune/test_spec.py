@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from sere_autotune.tuning.file import load_spec, to_yaml
 from sere_autotune.tuning.options import leaves, overrides
 from sere_autotune.tuning.spec import TuningSpec

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats as sps
+
 from sere_autotune.trial import stats
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+
 from sere_autotune.outcome import Ending
 from sere_autotune.progress import Progress
 from sere_autotune.search.sizing import certificate_size
@@ -28,7 +29,6 @@ from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.errors import BudgetExhaustedError, EngineCrashError, SereError, UnsupportedError, UsageError
 from sere_ext.contract.policy import Kind, Policy
 from sere_ext.contract.profile import Profile
-
 from tests.kit import ROOT
 from tests.kit.planted import PlantedEngine, Quiet, run, spec_for, truth, write_items
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sere_autotune.outcome import Ending
 from sere_autotune.trial.load import Block, Sent
 from sere_autotune.trial.measures import Answer, answers, constraints, summarise
 from sere_ext.contract.errors import EngineCrashError, UsageError
-
 from tests.kit.planted import PlantedEngine, Quiet, run, spec_for, write_items
 
 

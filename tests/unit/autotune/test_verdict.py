@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from sere_autotune.certify.accuracy import harm_p
 from sere_autotune.certify.verdict import Rules, judge, walk
 from sere_autotune.study.schema import MeasuredBlock, SpeedVerdict, Verdict

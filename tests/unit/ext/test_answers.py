@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from sere_ext.contract.answers import AnswerMetric, right
 from sere_ext.contract.errors import ProfileError
 from sere_ext.contract.profile import Profile

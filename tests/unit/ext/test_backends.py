@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from sere_ext.engine import backends
 from sere_ext.engine.backends import DISPATCH, EXPERTS, freed_slot, prefer_modular, renewed
 from sere_ext.routing.kernel import MINUS_ONE, REPEAT
-
 from tests.kit import ROOT
 
 PAGE = ROOT / "docs" / "compatibility.md"

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from sere_ext.contract.errors import UnsupportedError
 from sere_ext.routing import build
-
 from tests.kit import ROOT
 
 

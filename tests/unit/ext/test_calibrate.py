@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from sere_ext.calibration.capture import collecting, run_batch
 from sere_ext.calibration.checkpoint import Checkpoint
 from sere_ext.calibration.experts import claims_experts, find_experts
@@ -23,8 +25,6 @@ from sere_ext.calibration.run import Options, calibrate, described, made_from, r
 from sere_ext.cli.commands import parse_layers, parse_metric
 from sere_ext.contract.errors import UnsupportedError, UsageError
 from sere_ext.similarity.file import read_similarity
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from tests.kit import TINY_MOE as MODEL
 from tests.kit import pairwise
 
@@ -457,9 +457,12 @@ def test_calibration_texts(tmp_path: Path) -> None:
     jsonl.write_text('{"text": "a\u2028b\u0085c"}\n')
     assert read_texts(jsonl) == ["a\u2028b\u0085c"]
     for text, says in (
-        ("", "holds no calibration text"), ('{"x": 1}', 'line 1 needs a "prompt"'), ("[1]", "line 1 is no object"),
-        ("{", "line 1 cannot be read"), ('{"text": null}', 'line 1 needs a "prompt"'),
-    ):  # fmt: skip
+        ("", "holds no calibration text"),
+        ('{"x": 1}', 'line 1 needs a "prompt"'),
+        ("[1]", "line 1 is no object"),
+        ("{", "line 1 cannot be read"),
+        ('{"text": null}', 'line 1 needs a "prompt"'),
+    ):
         jsonl.write_text(text)
         with pytest.raises(UsageError, match=says):
             read_texts(jsonl)

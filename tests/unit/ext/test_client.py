@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+
 from sere_ext.contract.errors import SereError, UnsupportedError, UsageError
 from sere_ext.control.client import get_state
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+
 from sere_ext.contract.errors import SereError, UnsupportedError
 from sere_ext.contract.policy import MAX_BUCKETS, Policy
 from sere_ext.control.live import LiveControl
@@ -18,7 +19,6 @@ from sere_ext.control.routes import SereControl
 from sere_ext.control.switch import switch
 from sere_ext.routing import kernel
 from sere_ext.routing.state import LayerState, WorkerState
-
 from tests.kit.ranks import Engine, Engines
 
 POLICY = {"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 2}]}
@@ -235,8 +235,11 @@ def test_data_parallel_engines_are_held_until_all_have_read_the_policy_back() ->
     assert engine.calls == ["sere_check", "pause keep False", "sere_apply", "resume"]
     digest = Policy.parse(POLICY).digest
     assert [(rank["engine"], rank["rank"], rank["policyDigest"]) for rank in state["ranks"]] == [
-        (0, 0, digest), (0, 1, digest), (1, 0, digest), (1, 1, digest),
-    ]  # fmt: skip
+        (0, 0, digest),
+        (0, 1, digest),
+        (1, 0, digest),
+        (1, 1, digest),
+    ]
     engine.groups[1][0].sere.apply(Policy(), None, None)
     state = client.get("/sere").json()
     assert (state["ready"], state["error"]) == (False, "ranks disagree about the policy; set it again")
@@ -298,8 +301,9 @@ def test_layer_groups_are_counted_apart() -> None:
     for layer in layers:
         layer.counters[0, 0] = 5
     assert {row.key: row.calls for row in state.counters()} == {
-        (policy.digest, "rest", "8-64"): 10, (policy.digest, "1-1", "8-64"): 5,
-    }  # fmt: skip
+        (policy.digest, "rest", "8-64"): 10,
+        (policy.digest, "1-1", "8-64"): 5,
+    }
 
 
 async def test_a_state_asked_for_amid_a_change_waits_for_its_end() -> None:

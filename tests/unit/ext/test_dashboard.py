@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+
 from sere_ext.contract.policy import Policy
 from sere_ext.control.metrics import Metrics
 from sere_operator.runtime.health import Health
-
 from tests.kit import ROOT
 
 BOARD = ROOT / "manifests" / "dashboards" / "sere.json"

@@ -6,9 +6,9 @@ import ast
 import subprocess
 
 import pytest
+
 from sere_ext.contract import errors
 from sere_ext.contract.errors import ExitCode, SereError, UsageError, error_of, status_of
-
 from tests.kit import ROOT
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SereError)]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from sere_ext.contract.errors import UnsupportedError
 from sere_ext.engine.features import check_features
 

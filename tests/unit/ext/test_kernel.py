@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from sere_ext.contract.errors import UnsupportedError
 from sere_ext.contract.policy import MAX_BUCKETS, Kind
 from sere_ext.engine import seam
 from sere_ext.routing import kernel, ops
 from sere_ext.routing.build import SOURCES
 from sere_ext.routing.state import LayerState
-
 from tests.kit.reroute_contract import KernelContract, Tensors, kernel_call
 
 
@@ -51,9 +51,11 @@ def test_columns_in_use_counts_the_widest_row(weights: list[list[float]], column
 def router(experts: int, top_k: int) -> SimpleNamespace:
     """What the seam reads of one of vLLM's runners."""
     return SimpleNamespace(
-        layer_name="layers.0.mlp", layer_id=0, router=SimpleNamespace(top_k=top_k, renormalize=True),
+        layer_name="layers.0.mlp",
+        layer_id=0,
+        router=SimpleNamespace(top_k=top_k, renormalize=True),
         moe_config=SimpleNamespace(num_logical_experts=experts),
-    )  # fmt: skip
+    )
 
 
 def test_a_model_above_the_kernels_limits_is_refused() -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.state import COUNTED, CounterRow, EngineState
 from sere_ext.control.metrics import Metrics, Occupancy, batch_label, bounds
-
 from tests.kit.states import engine_state
 
 POLICY = Policy.parse({"buckets": [{"minTokens": 4, "maxTokens": 8, "kind": "topk", "S": 2}, {"minTokens": 9, "kind": "exact"}]})
@@ -53,9 +53,7 @@ def value(name: str, **labels: str) -> float | None:
 
 
 KEY = {"modelName": "m", "configDigest": "c", "engineVersion": "0.32.0", "pluginVersion": "0.1.0", "device": "cpu"}
-ROW = CounterRow(
-    digest=POLICY.digest, bucket="4-8", calls=1, active_before=12, active_after=6, slots=64, rerouted=16, merged=4
-)  # fmt: skip
+ROW = CounterRow(digest=POLICY.digest, bucket="4-8", calls=1, active_before=12, active_after=6, slots=64, rerouted=16, merged=4)
 
 
 def state(calls: int, digest: str = POLICY.digest, **fields: Any) -> EngineState:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
 from sere_ext.contract.errors import PolicyError, ProfileError
 from sere_ext.contract.model_config import model_config_digest, weight_format
 from sere_ext.contract.policy import Policy

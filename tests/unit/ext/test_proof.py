@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from sere_ext.contract.policy import Policy
 from sere_ext.engine.proof import missing
 from sere_ext.routing import kernel, ops

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+
 from sere_autotune.trial.routing import Routing
 from sere_ext.routing import ops
 from sere_ext.routing.kernel import SOFTMAX

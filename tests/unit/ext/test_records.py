@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.records import Row, answer_of, conversation_of, prompt_of, read_rows
 

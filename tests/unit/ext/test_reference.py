@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sere_ext.routing.reference import Rerouted, reroute
-
 from tests.kit.reroute_contract import Call, RerouteContract
 
 

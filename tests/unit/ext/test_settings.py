@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sere_ext.cli.serve import check_config, check_model, check_port, environment, every_address, one_server, option
 from sere_ext.contract.errors import PolicyError, SimilarityError, UnsupportedError, UsageError
 from sere_ext.contract.policy import Policy

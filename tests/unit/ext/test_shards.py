@@ -10,6 +10,7 @@ import kubernetes_validate
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sere_ext.contract.config_maps import config_maps, encoded, places, uri
 from sere_ext.contract.errors import SimilarityError
 from sere_ext.contract.shards import SHARD_BYTES, join, split

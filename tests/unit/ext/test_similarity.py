@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+
 from sere_ext.contract.errors import SimilarityError
 from sere_ext.contract.model_config import model_config_digest
 from sere_ext.contract.similarity import Changes, SimilarityMeta, read_meta, similarity_digest, verified_digest
@@ -20,7 +21,6 @@ from sere_ext.similarity.file import check_fits, packed_meta, read_similarity, s
 from sere_ext.similarity.heatmap import render
 from sere_ext.similarity.packing import pack, unpack
 from sere_ext.similarity.stability import changes, describe
-
 from tests.kit.matrices import symmetric
 
 CONFIG: dict[str, object] = {"model_type": "qwen3_moe", "num_experts": 3, "hidden_size": 8}

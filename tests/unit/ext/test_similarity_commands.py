@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from typer.testing import CliRunner, Result
+
 from sere_ext.cli.commands import register
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.similarity import Changes, SimilarityMeta, read_meta
 from sere_ext.similarity.file import write_similarity
-from typer.testing import CliRunner, Result
-
 from tests.kit.matrices import symmetric
 
 EXPERTS = 32

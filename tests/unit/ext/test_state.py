@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+
 from sere_ext.contract.errors import UnsupportedError
 from sere_ext.contract.state import EngineState
-
 from tests.kit.states import engine_state
 
 KEY = {"modelName": "m", "configDigest": "c", "engineVersion": "0.32.0", "pluginVersion": "0.1.0", "device": "cpu"}

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from sere_ext.engine.touched import BEFORE, CPU_SINCE, LEDGER, SINCE, SUPPORTED, Touched
 
+from sere_ext.engine.touched import BEFORE, CPU_SINCE, LEDGER, SINCE, SUPPORTED, Touched
 from tests.kit import ASSETS
 
 SNAPSHOTS = {path.stem: json.loads(path.read_text()) for path in (ASSETS / "vllm_snapshots").glob("*.json")}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from sere_ext.contract.tuning import LatencySlo
 from sere_ext.control.metrics import bounds
 from sere_operator.plan.histogram import Histogram, from_bounds, merged, packed, unpacked, window

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sere_operator.plan.rollout.candidate import MAX_MOVES, least_ready
 
+from sere_operator.plan.rollout.candidate import MAX_MOVES, least_ready
 from tests.kit.plan_world import DIGEST, POLICY, Pod, World, profile_body
 
 PROFILE = {"mode": "Profile", "profileRef": {"name": "p"}}

@@ -8,6 +8,7 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+
 from sere_ext.contract.config_maps import encoded
 from sere_ext.contract.errors import SpecError
 from sere_ext.contract.policy import Policy
@@ -22,9 +23,10 @@ from sere_operator.plan.objects.volume import PolicyEntry, policy_config_map, sh
 from sere_operator.plan.rollout.wanted import tuning_hash
 
 OWNER = {
-    "apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereDeployment",
+    "apiVersion": "serving.sere.dev/v1alpha1",
+    "kind": "SereDeployment",
     "metadata": {"name": "m", "namespace": "ns", "uid": "00000000-0000-0000-0000-000000000001"},
-}  # fmt: skip
+}
 
 
 def spec(**changes: Any) -> SereDeploymentSpec:
@@ -33,15 +35,20 @@ def spec(**changes: Any) -> SereDeploymentSpec:
 
 def test_children_are_valid_and_owned() -> None:
     wanted = spec(
-        model={"uri": "pvc://models/qwen3"}, resources={"limits": {"nvidia.com/gpu": 1}}, nodeSelector={"a": "b"},
-        tolerations=[{"key": "gpu", "operator": "Exists"}], volumes=[{"name": "v", "claimName": "c", "mountPath": "/v"}],
-    )  # fmt: skip
+        model={"uri": "pvc://models/qwen3"},
+        resources={"limits": {"nvidia.com/gpu": 1}},
+        nodeSelector={"a": "b"},
+        tolerations=[{"key": "gpu", "operator": "Exists"}],
+        volumes=[{"name": "v", "claimName": "c", "mountPath": "/v"}],
+    )
     policy = Policy.parse({"buckets": [{"minTokens": 8, "kind": "topk", "S": 2}]})
     bodies = [
-        children.deployment(OWNER, wanted, Defaults()), children.service(OWNER), children.disruption_budget(OWNER, wanted),
+        children.deployment(OWNER, wanted, Defaults()),
+        children.service(OWNER),
+        children.disruption_budget(OWNER, wanted),
         policy_config_map(OWNER, "exact", False, {policy.digest: PolicyEntry(policy)}),
         *shard_config_maps(OWNER, {}, [PolicyEntry(policy, similarity=("sha256:0", ("AAAA",)))]),
-    ]  # fmt: skip
+    ]
     for body in bodies:
         kubernetes_validate.validate(body, "1.34", strict=True)
         (reference,) = body["metadata"]["ownerReferences"]

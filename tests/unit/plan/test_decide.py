@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.volume import POLICY_SHARDS
 from sere_operator.plan.decide import decide
 from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.rollout.candidate import SETTLE_S, WATCH_S, candidates_turn
 from sere_operator.plan.snapshot import Similarity
-
 from tests.kit.plan_world import DIGEST, POLICY, CrashError, Pod, World, profile_body
 from tests.kit.states import engine_state
 

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+
 from sere_operator.plan.objects import drift
 
 
@@ -19,9 +20,11 @@ def body() -> dict[str, Any]:
         "spec": {"containers": [container], "volumes": [{"name": "tmp", "emptyDir": {}}]},
     }
     return {
-        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "m", "namespace": "n"},
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "m", "namespace": "n"},
         "spec": {"replicas": 2, "template": template},
-    }  # fmt: skip
+    }
 
 
 def live(wanted: dict[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sere_operator.api import meta
 
+from sere_operator.api import meta
 from tests.kit.plan_world import DIGEST, POLICY, CrashError, World, profile_body
 
 PROFILE = {"mode": "Profile", "profileRef": {"name": "p"}}

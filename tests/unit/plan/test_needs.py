@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from sere_operator.plan.needs import needs, taken
 from sere_operator.plan.reads import Artefact, Child, Golden, Metrics, Read, ServiceToken, State, Token
 from sere_operator.plan.snapshot import Snapshot
-
 from tests.kit.plan_world import DIGEST, POLICY, World, profile_body
 
 PROFILE = {"mode": "Profile", "profileRef": {"name": "p"}}

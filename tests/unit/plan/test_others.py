@@ -8,7 +8,6 @@ from typing import Any
 from sere_operator.plan.decide import decide
 from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.objects.contested import PUT_BACK
-
 from tests.kit.plan_world import DIGEST, POLICY, World, profile_body
 
 IMAGE = "spec.template.spec.containers[engine].image"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
+
 from sere_ext.contract.profile import GoldenPrompt
 from sere_operator.runtime.golden import request_of, text_of
 from sere_operator.runtime.probe import parse_metrics
@@ -31,8 +32,9 @@ def test_metrics_as_the_plug_in_writes_them() -> None:
 def test_a_golden_prompt_is_asked_as_the_tuner_asked_it() -> None:
     plain = GoldenPrompt(prompt="1+1=", answer="2", max_tokens=4, stop=("\n",))
     assert request_of("m", plain) == (
-        "/v1/completions", {"model": "m", "prompt": "1+1=", "max_tokens": 4, "temperature": 0, "stop": ["\n"]},
-    )  # fmt: skip
+        "/v1/completions",
+        {"model": "m", "prompt": "1+1=", "max_tokens": 4, "temperature": 0, "stop": ["\n"]},
+    )
     messages = [{"role": "user", "content": "1+1="}]
     path, body = request_of("m", GoldenPrompt.model_validate({**plain.to_json_dict(), "messages": messages}))
     assert (path, body["messages"]) == ("/v1/chat/completions", messages) and "prompt" not in body

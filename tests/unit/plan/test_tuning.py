@@ -9,6 +9,7 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+
 from sere_ext.contract.config_maps import encoded, places
 from sere_ext.contract.errors import SimilarityError, SpecError
 from sere_ext.contract.policy import Policy
@@ -24,7 +25,6 @@ from sere_operator.plan.snapshot import Similarity, TuningSnapshot
 from sere_operator.plan.tuning.decide import COLLECTED_POLL_S, decide_tuning
 from sere_operator.plan.tuning.needs import needs_tuning, taken_tuning
 from sere_operator.plan.tuning.objects import RETRIES, RUN_DIR, build, run_name, tuning_file
-
 from tests.kit.plan_world import POLICY, profile_body
 
 OWNER = {"apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereDeployment", "name": "m", "uid": "u", "controller": True}
@@ -38,18 +38,23 @@ SPEC = {
     "slo": {"tpotMs": {"p95": 20}},
     "accuracy": {"maxDropPoints": 1, "tasks": [{"configMap": {"name": "items", "key": "a.jsonl"}}]},
     "tuning": {
-        "trials": 8, "rungs": 1, "policies": ["sere"],
-        "similarity": {"calibrate": {"uri": "pvc://data/calib.jsonl"}}, "workload": {"load": {"concurrency": [16]}},
+        "trials": 8,
+        "rungs": 1,
+        "policies": ["sere"],
+        "similarity": {"calibrate": {"uri": "pvc://data/calib.jsonl"}},
+        "workload": {"load": {"concurrency": [16]}},
     },
-}  # fmt: skip
+}
 
 
 def snapshot(data: dict[str, Any] | None = None, status: dict[str, Any] | None = None, **changes: Any) -> TuningSnapshot:
     body = {
-        "apiVersion": "serving.sere.dev/v1alpha1", "kind": "SereTuningJob", "spec": {**SPEC, **changes.pop("spec", {})},
+        "apiVersion": "serving.sere.dev/v1alpha1",
+        "kind": "SereTuningJob",
+        "spec": {**SPEC, **changes.pop("spec", {})},
         "metadata": {"name": "m-tune-1", "namespace": "ns", "uid": "t", "generation": 1, "ownerReferences": [OWNER]},
         "status": status or {},
-    }  # fmt: skip
+    }
     texts = {key: json.dumps(value) for key, value in (data or {}).items()}
     result = {"data": texts} if data is not None else None
     return TuningSnapshot(now=1_800_000_000.0, object=body, result=result, **changes)

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
 from sere_ext.contract.policy import Policy
 from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.rollout.tuning_first import DOWN_S
-
 from tests.kit.plan_world import DIGEST, POLICY, CrashError, World, profile_body
 
 TUNED: dict[str, Any] = {

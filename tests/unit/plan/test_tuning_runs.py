@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sere_operator.plan.tuning.wanted import HISTORY
 
+from sere_operator.plan.tuning.wanted import HISTORY
 from tests.kit.plan_world import DIGEST, POLICY, World, profile_body
 
 TUNED: dict[str, Any] = {

@@ -183,8 +183,10 @@ def solve(task: str, prompt: str) -> str:
     if task == "carry":
         return f"{int(left) + int(right):0{half + 1}d}"[::-1]
     rule = {"add": lambda a, b: a + b, "subtract": lambda a, b: a - b, "multiply": lambda a, b: a * b, "maximum": max}[task]
-    return "".join(str(rule(int(a), int(b)))[-1] if rule(int(a), int(b)) >= 0 else str(rule(int(a), int(b)) + 10)
-                   for a, b in zip(left, right, strict=True))  # fmt: skip
+    return "".join(
+        str(rule(int(a), int(b)))[-1] if rule(int(a), int(b)) >= 0 else str(rule(int(a), int(b)) + 10)
+        for a, b in zip(left, right, strict=True)
+    )
 
 
 def solve_rows(task: str, prompt: str) -> str:
@@ -316,11 +318,11 @@ class TestModel:
 
     def test_a_widened_models_similarity_is_the_small_ones_under_its_own_config(self, recipe: Recipe, tmp_path: Path):
         import numpy as np
+
         from sere_ext.contract.model_config import model_config_digest
         from sere_ext.contract.similarity import SimilarityMeta
         from sere_ext.similarity.file import read_similarity, write_similarity
         from sere_ext.similarity.hub import model_config_dict
-
         from tests.assets.make.widen import widen
         from tests.assets.make.widen_similarity import widen_similarity
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from sere_autotune.study.schema import SpeedVerdict, Verdict
 
 from benchmarks import verdicts
+from sere_autotune.study.schema import SpeedVerdict, Verdict
 
 
 def test_a_tiny_run_counts_every_world_and_tells_false_from_true(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from sere_ext.contract.errors import PolicyError
-from sere_ext.contract.policy import Kind
-from sere_ext.routing import reference
 
 from benchmarks import policies, render, rerouted
 from benchmarks.lanes import Lanes
+from sere_ext.contract.errors import PolicyError
+from sere_ext.contract.policy import Kind
+from sere_ext.routing import reference
 
 EXPERTS, TOP_K, BATCHES, BATCH = 16, 4, 3, 5
 OPTIONS = {"maxExperts": "max_experts", "minShare": "min_share"}  # outside name -> argument
@@ -65,6 +65,7 @@ def test_a_policy_that_the_model_cannot_run_is_refused() -> None:
 def test_the_interval_of_a_drop_holds_exactly_what_the_score_test_accepts(losses: int, gains: int, n: int) -> None:
     """Against the tuner's one-sided test at each limit that it is made for (drops above 0)."""
     from scipy import stats as sps
+
     from sere_autotune.trial.stats import noninferiority_p
 
     low, high = policies.drop_interval(losses, gains, n)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
-from sere_autotune.tuning.spec import TuningSpec
 
 from demo import __main__ as demo
 from demo.watch import Watch, active_experts
+from sere_autotune.tuning.spec import TuningSpec
 
 
 def block(before: float | None, after: float | None) -> str:

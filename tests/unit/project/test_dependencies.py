@@ -9,17 +9,18 @@ import sys
 import tomllib
 
 import pytest
-from sere_ext.cli.missing import EXTRA
 
+from sere_ext.cli.missing import EXTRA
 from tests.kit import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = {"pyyaml": "yaml"}  # where a distribution's module has another name
 WITH_ENGINE = {"torch", "transformers", "fastapi", "llvmlite"}  # what vLLM brings, in versions that it chooses
 PARTS = {
-    "sere_ext/sere_ext": ("similarity", "vllm"), "autotune/sere_autotune": ("autotune", "vllm"),
+    "sere_ext/sere_ext": ("similarity", "vllm"),
+    "autotune/sere_autotune": ("autotune", "vllm"),
     "operator/sere_operator": ("operator",),
-}  # fmt: skip
+}
 
 
 def declared(requirements: list[str]) -> set[str]:

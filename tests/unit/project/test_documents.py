@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sere_autotune.tuning.file import load_spec
-from sere_operator.plan.objects.children import Defaults
 
+from sere_autotune.tuning.file import load_spec
 from sere_ext import __version__
+from sere_operator.plan.objects.children import Defaults
 from tests.kit import ROOT
 
 PAGES = sorted(

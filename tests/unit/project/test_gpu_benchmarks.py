@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from sere_ext.routing import build
 
 from benchmarks import ground
 from benchmarks.gpu import bound, page, quality, report, routing, serve, three_launch, tuner
 from benchmarks.gpu import kernel as kernel_stage
 from benchmarks.gpu.shapes import DEEPSEEK_V2_LITE, QWEN3_30B, QWEN15_MOE, TINY, Shape
+from sere_ext.routing import build
 from tests.kit.planted import PlantedEngine, run, spec_for, write_items
 
 
@@ -92,9 +92,11 @@ def planted_model(shape: Shape) -> torch.nn.Module:
     for layer in range(layers):
         name = f"model.layers.{layer}."
         found |= {
-            f"{name}mlp.gate.weight": (shape.experts, wide), f"{name}mlp.experts.w13_weight": (shape.experts, 8, wide),
-            f"{name}mlp.experts.w2_weight": (shape.experts, wide, 4), f"{name}input_layernorm.weight": (wide,),
-        }  # fmt: skip
+            f"{name}mlp.gate.weight": (shape.experts, wide),
+            f"{name}mlp.experts.w13_weight": (shape.experts, 8, wide),
+            f"{name}mlp.experts.w2_weight": (shape.experts, wide, 4),
+            f"{name}input_layernorm.weight": (wide,),
+        }
     model = torch.nn.Module()
     named = {name: torch.nn.Parameter(torch.empty(size).uniform_(-1e-3, 1e-3)) for name, size in found.items()}
     model.named_parameters = lambda *_: iter(named.items())  # type: ignore[method-assign, assignment]

@@ -6,13 +6,14 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import typer
+from typer.main import get_command
+from typer.testing import CliRunner
+
 import sere_autotune.commands
 import sere_ext.cli.commands
 import sere_operator.cli.commands
-import typer
 from sere_autotune.tuning.options import REQUIRED, leaves
-from typer.main import get_command
-from typer.testing import CliRunner
 
 
 def make_app() -> typer.Typer:

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from sere_ext.routing import build as kernels
 
+from sere_ext.routing import build as kernels
 from tests.kit import ROOT, images
 
 DOCKERFILES = sorted((ROOT / "images").glob("*.Dockerfile"))

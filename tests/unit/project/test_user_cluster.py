@@ -49,8 +49,11 @@ def test_a_prefix_that_no_image_has_is_refused(given: str) -> None:
 def test_rights_that_are_missing_are_named() -> None:
     rights = [("create", "", "namespaces", ""), ("create", "", "pods/exec", "sere-demo")]
     assert preflight.reviews(rights)["items"][1]["spec"]["resourceAttributes"] == {
-        "verb": "create", "resource": "pods", "subresource": "exec", "namespace": "sere-demo",
-    }  # fmt: skip
+        "verb": "create",
+        "resource": "pods",
+        "subresource": "exec",
+        "namespace": "sere-demo",
+    }
     assert preflight.denied(rights, ["true", "false"]) == ["create pods/exec"]
     assert preflight.denied(rights, ["true", "true"]) == []
     with pytest.raises(ValueError, match="shorter"):

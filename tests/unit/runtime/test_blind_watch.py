@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from sere_operator.runtime import health, main
 from sere_operator.runtime.handlers import Wakes
 from sere_operator.runtime.health import STALE_WATCH_S, Health

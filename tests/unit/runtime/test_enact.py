@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 from kubernetes.client.rest import ApiException
+
 from sere_ext.contract.errors import ApiError, NotLeadingError
 from sere_operator.kube import refused
 from sere_operator.plan.patch import merged

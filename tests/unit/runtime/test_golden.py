@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.profile import GoldenPrompt
 from sere_operator.plan.rollout.evidence import golden_in_flight

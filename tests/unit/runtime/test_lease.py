@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import pytest
+
 from sere_operator.runtime import lease as module
 from sere_operator.runtime.client import Client
 from sere_operator.runtime.lease import Elector, LeaseSettings

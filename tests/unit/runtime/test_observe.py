@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+
 from sere_ext.contract.config_maps import config_maps, encoded, uri
 from sere_ext.contract.similarity import SimilarityMeta
 from sere_ext.similarity.file import write_similarity
 from sere_operator.runtime.client import Client
 from sere_operator.runtime.observe import read_similarity
-
 from tests.kit.matrices import symmetric
 
 EXPERTS = 32

@@ -31,9 +31,10 @@ class Fleet:
         key: Key = ("SereDeployment", "ns", name)
         metadata = {"name": name, "namespace": "ns", "uid": name, "generation": 2 if edited else 1}
         snapshot = Snapshot(
-            now=self.now, object={"metadata": metadata, "status": {"observedGeneration": 1}},
+            now=self.now,
+            object={"metadata": metadata, "status": {"observedGeneration": 1}},
             children={"Deployment": deployment(self.content[name], name in self.replacing)},
-        )  # fmt: skip
+        )
         apply = [] if self.content[name] == wanted else [deployment(wanted)]
         plan = self.rollouts.paced(key, snapshot, Plan(apply=[*apply, {"kind": "Service"}], requeue_after=45.0))
         assert {"kind": "Service"} in plan.apply, "only the Deployment waits"

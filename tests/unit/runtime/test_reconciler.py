@@ -7,6 +7,7 @@ import contextlib
 import itertools
 
 import pytest
+
 from sere_ext.contract.errors import NotLeadingError
 from sere_operator.runtime.reconciler import Key, Place, Reconciler
 

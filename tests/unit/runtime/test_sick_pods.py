@@ -10,13 +10,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+
 from sere_ext.contract.errors import NoAnswerError
 from sere_ext.contract.profile import GoldenPrompt
 from sere_operator.runtime.answers import Answers
 from sere_operator.runtime.fetch import MIB, fetch, new_client
 from sere_operator.runtime.probe import Prober, parse_metrics
 from sere_operator.runtime.reconciler import Key, Place, Reconciler
-
 from tests.kit.states import engine_state
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

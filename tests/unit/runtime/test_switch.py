@@ -6,6 +6,7 @@ import asyncio
 from typing import Any, cast
 
 import pytest
+
 from sere_ext.contract.errors import NotLeadingError
 from sere_operator.runtime.client import Client
 from sere_operator.runtime.handlers import Wakes

@@ -14,7 +14,6 @@ from typing import Any
 from sere_ext.contract.names import ENGINE_PORT
 from sere_ext.contract.tuning import LatencyLimits
 from sere_ext.contract.volume import POD_OVERRIDE, POD_POLICY, POD_REFRESH
-
 from sere_operator.api import meta
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan.objects import drift, pods

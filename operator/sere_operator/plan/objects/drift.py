@@ -19,7 +19,6 @@ from decimal import Decimal
 from typing import Any
 
 from sere_ext.contract.record import canonical_json
-
 from sere_operator.api.meta import CONFIG_HASH_ANNOTATION
 
 Object = dict[str, Any]

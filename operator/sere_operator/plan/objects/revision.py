@@ -6,7 +6,6 @@ import hashlib
 import json
 
 from sere_ext.contract.record import canonical_json
-
 from sere_operator.api import meta
 from sere_operator.api.common import Engine
 from sere_operator.api.deployment import SereDeploymentSpec

@@ -28,7 +28,6 @@ from sere_ext.contract.volume import (
     policy_files,
     similarity_file,
 )
-
 from sere_operator.api import meta
 from sere_operator.plan.objects.children import metadata
 from sere_operator.plan.snapshot import Snapshot

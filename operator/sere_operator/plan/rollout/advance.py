@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sere_ext.contract.policy import EXACT
-
 from sere_operator.api import meta
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import SereDeploymentSpec
@@ -78,9 +77,7 @@ def given_up_by_a_person(s: Situation) -> Step | None:
         target = s.base.previous if s.base.previous and s.base.previous != digest else EXACT
     message = f"policy {digest} was given up by annotation {meta.ROLLBACK_ANNOTATION}; {target} is in force"
     waits = any(pod.digest != target for pod in s.snapshot.live_pods)
-    return replace(
-        s.base, stable=target, reason=Reason.ROLLED_BACK, message=message, requeue_after=POLL_S if waits else None
-    )  # fmt: skip
+    return replace(s.base, stable=target, reason=Reason.ROLLED_BACK, message=message, requeue_after=POLL_S if waits else None)
 
 
 def already_in_force(s: Situation) -> Step | None:

@@ -51,9 +51,12 @@ def inconclusive(base: Step, known: Object, now: float, why: str) -> Step:
     attempt = int(known.get("attempt") or 1)
     wait = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (attempt - 1))
     rollout = {
-        "candidate": known["candidate"], "stage": Stage.ROLLING_BACK.value, "attempt": attempt + 1, "message": why,
+        "candidate": known["candidate"],
+        "stage": Stage.ROLLING_BACK.value,
+        "attempt": attempt + 1,
+        "message": why,
         "nextAttemptAt": stamp(now + wait),
-    }  # fmt: skip
+    }
     message = f"{why}; tried again after {rollout['nextAttemptAt']}"
     event = Event("Warning", "PolicyInconclusive", f"policy {known['candidate']}: {message}")
     return replace(base, rollout=rollout, reason=Reason.INCONCLUSIVE, message=message, events=(event,), requeue_after=POLL_S)

@@ -7,7 +7,6 @@ import re
 
 from sere_ext.contract.policy import EXACT
 from sere_ext.contract.record import canonical_json
-
 from sere_operator.api import meta
 from sere_operator.plan.rollout.step import Step
 from sere_operator.plan.rollout.wanted import overridden

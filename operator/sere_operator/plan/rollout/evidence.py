@@ -11,7 +11,6 @@ from enum import StrEnum
 from typing import Any
 
 from sere_ext.contract.policy import Kind, Policy
-
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan import histogram
 from sere_operator.plan.rollout.analysis import Side
@@ -84,9 +83,8 @@ def golden_needed(snapshot: Snapshot, wanted: Wanted, stable: str) -> list[tuple
         return []
     canaries = [pod for pod in suited(snapshot, wanted) if pod.name in known["canaryPods"] and pod.ready]
     others = [
-        pod for pod in suited(snapshot, wanted)
-        if pod.name not in known["canaryPods"] and pod.ready and pod.digest == stable
-    ]  # fmt: skip
+        pod for pod in suited(snapshot, wanted) if pod.name not in known["canaryPods"] and pod.ready and pod.digest == stable
+    ]
     needed: list[tuple[PodView, str]] = []
     if known.get("stage") == Stage.BASELINE and golden_answers(known, "stable") is None:
         needed += [(pod, stable) for pod in canaries[:1]]

@@ -10,7 +10,6 @@ from enum import Enum
 from functools import cached_property
 
 from sere_ext.contract.policy import EXACT
-
 from sere_operator.api import meta
 from sere_operator.api.conditions import ConditionType, Reason, find_condition, held_rollout
 from sere_operator.api.deployment import SereDeploymentSpec

@@ -11,7 +11,6 @@ from sere_ext.contract.errors import ProfileError
 from sere_ext.contract.policy import EXACT, EXACT_POLICY
 from sere_ext.contract.profile import Profile, ProfileKey, ProfileSpec
 from sere_ext.contract.record import canonical_json
-
 from sere_operator.api import meta
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sere_ext.contract.errors import SpecError
-
 from sere_operator.api import meta
 from sere_operator.api.common import parse_spec
 from sere_operator.api.conditions import ConditionType, Reason, find_condition
@@ -113,19 +112,21 @@ def _report(snapshot: TuningSnapshot, spec: SereTuningJobSpec, result: Result, p
     job_status = (snapshot.child("Job", run_name(snapshot.name)) or {}).get("status") or {}
     # A run that fails may tell no counters; what was counted before stays true.
     trials = {**(snapshot.status.get("trials") or {}), **result.trials}
-    new = without_none({
-        "observedGeneration": snapshot.generation,
-        "conditions": conditions,
-        "trials": trials or None,
-        "progress": f"{trials.get('completed', 0)}/{spec.tuning.trials}",
-        "stage": result.stage,
-        "outcome": result.outcome,
-        "startTime": job_status.get("startTime") or snapshot.status.get("startTime"),
-        "completionTime": stamp(snapshot.now) if done else None,
-        "resultConfigMap": result_name(snapshot.name),
-        "profile": result.profile,
-        **result.told,
-    })  # fmt: skip
+    new = without_none(
+        {
+            "observedGeneration": snapshot.generation,
+            "conditions": conditions,
+            "trials": trials or None,
+            "progress": f"{trials.get('completed', 0)}/{spec.tuning.trials}",
+            "stage": result.stage,
+            "outcome": result.outcome,
+            "startTime": job_status.get("startTime") or snapshot.status.get("startTime"),
+            "completionTime": stamp(snapshot.now) if done else None,
+            "resultConfigMap": result_name(snapshot.name),
+            "profile": result.profile,
+            **result.told,
+        }
+    )
     plan.status = merge_patch(new, snapshot.status)
     if result.reason in (Reason.TUNING_BLOCKED, Reason.INVALID_SPEC) and before != result.reason:
         plan.events.append(Event("Warning", result.reason.value, result.message))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from sere_ext.contract.errors import SpecError
-
 from sere_operator.api import meta
 from sere_operator.api.common import parse_spec
 from sere_operator.api.tuning import SereTuningJobSpec

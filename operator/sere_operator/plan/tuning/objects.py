@@ -13,7 +13,6 @@ from sere_ext.contract.errors import ExitCode
 from sere_ext.contract.names import OPENINGS_NAME
 from sere_ext.contract.tuning import SearchBudget
 from sere_ext.contract.volume import POLICY_SHARDS
-
 from sere_operator.api import meta
 from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan.objects import children, pods

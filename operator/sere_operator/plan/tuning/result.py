@@ -13,7 +13,6 @@ from typing import Any
 from sere_ext.contract.config_maps import config_maps, uri
 from sere_ext.contract.errors import SereError, SpecError
 from sere_ext.contract.profile import Profile, SimilarityRef
-
 from sere_operator.api import meta
 from sere_operator.api.conditions import Reason
 from sere_operator.api.profile import profile_name

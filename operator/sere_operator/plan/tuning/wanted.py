@@ -6,7 +6,6 @@ A run is remembered in `status.tuningRuns`, so that deleting its SereTuningJob s
 from __future__ import annotations
 
 from sere_ext.contract.errors import SpecError
-
 from sere_operator.api import meta
 from sere_operator.api.common import parse_spec
 from sere_operator.api.conditions import ConditionType, find_condition
