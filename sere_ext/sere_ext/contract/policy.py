@@ -124,7 +124,7 @@ class Bucket(Record):
             Kind.EXACT: "exact",
             Kind.SERE: f"sere S={self.S} rho={self.rho:.2f}",
             Kind.TOPK: f"topk {self.S}",
-            Kind.OEA: f"oea k0={self.S}",
+            Kind.OEA: f"oea S={self.S}",
             Kind.BUDGET: f"budget N={self.max_experts} S={self.S or 1}",
             Kind.HYBRID: f"hybrid S={self.S} rho={self.rho:.2f}" + (f" N={self.max_experts}" if self.max_experts else ""),
         }[self.kind] + (f" share={self.min_share:.2f}" if self.min_share else "")

@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="file to write; standard output when not given")
     given = parser.parse_args()
+    if given.count < 1:
+        parser.error(f"--count is a number of items, 1 or more, not {given.count}")
     text = lines(RECIPES[given.model], given.split, given.count, given.seed)
     if given.out:
         given.out.write_text(text)

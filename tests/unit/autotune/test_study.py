@@ -291,7 +291,7 @@ def test_min_share_is_searched_where_it_is_asked_for_and_a_study_with_it_goes_on
     assert before and [trial["policy"] for trial in again.summary["trials"]][: len(before)] == before
     tried = [trial["policy"] for trial in again.summary["trials"]]
     assert any("share=0.70" in policy for policy in tried)
-    assert not any("share" in policy for policy in tried if "k0=1 " in policy)
+    assert not any("share" in policy for policy in tried if "S=1 " in policy)
 
 
 def test_an_accuracy_rejection_ends_the_trial_early(tmp_path: Path, items: Path) -> None:
