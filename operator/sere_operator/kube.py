@@ -16,7 +16,7 @@ from kubernetes.client.rest import ApiException
 from kubernetes.dynamic import DynamicClient
 from urllib3.exceptions import HTTPError
 
-from sere_ext.contract.errors import ApiError
+from sere_ext.contract.errors import ApiError, UsageError
 from sere_operator.api import meta
 
 Object = dict[str, Any]
@@ -86,7 +86,12 @@ def in_cluster_or_kubeconfig() -> kube.Configuration:
     try:
         kube_config.load_incluster_config(client_configuration=settings)
     except kube_config.ConfigException:
-        kube_config.load_kube_config(client_configuration=settings)
+        try:
+            kube_config.load_kube_config(client_configuration=settings)
+        except kube_config.ConfigException as error:
+            raise UsageError(
+                f"no cluster is named: this is no pod of one, and there is no usable kubeconfig ({error}); set KUBECONFIG"
+            ) from error
     settings.connection_pool_maxsize = 32
     return settings
 
