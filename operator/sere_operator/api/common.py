@@ -226,9 +226,14 @@ RESERVED_PATHS: Final = (
 )  # fmt: skip
 
 
+EMPTY_AT_FIRST: Final = "/tmp"  # a volume below it hides nothing
+
+
 def _is_free(path: str) -> bool:
     """Whether no reserved path lies at, above or below a path."""
-    return not any(path == r or path.startswith(r + "/") or r.startswith(path + "/") for r in RESERVED_PATHS)
+    return not any(
+        path == r or (r != EMPTY_AT_FIRST and path.startswith(r + "/")) or r.startswith(path + "/") for r in RESERVED_PATHS
+    )
 
 
 class VolumeMount(Constrained):
@@ -236,8 +241,8 @@ class VolumeMount(Constrained):
 
     constraints: ClassVar = (
         rule(
-            f"!{list(RESERVED_PATHS)}.exists(r, self.mountPath == r || self.mountPath.startsWith(r + '/') || "
-            "r.startsWith(self.mountPath + '/'))",
+            f"!{list(RESERVED_PATHS)}.exists(r, self.mountPath == r || (r != '{EMPTY_AT_FIRST}' && "
+            "self.mountPath.startsWith(r + '/')) || r.startsWith(self.mountPath + '/'))",
             f"mountPath hides what the operator mounts; choose one that is not at, above or below {', '.join(RESERVED_PATHS)}",
             lambda volume: _is_free(volume.mount_path),
             field="mountPath",

@@ -95,7 +95,10 @@ class Reason(Documented):
         "No policy kept all limits; the message names the nearest miss. The last good policy serves on.",
     )
     BUDGET_EXHAUSTED = "BudgetExhausted", "The budget ran out before anything was certified. The last good policy keeps serving."
-    CANNOT_CERTIFY = "CannotCertify", "The items cannot certify the accuracy limit: too few of them, or exact routing answers too few right."
+    CANNOT_CERTIFY = (
+        "CannotCertify",
+        "The items cannot certify the accuracy limit: too few of them, or exact routing answers too few right.",
+    )
     FAILED = "Failed", "The run ended in an error; the message is the tuner's own."
     PENDING = "Pending", "The run has not begun."
     RUNNING = "Running", "The run goes on."

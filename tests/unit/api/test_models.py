@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from sere_ext.contract.errors import SpecError
 from sere_ext.contract.profile import Profile
-from sere_operator.api import meta
+from sere_operator.api import common, meta
 from sere_operator.api.common import duration_seconds, parse_pvc, parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.api.profile import profile_name
@@ -176,3 +176,8 @@ def test_long_names_that_differ_at_the_end_stay_apart() -> None:
     assert meta.fit_name(one) != meta.fit_name(two)
     assert meta.child_name(one, "policy", 63) != meta.child_name(two, "policy", 63)
     assert len(meta.label_value(one)) == 63
+
+
+@pytest.mark.parametrize(("path", "free"), [("/tmp/project/env", True), ("/tmp", False), ("/etc/sere/x", False), ("/mnt", False)])
+def test_a_volume_below_tmp_hides_nothing(path: str, free: bool) -> None:
+    assert common._is_free(path) is free
