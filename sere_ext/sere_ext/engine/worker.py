@@ -254,13 +254,14 @@ class SereWorker:
         """
         state = _state_of(self)
         worker: Any = self
+        counters = state.counters()
         shape = ModelShape(
             num_experts=state.layers[0].experts, top_k=state.top_k, moe_layers=tuple(layer.number for layer in state.layers)
         )
         return RankState(
             rank=worker.rank, policy=state.policy, policy_digest=state.policy.digest, similarity_digest=state.similarity_digest,
             generation=state.generation, switches=state.switches, error=state.error or state.bypassed(), note=Note(**state.note),
-            key=ProfileKey(**state.key), model=shape, counters=state.counters(),
+            key=ProfileKey(**state.key), model=shape, counters=counters,
         ).to_json_dict()  # fmt: skip
 
 

@@ -23,8 +23,6 @@ class CudaMirror:
         self._neighbours = [torch.from_numpy(layer.neighbours.view(np.int16)).to(device) for layer in layers]
         self._counters = torch.zeros((len(layers), *layers[0].counters.shape), dtype=torch.int64, device=device)
         self._real = torch.full((1,), ALL_REAL, dtype=torch.int32, device=device)
-        self._copied = torch.zeros_like(self._counters, device="cpu").pin_memory()  # counters on their way to the host
-        self._arrived: torch.cuda.Event | None = None  # of the copy that is under way
         self._seen: Any = np.zeros(tuple(self._counters.shape), np.int64)
         for index, layer in enumerate(layers):
             tensors = (self._tables[index], self._neighbours[index], self._limits[index], self._counters[index], self._real)
@@ -44,30 +42,9 @@ class CudaMirror:
         """See `state.Mirror`. The number travels as an argument of the launch, so no host buffer has to outlive it."""
         self._real.fill_(tokens)
 
-    def pull(self, *, wait: bool) -> None:
-        """See `state.Mirror`. The device only ever adds, so no step can be missed between reading and clearing.
-
-        The copy stands behind the steps that were launched before it. Without waiting, counters are those of the last copy
-        that arrived, and another one is started: asynchronous scheduling is never drained for them.
-        """
-        if self._arrived is None:
-            self._start_copy()
-        elif wait:
-            self._arrived.synchronize()  # an older copy: finish it, and take one of now
-            self._start_copy()
-        if wait:
-            self._arrived.synchronize()  # type: ignore[union-attr]
-        elif not self._arrived.query():  # type: ignore[union-attr]
-            return
-        now = self._copied.numpy().copy()
-        self._arrived = None
+    def pull(self) -> None:
+        """See `state.Mirror`. The device only ever adds, so no step can be missed between reading and clearing."""
+        now = self._counters.cpu().numpy().copy()
         for layer, gained in zip(self.layers, now - self._seen, strict=True):
             layer.counters += gained
         self._seen = now
-        if not wait:
-            self._start_copy()
-
-    def _start_copy(self) -> None:
-        self._copied.copy_(self._counters, non_blocking=True)
-        self._arrived = torch.cuda.Event()
-        self._arrived.record()

@@ -128,8 +128,8 @@ class Mirror(Protocol):
     def push_real(self, tokens: int) -> None:
         """Let the steps that are launched from now on have so many real rows. Does not wait."""
 
-    def pull(self, *, wait: bool) -> None:
-        """Move the device's counters into the layers' own: of all steps so far, or as they last arrived without waiting."""
+    def pull(self) -> None:
+        """Move the device's counters into the layers' own."""
 
 
 class WorkerState:
@@ -243,16 +243,18 @@ class WorkerState:
         self._asked[:] = 0
 
     def bypassed(self) -> str | None:
-        """Which layers were called less often than others since the start, None if none: they served exact routing in some step."""
-        self._fold()
+        """Which layers were called less often than others, None if none: they served exact routing in some step.
+
+        As `counters` last read the layers, so that one reading of a device serves both.
+        """
         most = self._asked.max()
         if not (missed := [layer.number for layer, asked in zip(self.layers, self._asked, strict=True) if asked < most]):
             return None
         return f"Bypassed: layers {missed} routed some steps by themselves, exactly; no policy holds for those"
 
-    def _pull(self, *, wait: bool = True) -> None:
+    def _pull(self) -> None:
         if self.mirror:
-            self.mirror.pull(wait=wait)
+            self.mirror.pull()
 
     def _fold(self) -> None:
         """Move the layers' live counters into the sums of their policy, layer group and bucket."""

@@ -42,7 +42,9 @@ def test_a_layer_that_is_passed_by_while_the_engine_serves_is_an_error_of_its_st
     state = WorkerState(layers, {})
     for layer in layers:
         layer.counters[-1, kernel.CALLS] = 5
+    state.counters()
     assert state.bypassed() is None
     state.apply(Policy.parse({"buckets": [{"minTokens": 1, "kind": "topk", "S": 1}]}), None, None)
     layers[0].counters[0, kernel.CALLS] = 1
+    state.counters()
     assert "Bypassed: layers [7]" in str(state.bypassed())
