@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from typing import Any
@@ -12,6 +11,7 @@ import yaml
 from kubernetes.client import ApiException
 from kubernetes.dynamic import DynamicClient
 
+from sere_operator.plan.patch import merged
 from tests.kit import tuning_bounds
 
 from .conftest import ROOT, SAMPLES, Kubectl
@@ -21,19 +21,6 @@ API = "serving.sere.dev/v1alpha1"
 
 def sample(name: str, kind: str = "SereDeployment") -> dict[str, Any]:
     return next(o for o in yaml.safe_load_all((SAMPLES / f"{name}.yaml").read_text()) if o["kind"] == kind)
-
-
-def merged(into: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
-    """JSON merge patch: None removes, objects merge, the rest replaces."""
-    result = copy.deepcopy(into)
-    for key, value in patch.items():
-        if value is None:
-            result.pop(key, None)
-        elif isinstance(value, dict) and isinstance(result.get(key), dict):
-            result[key] = merged(result[key], value)
-        else:
-            result[key] = value
-    return result
 
 
 def deployment(patch: dict[str, Any], base: str = "minimal") -> dict[str, Any]:
