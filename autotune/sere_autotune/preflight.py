@@ -1,11 +1,14 @@
-"""What would fail once an engine runs, found before one is started: the model's files, and prompts that do not fit."""
+"""What would fail once an engine runs, found before one is started: the model's files, prompts that do not fit, and items on
+which no answer could be right."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sere_autotune.trial.answerable import check_answers
 from sere_autotune.trial.chat import ChatTemplate
 from sere_autotune.trial.items import Item
 from sere_autotune.trial.load import Request
@@ -22,13 +25,14 @@ Count = Callable[[Request], int]  # tokens of what is sent for a request
 
 
 def check(spec: TuningSpec, config: dict[str, object], items: Sequence[Item]) -> None:
-    """Check the model's folder, every prompt of the items and of the workload's dataset, and the lengths of synthetic ones.
+    """Check the model's folder, every prompt of the items and of the workload's dataset, the lengths of synthetic prompts, and
+    whether each item can be answered.
 
     Args:
         config: the model's config.json, decoded.
 
     Raises:
-        UsageError: naming file, line, tokens and limit, or the files that the model's folder lacks.
+        UsageError: naming file, line and what to do, or the files that the model's folder lacks.
     """
     check_folder(Path(spec.model))
     limit = context_length(spec, config)
@@ -39,7 +43,9 @@ def check(spec: TuningSpec, config: dict[str, object], items: Sequence[Item]) ->
             f"{limit:,}; give fewer, or raise engine.maxModelLen"
         )
     requests = [*map(Request.of, items), *dataset_requests(spec.workload)]
-    check_lengths(requests, limit, _counter(spec, requests, limit))
+    tokenizer = functools.cache(lambda: load_tokenizer(spec))
+    check_lengths(requests, limit, _counter(spec, requests, limit, tokenizer))
+    check_answers(items, lambda text: len(tokenizer()(text, add_special_tokens=False)["input_ids"]))
 
 
 def check_folder(model: Path) -> None:
@@ -84,7 +90,7 @@ def check_lengths(requests: Iterable[Request], limit: int | None, count: Count |
     )
 
 
-def _counter(spec: TuningSpec, requests: Sequence[Request], limit: int | None) -> Count | None:
+def _counter(spec: TuningSpec, requests: Sequence[Request], limit: int | None, load: Callable[[], Any]) -> Count | None:
     """How to count the tokens of a request, or None where no count is needed: no tokenizer makes more tokens of a text than it
     has bytes, beside special ones, so short prompts fit without loading one.
     """
@@ -92,7 +98,7 @@ def _counter(spec: TuningSpec, requests: Sequence[Request], limit: int | None) -
     longest = max((len(request.prompt.encode()) for request in requests), default=0)
     if not chat and (limit is None or longest + _SPECIAL_TOKENS < limit):
         return None
-    tokenizer = load_tokenizer(spec)
+    tokenizer = load()
     template = ChatTemplate.of(spec.engine.extra_args)
     if chat and template.text is None and not getattr(tokenizer, "chat_template", None):
         raise UsageError(

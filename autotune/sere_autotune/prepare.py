@@ -13,7 +13,7 @@ from sere_autotune.trial.duplicates import near_duplicates
 from sere_autotune.trial.items import Item, load_items, split
 from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.errors import SimilarityError, UsageError
-from sere_ext.contract.model_config import language_config, model_config_digest, names_folder
+from sere_ext.contract.model_config import language_config, model_config_digest
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.similarity import read_meta
 
@@ -89,15 +89,12 @@ def prepare(spec: TuningSpec, only: Policy | None = None, shared: Shared | None 
 
 def read_config(spec: TuningSpec) -> dict[str, object]:
     """The model's config.json, decoded. Raises UsageError if there is none or it has no experts."""
-    from sere_ext.similarity.hub import model_config_dict
+    from sere_ext.similarity.hub import asked_model_config
 
-    if names_folder(spec.model) and not Path(spec.model).exists():
-        raise UsageError(f"model: there is no folder {spec.model} (from {Path.cwd()}); check its spelling")
     try:
-        config = model_config_dict(spec.model, spec.revision or None)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"model: cannot read the configuration of {spec.model} ({first}); check the name or folder") from error
+        config = asked_model_config(spec.model, spec.revision or None)
+    except UsageError as error:
+        raise UsageError(f"model: {error}") from error
     merged = language_config(config)
     if not any(merged.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")):
         raise UsageError(f"model: {spec.model} is a dense model ({merged.get('model_type')}): it has no experts to re-route")

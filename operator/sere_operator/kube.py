@@ -7,6 +7,7 @@ are synchronous, since the official client's asynchronous form is marked experim
 from __future__ import annotations
 
 import json
+import ssl
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from kubernetes import config as kube_config
 from kubernetes.client.rest import ApiException
 from kubernetes.dynamic import DynamicClient
 from urllib3.exceptions import HTTPError
+from urllib3.exceptions import TimeoutError as TimeoutException
 
 from sere_ext.contract.errors import ApiError, UsageError
 from sere_operator.api import meta
@@ -80,6 +82,23 @@ def refused(what: str, error: ApiException) -> ApiError:
     return ApiError(what, int(error.status or 0), words, known=known)
 
 
+def no_answer(error: BaseException) -> str:
+    """Why there was no answer, in the operating system's words: urllib3 wraps them in the names of its classes and the URL."""
+    causes = [error]
+    while (cause := getattr(causes[-1], "reason", None) or causes[-1].__cause__ or causes[-1].__context__) is not None:
+        if not isinstance(cause, BaseException) or cause in causes:
+            break
+        causes.append(cause)
+    for cause in reversed(causes):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"its certificate is not trusted ({cause.verify_message})"
+        if isinstance(cause, TimeoutError | TimeoutException):
+            return "it took too long"
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+    return (str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__])[0]
+
+
 def in_cluster_or_kubeconfig() -> kube.Configuration:
     """From the pod's service account, else from KUBECONFIG."""
     settings = kube.Configuration()
@@ -121,8 +140,7 @@ class Api:
         except ApiException as error:
             raise refused(what, error) from error
         except (HTTPError, OSError) as error:
-            words = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ApiError(what, 0, f"the API server at {self.host} does not answer: {words}") from error
+            raise ApiError(what, 0, f"the API server at {self.host} does not answer: {no_answer(error)}") from error
         except ValueError as error:
             raise ApiError(what, 0, f"the API server at {self.host} answers no JSON when asked to {what}") from error
 

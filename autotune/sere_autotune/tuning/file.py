@@ -12,6 +12,8 @@ from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.validation import explain
 
+_NEVER_FOLDED = 1_000_000  # characters of a line; pyyaml breaks longer ones at a blank
+
 
 def load_spec(path: str | Path | None, overrides: dict[tuple[str, ...], Any] | None = None) -> TuningSpec:
     """Read a tuning file and lay the flags over it.
@@ -71,5 +73,5 @@ def _put(raw: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
 
 
 def to_yaml(spec: TuningSpec) -> str:
-    """The file with every default filled in, as `--dry-run` prints it."""
-    return yaml.safe_dump(spec.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=False, width=120)
+    """The file with every default filled in, as `--dry-run` prints it, each value on one line."""
+    return yaml.safe_dump(spec.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=False, width=_NEVER_FOLDED)

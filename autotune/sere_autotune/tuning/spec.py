@@ -31,6 +31,7 @@ from sere_ext.contract.tuning import (
     WorkloadShape,
     buckets_fit,
 )
+from sere_ext.contract.validation import Missing
 
 __all__ = ["BucketEdges", "LoadSpec", "SearchSpec", "TaskSpec", "TuningSpec", "WorkloadSpec", "engine_options", "flag_value"]
 
@@ -101,8 +102,8 @@ class TuningSpec(Constrained):
     ] = None
     calibrate: CalibrateSpec | None = None
     workload: WorkloadSpec = WorkloadSpec()
-    slo: SloSpec
-    accuracy: AccuracySpec
+    slo: Annotated[SloSpec, Missing("a latency limit, such as {tpotMs: {p95: 50}} (--slo-tpot-ms-p95 50)")]
+    accuracy: Annotated[AccuracySpec, Missing("labelled items, such as {tasks: [items.jsonl]} (--accuracy-tasks items.jsonl)")]
     search: SearchSpec = SearchSpec()
     certify: CertifySpec = CertifySpec()
     out: Annotated[str, Field(min_length=1, description="folder for the study, profile and report")] = "runs/sere"

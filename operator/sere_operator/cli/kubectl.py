@@ -259,7 +259,9 @@ def main() -> None:
     try:
         app()
     except SereError as error:
-        typer.echo(f"kubectl sere: {error}", err=True)
+        silent = isinstance(error, ApiError) and not error.status
+        advice = "; check that the cluster runs, and KUBECONFIG and --context" if silent else ""
+        typer.echo(f"kubectl sere: {error}{advice}", err=True)
         sys.exit(error.exit_code)
 
 

@@ -24,7 +24,7 @@ from sere_ext.contract.model_config import model_config_digest
 from sere_ext.contract.records import Message, Row, conversation_of, lines_of, prompt_of, read_rows, read_text
 from sere_ext.contract.similarity import Changes, Metric, SimilarityMeta
 from sere_ext.similarity.file import Similarity, read_similarity, write_similarity
-from sere_ext.similarity.hub import model_config_dict
+from sere_ext.similarity.hub import asked_model_config
 from sere_ext.similarity.packing import Matrix
 from sere_ext.similarity.stability import changes
 
@@ -103,7 +103,7 @@ def calibrate(
     import torch
 
     texts = read_texts(data)[: options.sequences]
-    config = _config(model, revision)
+    config = asked_model_config(model, revision)
     meta = described(model, revision, config, data, options)
     before = _partial(out, meta) if options.layers else None
     tokenizer, network = _load(model, revision, options.device, trust_remote_code)
@@ -132,13 +132,6 @@ def calibrate(
     written = write_similarity(out, meta, matrices)
     checkpoint.remove()
     return written
-
-
-def _config(model: str, revision: str | None) -> dict[str, object]:
-    try:
-        return model_config_dict(model, revision)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot load the model {model}: {error}") from error
 
 
 def _load(model: str, revision: str | None, device: str, trust: bool) -> tuple[Any, Any]:

@@ -96,13 +96,33 @@ def one_server(arguments: Sequence[str]) -> list[str]:
     return [*arguments, *(["--api-server-count", "1"] if add else [])]
 
 
+# What vLLM can start a folder by: the configuration of transformers, of Mistral's own format, or a GGUF file.
+_MODEL_FILES = ("config.json", "params.json", "*.gguf")
+
+
 def check_model(arguments: Sequence[str]) -> None:
-    """Raise UsageError for a folder that is not there; vLLM would take it for a name of the hub and end with a traceback."""
-    from sere_ext.contract.model_config import names_folder
+    """Raise UsageError for a model that is not there, which vLLM says at the end of a traceback.
+
+    Names that vLLM reads otherwise (object stores, other hubs, one file of a repository) are left to vLLM.
+    """
+    from sere_ext.similarity.hub import check_folder, why_not_on_hub
 
     model = option(arguments, "--model") or next(iter(arguments), "")
-    if names_folder(model) and "://" not in model and not Path(model).expanduser().exists():
-        raise UsageError(f"there is no folder {model} (from {Path.cwd()}); check its spelling")
+    if not model or model.startswith("-") or "://" in model or model.endswith(".gguf"):
+        return
+    check_folder(model, _MODEL_FILES)
+    if Path(model).expanduser().is_dir() or ":" in model or os.environ.get("VLLM_USE_MODELSCOPE", "0") not in ("", "0", "False"):
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    revision = option(arguments, "--revision")
+    try:
+        hf_hub_download(model, "config.json", revision=revision)
+    except (HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError) as error:
+        raise UsageError(why_not_on_hub(model, revision, error)) from error
+    except Exception:  # a repository without that file, say: vLLM knows other formats
+        return
 
 
 def check_config(arguments: Sequence[str]) -> None:

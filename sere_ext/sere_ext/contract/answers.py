@@ -37,8 +37,8 @@ def right(metric: AnswerMetric, pattern: str | None, text: str, answer: str, sto
     if metric == "contains":
         return wanted in text
     if metric == "numeric":
-        given = _last_number(text)
-        return given is not None and given == _last_number(wanted)
+        given, number = last_number(text), last_number(wanted)
+        return given is not None and number is not None and float(given) == float(number)
     found = re.search(pattern or "", text)
     return found is not None and ((found.group(1) if found.groups() else found.group(0)) or "").strip() == wanted
 
@@ -48,9 +48,10 @@ def ended(text: str, stop: Sequence[str]) -> str:
     return text[: min((at for word in stop if word and (at := text.find(word)) >= 0), default=len(text))]
 
 
-def _last_number(text: str) -> float | None:
+def last_number(text: str) -> str | None:
+    """The last number in a text without the commas between its digits; None where the text has no number."""
     found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    return str(found[-1]).replace(",", "") if found else None
 
 
 if __name__ == "__main__":

@@ -5,12 +5,21 @@ from __future__ import annotations
 import re
 import typing
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 _NEAR = 0.6  # likeness from 0 to 1 at which one word may be a slip for another; difflib's own choice
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What to give where a field without a description is left out, to complete "is missing; give ..."."""
+
+    wanted: str
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
@@ -39,6 +48,8 @@ def _sentence(problem: Any, model: type[BaseModel]) -> str:
         known = sorted(_known(model, problem["loc"]))
         meant = did_you_mean(str(problem["loc"][-1]), known)
         return "unknown field" + (meant or f"; remove it, or use one of {', '.join(known)}" if known else "; remove it")
+    if kind == "missing":
+        return f"is missing; give {_wanted(_fields(model, problem['loc']))}"
     if kind == "json_invalid":
         return f"cannot be read as JSON ({problem['ctx']['error']}); correct that place"
     message = problem["msg"].removeprefix("Value error, ")
@@ -47,6 +58,12 @@ def _sentence(problem: Any, model: type[BaseModel]) -> str:
     shown = f" (got {given!r})" if isinstance(given, int | float | str) else ""
     words = re.findall(r"'([^']*)'", problem["ctx"]["expected"]) if kind in ("enum", "literal_error") else []
     return message + shown + did_you_mean(str(given), words)
+
+
+def _wanted(fields: Sequence[FieldInfo]) -> str:
+    """What to give for a field that is missing: by its `Missing`, else its description."""
+    marks = [mark.wanted for field in fields for mark in field.metadata if isinstance(mark, Missing)]
+    return next(iter([*marks, *(field.description for field in fields if field.description)]), "it")
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:
@@ -59,12 +76,22 @@ def did_you_mean(given: str, known: Sequence[str]) -> str:
 
 def _known(model: type[BaseModel], place: tuple[str | int, ...]) -> set[str]:
     """The fields of the object around `place`, by their names in JSON."""
+    return {field.alias or name for m in _around(model, place) for name, field in m.model_fields.items()}
+
+
+def _fields(model: type[BaseModel], place: tuple[str | int, ...]) -> list[FieldInfo]:
+    """The fields at `place`: one, or one of each of several models that may stand there."""
+    return [f for m in _around(model, place) for name, f in m.model_fields.items() if place[-1] in (f.alias, name)]
+
+
+def _around(model: type[BaseModel], place: tuple[str | int, ...]) -> list[type[BaseModel]]:
+    """The models that may stand around `place`."""
     here = [model]
     for part in place[:-1]:
         if isinstance(part, str):
             fields = [f for m in here for name, f in m.model_fields.items() if part in (f.alias, name)]
             here = [inner for field in fields for inner in _models(field.annotation)]
-    return {field.alias or name for m in here for name, field in m.model_fields.items()}
+    return here
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

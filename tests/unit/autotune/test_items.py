@@ -179,3 +179,65 @@ def test_answers_are_sampled_as_the_server_samples_them() -> None:
     assert server_defaults(Config("auto", given, {"max_new_tokens": 9})) == {"repetition_penalty": 1.3, "max_tokens": 9}
     assert server_defaults(Config("/folder", given, {})) == {"repetition_penalty": 1.3, "max_tokens": 16}
     assert server_defaults(Config("vllm", {}, {})) == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "task", "told"),
+    [
+        ("", {}, r"has an empty answer; remove the line, or name the column"),
+        ("  ", {"metric": "contains"}, r"has an empty answer"),
+        ("#### ", {"metric": "numeric"}, r"has an empty answer"),
+        (
+            "yes",
+            {"metric": "numeric"},
+            r"wants 'yes', which holds no number for metric numeric; remove the line, or choose another",
+        ),
+        (
+            "yes",
+            {"metric": "regex", "pattern": r"answer is (\d+)"},
+            r"wants 'yes', which the pattern 'answer is .*' can never find",
+        ),
+        ("42", {"metric": "regex", "pattern": r"is (\d)+"}, r".*can never find; correct the pattern or the line"),
+        ("no way", {"metric": "regex", "pattern": r"yes|no"}, r".*can never find"),
+        ("a\nb", {"stop": ["\n"]}, r"wants 'a\\nb', and the stop string '\\n' would end it before it is whole; correct stop"),
+        ("St. Ives", {"metric": "contains", "stop": ["."]}, r".*the stop string '.' would end it"),
+        ("1.50", {"metric": "numeric", "stop": ["."]}, r".*the stop string '.' would end it"),
+        ("1234567", {"maxTokens": 3}, r"wants an answer of \d tokens, and maxTokens is 3; raise maxTokens, or remove the line"),
+        ("it is 1,234,567", {"metric": "numeric", "maxTokens": 3}, r"wants an answer of \d tokens, and maxTokens is 3"),
+    ],
+)
+def test_an_item_that_no_answer_can_satisfy_is_named_before_an_engine_starts(
+    tmp_path: Path, answer: str, task: dict[str, Any], told: str
+) -> None:
+    """Nothing is right on such an item, so that it could show no loss; it is refused by file and line, whatever the cause."""
+    spec = tiny(tmp_path)
+    bad = rows(tmp_path / "bad.jsonl", {"prompt": "1+1=", "answer": answer})
+    with pytest.raises(UsageError, match=rf"^accuracy.tasks: \S+bad.jsonl line 1 {told}") as refused:
+        prepare(with_task(spec, {"file": bad, **task}))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "task", "text"),
+    [
+        ("42\n", {"stop": ["\n"]}, "42"),
+        ("The sum is 3.0", {"metric": "numeric", "stop": ["."], "maxTokens": 1}, "3"),
+        ("1,000", {"metric": "numeric", "stop": [","]}, "1000"),
+        ("42", {"metric": "regex", "pattern": r"is (\d+)"}, "it is 42"),
+        ("Yes", {"metric": "regex", "pattern": r"(?i)(?:so,? )(?P<what>yes|no)\b"}, "so, Yes!"),
+        ("42", {"metric": "regex", "pattern": r"(\d+(?= apples))"}, "42 apples"),
+        ("a]", {"metric": "regex", "pattern": r"[(]([])a]+)\)"}, "(a])"),
+        ("f(x)", {"metric": "regex", "pattern": r"\((\w\((?:x|y)\))\)"}, "(f(x))"),
+        ("b", {"metric": "regex", "pattern": r"= *(.*)"}, "=  b"),
+    ],
+)
+def test_an_item_that_can_be_answered_is_taken(tmp_path: Path, answer: str, task: dict[str, Any], text: str) -> None:
+    spec = with_task(tiny(tmp_path), {"file": rows(tmp_path / "good.jsonl", {"prompt": "1+1=", "answer": answer}), **task})
+    (item,) = (item for item in prepare(spec).items if item.prompt == "1+1=")
+    assert item.correct(text)
+
+
+def with_task(spec: Any, task: dict[str, Any]) -> Any:
+    return spec.model_copy(
+        update={"accuracy": spec.accuracy.model_copy(update={"tasks": (*spec.accuracy.tasks, TaskSpec(**task))})}
+    )

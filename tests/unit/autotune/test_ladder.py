@@ -298,21 +298,3 @@ def test_exact_buckets_stay_exact_in_every_layer_group() -> None:
 def test_with_too_few_layers_the_step_is_whole() -> None:
     for layers in ((), (0, 1, 2)):
         assert {c.S for c in Space(auto_buckets([16], [0]), (Kind.TOPK,), TOP_K, layers=layers).choices()} == {1, 2, 3}
-
-
-@pytest.mark.parametrize(
-    ("kinds", "shares", "first"),
-    [
-        ((Kind.SERE, Kind.TOPK, Kind.OEA), (0.0, 0.5, 0.7), [Choice(Kind.OEA, 2, 0.0, 0.5), Choice(Kind.SERE, 2, 0.1)]),
-        ((Kind.SERE, Kind.TOPK, Kind.OEA), (0.0,), [Choice(Kind.OEA, 2), Choice(Kind.SERE, 2, 0.1)]),
-        ((Kind.SERE, Kind.TOPK), (0.0, 0.5), [Choice(Kind.SERE, 2, 0.1), Choice(Kind.SERE, 2, 0.0)]),
-        ((Kind.TOPK,), (0.0, 0.5), [Choice(Kind.TOPK, 2), Choice(Kind.TOPK, 1)]),
-    ],
-    ids=["with minShare", "without", "no oea", "topk alone"],
-)
-def test_the_first_offer_is_what_the_comparison_of_kinds_found_best(
-    kinds: tuple[Kind, ...], shares: tuple[float, ...], first: list[Choice]
-) -> None:
-    """docs/policies.md: kind oea at S = 2, with a minShare where one is searched; `sere` has its own trials behind it."""
-    some = Space(auto_buckets([4, 16], [0, 0]), kinds, TOP_K, shares=shares)
-    assert some.first_trials(6) == [some.exact(), *((choice,) * 2 for choice in first)]

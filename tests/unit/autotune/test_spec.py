@@ -1,6 +1,9 @@
 """The tuning file: what is accepted, what is refused, and with which words."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from sere_autotune.tuning.file import load_spec, to_yaml
 from sere_autotune.tuning.options import leaves, overrides
 from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.errors import UsageError
+from tests.kit.planted import spec_for, write_items
 
 WHOLE = """
 model: Qwen/Qwen3-30B-A3B
@@ -142,3 +146,33 @@ def test_a_flag_replaces_its_rival_in_the_file(tmp_path: Path) -> None:
     found = spec(tmp_path, {("workload", "load", "concurrency"): [4, 16], ("calibrate", "data"): "c.jsonl"})
     assert found.workload.load.levels == (4, 16)
     assert found.similarity is None
+
+
+def test_what_is_missing_is_told_with_what_to_give(tmp_path: Path) -> None:
+    lacking = re.sub(r"slo:\n.*\n.*\n", "", WHOLE)
+    with pytest.raises(
+        UsageError, match=r"tuning.yaml: slo: is missing; give a latency limit, such as {tpotMs: {p95: 50}} \(--slo-"
+    ):
+        spec(tmp_path, text=lacking)
+    with pytest.raises(UsageError) as refused:
+        load_spec(None, {})
+    told = str(refused.value)
+    assert "model: is missing; give model name or folder" in told
+    assert "accuracy: is missing; give labelled items, such as {tasks: [items.jsonl]} (--accuracy-tasks items.jsonl)" in told
+    assert "Field required" not in told
+
+
+def test_the_dry_run_is_plain_and_whole_in_a_pipe(tmp_path: Path) -> None:
+    """No colours, no line broken at the width of some screen: each line can be searched for, and the file can be read back."""
+    items = write_items(tmp_path / f"{'long ' * 40}items.jsonl", 1200)
+    file = tmp_path / "tuning.yaml"
+    file.write_text(to_yaml(spec_for(tmp_path / "out", items)))
+    command = [sys.executable, "-m", "sere_ext.cli.main", "tune", "-f", str(file), "--dry-run"]
+    narrow = {**os.environ, "COLUMNS": "40", "TERM": "xterm-256color", "FORCE_COLOR": "1", "XDG_STATE_HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=narrow, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    plan, _, yaml_text = done.stdout.partition("\n\n")
+    assert "\x1b" not in done.stdout
+    assert {line.split()[0] for line in plan.splitlines() if line[0] != " "} >= {"Accuracy", "Similarity", "Time", "Budget"}
+    assert any(len(line) > 80 for line in plan.splitlines())
+    assert str(items) in yaml_text and yaml_text == file.read_text()

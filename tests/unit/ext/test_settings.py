@@ -14,6 +14,7 @@ from sere_ext.contract.errors import PolicyError, SimilarityError, UnsupportedEr
 from sere_ext.contract.policy import Policy
 from sere_ext.engine.settings import Settings, resolve
 from sere_ext.engine.versions import check_engine_version
+from sere_ext.similarity.hub import asked_model_config, why_not_on_hub
 
 TOPK: dict[str, Any] = {"buckets": [{"minTokens": 8, "kind": "topk", "S": 2}]}
 
@@ -130,9 +131,72 @@ def test_a_folder_that_is_not_there_is_said_and_not_asked_of_the_hub(given: list
         check_model(given)
 
 
-def test_names_of_the_hub_and_folders_that_are_there_are_left_to_the_engine(tmp_path: Path) -> None:
-    for given in (["Qwen/Qwen3-30B-A3B"], ["gpt2", "--port", "1"], [str(tmp_path)], ["s3://bucket/a/model"], ["--port", "1"], []):
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (
+            "no-such-model",
+            r"there is no folder no-such-model \(from .*\), and HF_HUB_OFFLINE keeps it from being looked for on the hub",
+        ),
+        ("no/such", r"check its spelling, or download it first \(hf download no/such\)$"),
+        ("a b", r"and no model of the hub can have that name; check its spelling$"),
+        ("{folder}", r"is a folder without config.json.*, so it holds no model; give the folder with the model's"),
+        ("{folder}/file", r"is a file; give the folder of the model that it belongs to$"),
+        ("{folder}/none", r"there is no folder .*none \(from .*\); check its spelling$"),
+    ],
+)
+def test_a_name_that_is_no_model_is_one_sentence_of_ours(
+    name: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In `sere serve`, `sere calibrate` and (by `asked_model_config`) `sere tune` alike, without the hub's own words."""
+    (tmp_path / "file").write_text("")
+    model = name.format(folder=tmp_path)
+    for ask in (lambda: check_model([model]), lambda: asked_model_config(model)):
+        with pytest.raises(UsageError, match=told) as refused:
+            ask()
+        assert "\n" not in str(refused.value) and "Repo id" not in str(refused.value)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_address_and_a_broken_configuration_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="http://host/m is an address; give a model's folder"):
+        asked_model_config("http://host/m")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UsageError, match=r"config\.json cannot be read as JSON"):
+        asked_model_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UsageError, match="holds no JSON object"):
+        asked_model_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        ("GatedRepoError", "the hub gives a/b to those only who accepted its terms"),
+        ("RepositoryNotFoundError", "and the hub has no such model for you; check its spelling, or run hf auth login"),
+        ("RevisionNotFoundError", "the hub's a/b has no revision v9; check its spelling, or leave it out"),
+        ("RemoteEntryNotFoundError", "the hub's a/b has no config.json"),
+        ("LocalEntryNotFoundError", "and the hub cannot be reached to look for it there; check its spelling and the network"),
+    ],
+)
+def test_what_the_hub_says_is_told_in_our_words(raised: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants, errors
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    kind = getattr(errors, raised)
+    wrapped = OSError("many words")
+    wrapped.__cause__ = kind.__new__(kind)
+    assert told in why_not_on_hub("a/b", "v9", wrapped)
+
+
+def test_folders_of_models_and_names_that_only_vllm_reads_are_left_to_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "params.json").write_text("{}")
+    for given in ([str(tmp_path)], ["s3://bucket/a/model"], ["a/b:Q4_K_M"], ["--port", "1"], []):
         check_model(given)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: "config.json")
+    check_model(["Qwen/Qwen3-30B-A3B"])
 
 
 def test_serve_refuses_bad_settings_before_the_model_is_loaded(tmp_path: Path) -> None:
