@@ -99,7 +99,7 @@ class World:
             "SereDeployment": "serving.sere.dev/v1alpha1", "SereTuningJob": "serving.sere.dev/v1alpha1",
             "SereProfile": "serving.sere.dev/v1alpha1", "Deployment": "apps/v1", "PodDisruptionBudget": "policy/v1",
             "HorizontalPodAutoscaler": "autoscaling/v2", "ReplicaSet": "apps/v1",
-            "Job": "batch/v1", "Role": "rbac.authorization.k8s.io/v1", "Lease": "coordination.k8s.io/v1",
+            "Job": "batch/v1", "Role": "rbac.authorization.k8s.io/v1", "RoleBinding": "rbac.authorization.k8s.io/v1", "Lease": "coordination.k8s.io/v1",
         }.get(kind, "v1")  # fmt: skip
         return self.client.resources.get(api_version=version, kind=kind)
 

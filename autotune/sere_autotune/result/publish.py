@@ -21,10 +21,9 @@ import httpx2
 from sere_autotune.result.results import Finished
 from sere_ext.contract.config_maps import config_maps, encoded, uri
 from sere_ext.contract.errors import PublishError, UsageError
-from sere_ext.contract.names import OPENINGS_NAME
+from sere_ext.contract.names import OPENINGS_NAME, TUNER_FIELD_MANAGER
 from sere_ext.contract.volume import MAX_FILE_BYTES
 
-FIELD_MANAGER = "sere-tuner"
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _PROGRESS_EVERY_S = 5.0
 _FINAL_PATIENCE_S = 300.0
@@ -162,7 +161,7 @@ class Publisher:
     def _result(self, data: dict[str, str]) -> dict[str, Any]:
         return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": self.target.name}, "data": data}
 
-    def _persist(self, body: dict[str, Any], manager: str = FIELD_MANAGER) -> dict[str, Any]:
+    def _persist(self, body: dict[str, Any], manager: str = TUNER_FIELD_MANAGER) -> dict[str, Any]:
         """Apply, with patience; the object as it is then."""
         deadline = time.monotonic() + _FINAL_PATIENCE_S
         pause = 1.0
@@ -178,7 +177,7 @@ class Publisher:
             time.sleep(pause)
             pause = min(pause * 2, 30)
 
-    def _apply(self, body: dict[str, Any], manager: str = FIELD_MANAGER) -> dict[str, Any]:
+    def _apply(self, body: dict[str, Any], manager: str = TUNER_FIELD_MANAGER) -> dict[str, Any]:
         name, namespace = body["metadata"]["name"], self.target.namespace
         # Without the proxies of the environment: those are for weights from outside, and know no address of the cluster.
         with httpx2.Client(trust_env=False, verify=self.access.ca, timeout=20) as client:

@@ -332,3 +332,17 @@ class Toleration(Record):
         ),
     ] = None
     toleration_seconds: Annotated[int | None, Field(description="how long NoExecute is tolerated. Default: for ever.")] = None
+
+
+class ContestedField(Record):
+    """A field that the operator put back, and that somebody else changed again."""
+
+    object: Annotated[str, Field(description="kind and name")]
+    field: Annotated[str, Field(description="path in the object")]
+    times: Annotated[int, Field(description="that it was changed; above 2 it is left as it is")]
+    at: Annotated[str, Field(json_schema_extra={"format": "date-time"}, description="the last time")]
+
+
+ContestedFields = Annotated[
+    tuple[ContestedField, ...], Field(max_length=32, description="fields of children that somebody else changes, too")
+]

@@ -14,6 +14,7 @@ from sere_ext.contract.tuning import LatencySlo
 from sere_operator.api.common import (
     Artefact,
     Challenger,
+    ContestedFields,
     DnsName,
     Duration,
     Engine,
@@ -283,15 +284,6 @@ class TuningRun(Record):
     asked: Annotated[str | None, Field(description="value of the annotation that asked for it once more")] = None
 
 
-class ContestedField(Record):
-    """A field that the operator put back, and that somebody else changed again."""
-
-    object: Annotated[str, Field(description="kind and name")]
-    field: Annotated[str, Field(description="path in the object")]
-    times: Annotated[int, Field(description="that it was changed; above 2 it is left as it is")]
-    at: Annotated[str, Field(json_schema_extra={"format": "date-time"}, description="the last time")]
-
-
 class SereDeploymentStatus(Record):
     """What has become of it. Figures are strings with their unit, as last certified, so that a quiet minute writes nothing."""
 
@@ -313,9 +305,7 @@ class SereDeploymentStatus(Record):
         tuple[TuningRun, ...],
         Field(max_length=MAX_RUNS, description="runs that were begun; deleting their jobs begins none anew"),
     ] = ()
-    contested: Annotated[
-        tuple[ContestedField, ...], Field(max_length=32, description="fields of children that somebody else changes, too")
-    ] = ()
+    contested: ContestedFields = ()
     tuning_job: Annotated[str | None, Field(description="the SereTuningJob of this spec")] = None
     tpot_p95: Annotated[str | None, Field(description="as certified: 17.9ms")] = None
     speedup: Annotated[str | None, Field(description="as certified: 1.35x")] = None

@@ -27,6 +27,7 @@ from sere_ext.contract.tuning import (
 from sere_operator.api.common import (
     Challenger,
     Claim,
+    ContestedFields,
     DnsName,
     Engine,
     Model,
@@ -173,5 +174,6 @@ class SereTuningJobStatus(Record):
     device_hours: Annotated[str | None, Field(description="device time spent, hours")] = None
     start_time: Annotated[str | None, Field(json_schema_extra={"format": "date-time"}, description="of the run")] = None
     completion_time: Annotated[str | None, Field(json_schema_extra={"format": "date-time"}, description="of the run")] = None
+    contested: ContestedFields = ()
     result_config_map: Annotated[str | None, Field(description="named by the operator beforehand; the run writes it")] = None
     profile: Annotated[str | None, Field(description="the SereProfile made from the result")] = None

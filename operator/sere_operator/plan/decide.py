@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from sere_ext.contract.errors import SpecError
 from sere_ext.contract.policy import EXACT, EXACT_POLICY
-from sere_operator.api import meta
 from sere_operator.api.common import parse_spec
 from sere_operator.api.conditions import Reason
 from sere_operator.api.deployment import SereDeploymentSpec
@@ -14,7 +13,7 @@ from sere_operator.plan import status
 from sere_operator.plan.chain import first
 from sere_operator.plan.objects import children, drift
 from sere_operator.plan.objects.children import Defaults
-from sere_operator.plan.objects.contested import Contested
+from sere_operator.plan.objects.contested import Contested, keep
 from sere_operator.plan.objects.revision import effective, kept, replacing
 from sere_operator.plan.objects.volume import (
     PolicyEntry,
@@ -98,7 +97,7 @@ def carried_out(snapshot: Snapshot, defaults: Defaults) -> Plan | None:
         step = replace(step, stable=EXACT)  # `stable` must never name what is not there: pods would keep what they have
     key = entries[step.stable].key if step.stable in entries else None
     step = replace(step, misfits=misfits(snapshot, key) if key is not None else {})
-    plan, contested = Plan(), Contested.read(snapshot.status, snapshot.now)
+    plan, contested = Plan(), Contested.read(snapshot)
     _plan_objects(snapshot, spec, step, entries, deployment, plan, contested)
     runs = plan_tuning(snapshot, spec, plan)
     case = Case(snapshot, spec, choice.wanted, step, hold)
@@ -192,9 +191,9 @@ def _plan_objects(
     if autoscaler is not None:
         wanted_bodies.append(autoscaler)
     for body in shards:  # before the policies that need them
-        _plan_body(plan, contested, body, snapshot.shards.get(body["metadata"]["name"]))
+        keep(plan, contested, body, snapshot.shards.get(body["metadata"]["name"]))
     for body in (config_map, *map(drift.stamped, wanted_bodies)):
-        _plan_body(plan, contested, body, snapshot.children.get(body["kind"]))
+        keep(plan, contested, body, snapshot.children.get(body["kind"]))
     handed_over = children.replicas_handed_over(spec, snapshot.children.get("Deployment"))
     if handed_over is not None:
         plan.hand_over.append(handed_over)
@@ -204,41 +203,6 @@ def _plan_objects(
     needed = {body["metadata"]["name"] for body in shards}
     plan.delete += [live for name, live in snapshot.shards.items() if name not in needed]
     plan.pods = [patch for pod in snapshot.live_pods if (patch := pod_patch(snapshot, step, config_map, pod)) is not None]
-
-
-def _plan_body(plan: Plan, contested: Contested, body: Object, live: Object | None) -> None:
-    """Apply one child where it is missing or changed, and take out what does not belong into it; foreign changes are told.
-
-    What somebody else changes again and again is left, but for ConfigMaps, which say what pods run.
-    """
-    what = f"{body['kind']} {body['metadata']['name']}"
-    if live is None or not _same_config(body, live):  # what we want is not what we applied last
-        contested.forget(what)
-        if drift.drift(body, live) is not None:
-            plan.apply.append(body)
-        return
-    foreign = drift.without_foreign(body, live)
-    wrong = [*drift.drifts(body, live), *(foreign[1] if foreign is not None else [])]
-    heal = wrong if body["kind"] == "ConfigMap" else contested.settle(what, wrong)
-    left = set(wrong) - set(heal)
-    foreign = drift.without_foreign(body, live, left)
-    if foreign is not None:
-        plan.replace.append(foreign[0])
-        plan.events.append(Event("Normal", "Healed", f"{what}: {_listed(foreign[1])} was taken out"))
-    wanted_body = drift.leaving(body, live, left)
-    where = list(drift.drifts(wanted_body, live))
-    if where:
-        plan.apply.append(wanted_body)
-        plan.events.append(Event("Normal", "Healed", f"{what}: {_listed(where)} was put back"))
-
-
-def _listed(paths: list[str]) -> str:
-    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
-
-
-def _same_config(body: Object, live: Object) -> bool:
-    key = meta.CONFIG_HASH_ANNOTATION
-    return bool((live["metadata"].get("annotations") or {}).get(key) == body["metadata"]["annotations"][key])
 
 
 # ---- status and events -------------------------------------------------------------------------------------------

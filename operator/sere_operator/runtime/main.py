@@ -30,7 +30,6 @@ from sere_operator.runtime import handlers
 from sere_operator.runtime.attention import Attention
 from sere_operator.runtime.client import Client
 from sere_operator.runtime.enact import enact
-from sere_operator.runtime.healing import Healing
 from sere_operator.runtime.health import Health
 from sere_operator.runtime.lease import Elector, LeaseSettings, lead
 from sere_operator.runtime.observe import observe, observe_tuning
@@ -76,7 +75,6 @@ class Operator:
         self.switch = Reconciler(KillSwitch(self.urgent, lambda: self.elector.leads).work, workers=settings.workers)
         self.attention = Attention()
         self._token_problems: dict[Key, str] = {}  # the last Warning about refused tokens, by resource
-        self.healing = Healing()
         self.rollouts = Rollouts(settings.engine_rollouts)
         self._challenged: dict[str, float] = {}  # by uid: when another operator's ownership was last asked about
         self.wakes = handlers.Wakes(self.reconciler, self.switch)
@@ -112,7 +110,7 @@ class Operator:
             plan = decide(replace(snapshot, watched_s=watched_s), defaults)
             seen, plan = snapshot, self.rollouts.paced(key, snapshot, plan)
             self._warn_of_tokens(key, plan, problem or "; ".join(prober.refusals))
-        plan = self._claimed(seen, plan) or self.healing.paced(key, marked(seen, plan, self.settings.instance))
+        plan = self._claimed(seen, plan) or marked(seen, plan, self.settings.instance)
         if plan.writes:
             log.info(
                 "writing", kind=kind, namespace=namespace, name=name, generation=seen.generation,
@@ -121,13 +119,7 @@ class Operator:
                 pods={patch.name: patch.annotations for patch in plan.pods}, delete=[body["kind"] for body in plan.delete],
                 status=sorted(plan.status or {}),
             )  # fmt: skip
-        try:
-            written = await enact(self.client, seen, plan, lambda: self.elector.leads)
-        except ApiError:
-            self.healing.not_written(key, plan)
-            raise
-        if written is not plan:
-            self.healing.not_written(key, plan)
+        written = await enact(self.client, seen, plan, lambda: self.elector.leads)
         return written.requeue_after
 
     async def _api_key(self, key: Key) -> tuple[str | None, str]:
@@ -167,7 +159,6 @@ class Operator:
         while True:
             await asyncio.sleep(self.settings.resync_s / 5 * random.uniform(0.8, 1.2))
             self.prober.forget()
-            self.healing.forget()
             try:
                 suspects = await self._check_watch(suspects)
             except Exception as error:

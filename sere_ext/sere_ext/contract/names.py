@@ -10,3 +10,4 @@ API_VERSION: Final = "serving.sere.dev/v1alpha1"  # GROUP/VERSION, whole so that
 SIMILARITY_LABEL: Final = f"{GROUP}/similarity"  # of a ConfigMap that carries a similarity file: the file's name
 ENGINE_PORT: Final = 8000  # vLLM's own default
 OPENINGS_NAME: Final = "sere-openings"  # ConfigMap of a namespace: which held-out items tuning runs opened, a key for each model
+TUNER_FIELD_MANAGER: Final = "sere-tuner"  # of the ConfigMaps that a tuning run publishes

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from sere_operator.api.meta import CONFIG_HASH_ANNOTATION
 from sere_operator.plan.decide import decide
 from sere_operator.plan.objects.children import Defaults
-from sere_operator.plan.objects.contested import PUT_BACK
+from sere_operator.plan.objects.contested import MAX_FIELDS, OTHERS, PUT_BACK, Contested
 from tests.kit.plan_world import DIGEST, POLICY, World, profile_body
 
 IMAGE = "spec.template.spec.containers[engine].image"
@@ -52,6 +53,51 @@ def test_what_a_webhook_rewrites_is_left_after_the_second_time_and_named_once() 
     world.step()
     image = world.children["Deployment"]["spec"]["template"]["spec"]["containers"][0]["image"]
     assert image == "mirror.example/own:2", "what the spec changes is written"
+
+
+class Stripper(World):
+    """Whoever keeps annotations of its own takes those of others out of every Deployment, the operator's hash among them."""
+
+    def _apply(self, body: dict[str, Any]) -> None:
+        super()._apply(body)
+        if body["kind"] == "Deployment":
+            self.children["Deployment"]["metadata"]["annotations"].pop(CONFIG_HASH_ANNOTATION, None)
+
+
+def test_the_annotation_that_tells_what_was_applied_is_no_way_round_that() -> None:
+    world = Stripper(2)
+    written = 0
+    for _ in range(30):
+        written += sum(body["kind"] == "Deployment" for body in world.step().apply)
+        world.tick()
+    assert written <= 1 + PUT_BACK
+    assert world.events.count("FieldLeft") == 1
+    for number in range(5):  # edits of the spec are not that somebody's
+        world.edit(engine={"image": f"own:{number}"})
+        world.settle()
+        engine = world.children["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+        assert engine["image"] == f"own:{number}"
+
+
+def test_another_default_of_the_operator_is_written_however_often() -> None:
+    world = settled()
+    for number in range(5):
+        world.defaults = Defaults(engine_image=f"sere-engine:{number}")
+        world.settle()
+        engine = world.children["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+        assert engine["image"] == f"sere-engine:{number}"
+    assert "FieldLeft" not in world.events and "contested" not in world.status
+
+
+def test_more_fields_than_are_remembered_are_left_together() -> None:
+    contested = Contested(now=0.0)
+    fields = [f"field{number}" for number in range(3 * MAX_FIELDS)]
+    assert [contested.settle("Deployment m", fields) for _ in range(PUT_BACK)] == [fields] * PUT_BACK
+    assert contested.settle("Deployment m", fields) == []
+    assert contested.settle("Service m", ["type"]) == [], "no room, so it is not fought either"
+    told = contested.told()
+    assert told is not None and len(told) == MAX_FIELDS
+    assert len(contested.events) == MAX_FIELDS and OTHERS in contested.events[-1].message
 
 
 def test_an_edit_now_and_then_is_put_back_each_time() -> None:

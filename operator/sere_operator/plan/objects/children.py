@@ -58,6 +58,17 @@ def owned(owner: Object, child: Object) -> bool:
     return any(reference.get("uid") == owner["metadata"]["uid"] and reference.get("controller") for reference in references)
 
 
+def controlled(child: Object) -> bool:
+    """Whether an object has any controller."""
+    return any(reference.get("controller") for reference in child["metadata"].get("ownerReferences") or [])
+
+
+def applied_by(child: Object, manager: str) -> bool:
+    """Whether this field manager has server-side applied an object."""
+    entries = child["metadata"].get("managedFields") or []
+    return any(entry.get("manager") == manager and entry.get("operation") == "Apply" for entry in entries)
+
+
 def ours(owner: Object, child: Object) -> bool:
     """Whether a child is owned, or was: deleting its owner with `--cascade=orphan` leaves it without a controller.
 
@@ -65,16 +76,10 @@ def ours(owner: Object, child: Object) -> bool:
     """
     if owned(owner, child):
         return True
-    metadata = child["metadata"]
-    if any(reference.get("controller") for reference in metadata.get("ownerReferences") or []):
-        return False
-    told = metadata.get("labels") or {}
-    label = {meta.MANAGED_BY_LABEL: meta.FIELD_MANAGER, meta.DEPLOYMENT_LABEL: meta.label_value(owner["metadata"]["name"])}
-    applied = any(
-        entry.get("manager") == meta.FIELD_MANAGER and entry.get("operation") == "Apply"
-        for entry in metadata.get("managedFields") or []
-    )
-    return applied and all(told.get(key) == value for key, value in label.items())
+    told = child["metadata"].get("labels") or {}
+    label = {meta.MANAGED_BY_LABEL: meta.FIELD_MANAGER, meta.INSTANCE_LABEL: meta.label_value(owner["metadata"]["name"])}
+    labelled = all(told.get(key) == value for key, value in label.items())
+    return labelled and not controlled(child) and applied_by(child, meta.FIELD_MANAGER)
 
 
 def labels(name: str, component: str) -> dict[str, str]:

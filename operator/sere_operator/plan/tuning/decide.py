@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 from sere_ext.contract.errors import SpecError
 from sere_operator.api import meta
 from sere_operator.api.common import parse_spec
 from sere_operator.api.conditions import ConditionType, Reason, find_condition
 from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan import status
-from sere_operator.plan.objects import children, drift
+from sere_operator.plan.objects import drift
 from sere_operator.plan.objects.children import Defaults
+from sere_operator.plan.objects.contested import Contested, keep
 from sere_operator.plan.patch import merge_patch, without_none
 from sere_operator.plan.snapshot import Event, Object, Plan, TuningSnapshot
 from sere_operator.plan.times import stamp
-from sere_operator.plan.tuning.objects import build, result_name, result_names, run_name
+from sere_operator.plan.tuning.objects import build, result_name, run_name
+from sere_operator.plan.tuning.orphans import being_collected, not_ours, of_another_spec, orphaned, shards_taken_back
 from sere_operator.plan.tuning.result import Result, read_result, suspended_by_us
 
 _FEASIBLE = {"Chosen": True, "Infeasible": False}
@@ -37,8 +41,8 @@ def decide_tuning(snapshot: TuningSnapshot, defaults: Defaults) -> Plan:
     if snapshot.status.get("outcome"):
         return plan
     bodies = build(snapshot, spec, defaults)
-    foreign = _not_ours(snapshot, bodies)
-    if foreign is not None and not _of_an_earlier_run(snapshot, foreign):
+    foreign = not_ours(snapshot, bodies)
+    if foreign is not None and not being_collected(snapshot, foreign):
         what = f"{foreign['kind']} {foreign['metadata']['name']} exists and is not ours; rename it or this job"
         _report(snapshot, spec, Result(None, Reason.INVALID_SPEC, what, {}, "refused"), plan)
         return plan
@@ -47,59 +51,55 @@ def decide_tuning(snapshot: TuningSnapshot, defaults: Defaults) -> Plan:
         _report(snapshot, spec, waiting, plan)
         plan.requeue_after = COLLECTED_POLL_S
         return plan
-    result = read_result(snapshot, spec)
-    for body in bodies if result.outcome is None else ():
-        _keep(plan, drift.stamped(body), snapshot.child(body["kind"], body["metadata"]["name"]))
+    left = of_another_spec(snapshot, bodies)
+    if left is not None:
+        what = f"{left['kind']} {left['metadata']['name']} is left of a run of this name with another spec"
+        _report(snapshot, spec, Result(None, Reason.INVALID_SPEC, f"{what}; delete it or rename this job", {}, "refused"), plan)
+        return plan
+    result, contested = read_result(snapshot, spec), Contested.read(snapshot)
+    plan.apply += shards_taken_back(snapshot)  # first: where the plan is cut off after them, the other orphans are still found
+    for body in bodies:
+        live = snapshot.child(body["kind"], body["metadata"]["name"])
+        if result.outcome is None or orphaned(snapshot, live):
+            _keep(snapshot, plan, contested, drift.stamped(body), live)
     for body in result.objects:
         if snapshot.child(body["kind"], body["metadata"]["name"]) is None:
             plan.apply.append(body)
-    _report(snapshot, spec, result, plan)
+    plan.events += contested.events
+    _report(snapshot, spec, result, plan, contested.told())
     return plan
 
 
-def _not_ours(snapshot: TuningSnapshot, bodies: list[Object]) -> Object | None:
-    """The first live object of a name that this run writes, or lets its tuner write, and that this run did not make.
-
-    Objects left by an earlier run of the same name come last, since those go away by themselves.
-    """
-    names = [(body["kind"], body["metadata"]["name"]) for body in bodies]
-    names += [("ConfigMap", name) for name in result_names(snapshot.name)]
-    live = [child for key in names if (child := snapshot.child(*key)) is not None]
-    foreign = [child for child in live if not children.owned(snapshot.object, child)]
-    return min(foreign, key=lambda child: _of_an_earlier_run(snapshot, child), default=None)
-
-
-def _of_an_earlier_run(snapshot: TuningSnapshot, live: Object) -> bool:
-    """Whether a child still belongs to a deleted SereTuningJob of the same name: to adopt it would be to read its old result."""
-    owners = live["metadata"].get("ownerReferences") or []
-    return any(
-        owner.get("controller") and owner.get("kind") == meta.TUNING_JOB_KIND and owner.get("name") == snapshot.name
-        for owner in owners
-    )
-
-
-def _keep(plan: Plan, body: Object, live: Object | None) -> None:
-    """Apply what is missing or changed. A Job's template is immutable, so of a live Job only `suspend` is set.
+def _keep(snapshot: TuningSnapshot, plan: Plan, contested: Contested, body: Object, live: Object | None) -> None:
+    """Apply what is missing or changed. A Job's template is immutable, so of a live Job only owner and `suspend` are set.
 
     A Job that a queue has suspended (such as Kueue) stays so until the queue lets it go: only what we suspended, which an
     annotation of ours tells, is resumed.
     """
-    if live is None or body["kind"] != "Job":
+    if body["metadata"]["name"] == result_name(snapshot.name):  # its content is the tuner's
         if drift.drift(body, live) is not None:
             plan.apply.append(body)
+        return
+    if live is None or body["kind"] != "Job":
+        keep(plan, contested, body, live)
         return
     finished = any(
         c.get("status") == "True" for c in (live.get("status") or {}).get("conditions") or [] if c["type"] != "Suspended"
     )
     wanted, mine = bool(body["spec"]["suspend"]), suspended_by_us(live)
-    if finished or wanted == (bool(live["spec"].get("suspend")) if wanted else mine):
-        return
-    annotations = {**(live["metadata"].get("annotations") or {}), meta.SUSPENDED_ANNOTATION: str(wanted).lower()}
-    resumed = {**live, "metadata": {**live["metadata"], "annotations": annotations}}
-    plan.replace.append({**resumed, "spec": {**live["spec"], "suspend": wanted}})
+    changed = copy.deepcopy(live)
+    if orphaned(snapshot, live):
+        changed["metadata"]["ownerReferences"] = body["metadata"]["ownerReferences"]
+    if not finished and wanted != (bool(live["spec"].get("suspend")) if wanted else mine):
+        changed["metadata"].setdefault("annotations", {})[meta.SUSPENDED_ANNOTATION] = str(wanted).lower()
+        changed["spec"]["suspend"] = wanted
+    if changed != live:
+        plan.replace.append(changed)
 
 
-def _report(snapshot: TuningSnapshot, spec: SereTuningJobSpec, result: Result, plan: Plan) -> None:
+def _report(
+    snapshot: TuningSnapshot, spec: SereTuningJobSpec, result: Result, plan: Plan, contested: list[Object] | None = None
+) -> None:
     conditions = list(snapshot.status.get("conditions") or [])
     before = (find_condition(conditions, ConditionType.COMPLETE) or {}).get("reason")
     done = result.outcome is not None
@@ -124,6 +124,7 @@ def _report(snapshot: TuningSnapshot, spec: SereTuningJobSpec, result: Result, p
             "completionTime": stamp(snapshot.now) if done else None,
             "resultConfigMap": result_name(snapshot.name),
             "profile": result.profile,
+            "contested": contested,
             **result.told,
         }
     )

@@ -14,6 +14,7 @@ from sere_operator.plan.objects.children import Defaults, text
 from sere_operator.plan.reads import Artefact, Child, Listed, Read
 from sere_operator.plan.snapshot import TuningSnapshot
 from sere_operator.plan.tuning.objects import build, result_name, result_names, run_name
+from sere_operator.plan.tuning.orphans import any_orphaned
 from sere_operator.plan.tuning.result import read_result, similarity_uri
 
 
@@ -53,8 +54,8 @@ def _objects(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaul
 
 
 def _to_be_written(snapshot: TuningSnapshot) -> Iterator[Read]:
-    """Before the tuner is given the right to write its ConfigMaps: what stands there already is somebody else's."""
-    if snapshot.child("Role", run_name(snapshot.name)) is None:
+    """What stands where the tuner writes its ConfigMaps: before it is given the right to, and where orphans are taken back."""
+    if snapshot.child("Role", run_name(snapshot.name)) is None or any_orphaned(snapshot):
         for name in result_names(snapshot.name):
             yield Child("ConfigMap", name)
 

@@ -7,6 +7,7 @@ rights end there.
 from __future__ import annotations
 
 import json
+import re
 
 from sere_ext.contract.config_maps import config_map_name
 from sere_ext.contract.errors import ExitCode
@@ -89,14 +90,27 @@ def labels(snapshot: TuningSnapshot, spec: SereTuningJobSpec) -> dict[str, str]:
     return found
 
 
+def study_folder(snapshot: TuningSnapshot) -> str:
+    """The folder of the run's study, below RUN_DIR.
+
+    It is this run's alone, since one of the same name that was deleted and made again begins anew; but a run that takes back
+    orphaned objects goes on in the folder that their input names.
+    """
+    live = snapshot.child("ConfigMap", input_name(snapshot.name))
+    if live is not None and children.ours(snapshot.object, live):
+        named = re.search(r'"out": "([^"]*)"', (live.get("data") or {}).get("tuning.yaml", ""))
+        folder = named[1].removeprefix(f"{RUN_DIR}/") if named else ""
+        if re.fullmatch(re.escape(snapshot.name) + "-[0-9a-z]{1,8}", folder):
+            return folder
+    return f"{snapshot.name}-{str(snapshot.object['metadata']['uid'])[:8]}"
+
+
 def build(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaults) -> list[Object]:
     """The children in the order in which they are needed: rights, input, the result's place, the Job."""
     owner, name, namespace = snapshot.object, snapshot.name, snapshot.namespace
     metadata = {"namespace": namespace, "labels": labels(snapshot, spec), "ownerReferences": [children.owner_reference(owner)]}
     storage = pods.Storage()
-    # Of this run alone: one of the same name that was deleted and made again begins anew.
-    folder = f"{name}-{str(owner['metadata']['uid'])[:8]}"
-    text = json.dumps(tuning_file(spec, storage, folder), indent=2)  # JSON is YAML
+    text = json.dumps(tuning_file(spec, storage, study_folder(snapshot)), indent=2)  # JSON is YAML
     names = [*result_names(name), OPENINGS_NAME]
     rules = [{"apiGroups": [""], "resources": ["configmaps"], "resourceNames": names, "verbs": ["create", "patch"]}]
     run = run_name(name)
