@@ -15,7 +15,7 @@ from sere_ext.contract.errors import PolicyError
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.profile import ProfileKey
 from sere_ext.contract.state import EngineState
-from sere_ext.contract.volume import POD_OVERRIDE, POD_POLICY, STABLE, Desired, desired, named_policy
+from sere_ext.contract.volume import POD_OVERRIDE, POD_POLICY, STABLE, Desired, desired, named_policy, named_slo
 from sere_operator.api import meta
 from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
@@ -48,7 +48,8 @@ class Pod:
     digest: str = "exact"
     due: tuple[str, float] | None = None
     restarts: int = 0
-    counts: dict[str, list[float]] = field(default_factory=dict)  # digest -> [requests, seconds, over 20 ms]
+    counts: dict[str, list[float]] = field(default_factory=dict)  # digest -> [requests, seconds, over `limit_ms`]
+    limit_ms: float | None = None  # at which its histograms have a bound
     ran: list[str] = field(default_factory=list)
     ready: bool = True
     labels: dict[str, str] = field(default_factory=dict)
@@ -136,6 +137,7 @@ class World:
         self.sick: set[str] = set()  # pods whose histograms cannot be read
         self.silent: set[str] = set()  # pods that pass the kubelet's probe and do not answer the operator
         self.deployment_conditions: list[dict[str, Any]] = []
+        self.bounds_follow = True  # histograms get a bound at the limit that the volume names, and begin anew
         self.routable = True  # a token comes through the Service
 
     # ---- what the operator reads ----
@@ -174,7 +176,9 @@ class World:
 
     def metrics(self, pod: Pod) -> PodMetrics:
         series = {  # as if every latency of one policy were the same
-            (d, "8-64"): Histogram(int(n), s, {"20": int(over)}, (s, s * s / n if n else 0.0))
+            (d, "8-64"): Histogram(
+                int(n), s, {f"{pod.limit_ms:g}": int(over)} if pod.limit_ms else {}, (s, s * s / n if n else 0.0)
+            )
             for d, (n, s, over) in pod.counts.items()
         }
         return PodMetrics(series, series)
@@ -330,6 +334,11 @@ class World:
             files[name] = pod.annotations.get(annotation, "")
         return desired(files, ProfileKey.model_validate(pod.key))
 
+    def _limit_ms(self) -> float | None:
+        """The first limit on TPOT in the policy volume."""
+        slo = named_slo((self.children.get("ConfigMap") or {}).get("data") or {})
+        return next(iter(slo.tpot_ms.limits().values())) if slo is not None and slo.tpot_ms is not None else None
+
     def whole(self, digest: str) -> bool:
         """Whether the volume holds the policy, and its similarity artefact if it needs one."""
         try:
@@ -358,10 +367,12 @@ class World:
             if pod.due is not None and self.now >= pod.due[1]:
                 pod.digest, pod.due = pod.due[0], None
                 pod.ran.append(pod.digest)
+            if self._limit_ms() != pod.limit_ms and self.bounds_follow:
+                pod.limit_ms, pod.counts = self._limit_ms(), {}
             tpot = self.tpot_ms.get(pod.digest, 15.0)
             n, s, over = pod.counts.get(pod.digest, [0.0, 0.0, 0.0])
             more = int(self.rate * seconds)
-            share = 0.9 if tpot > 20 else 0.01
+            share = 0.9 if tpot > (pod.limit_ms or 20.0) else 0.01
             pod.counts[pod.digest] = [n + more, s + more * tpot / 1e3, over + int(more * share)]
 
     def settle(self, steps: int = 400) -> Plan:

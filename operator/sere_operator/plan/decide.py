@@ -184,7 +184,7 @@ def _plan_objects(
 ) -> None:
     """Children in the order in which they need each other, the hand-over of `replicas`, deletions, and pods' annotations."""
     owner = snapshot.object
-    config_map = drift.stamped(policy_config_map(owner, step.stable, overridden(snapshot), entries))
+    config_map = drift.stamped(policy_config_map(owner, step.stable, overridden(snapshot), entries, spec.slo))
     shards = [drift.stamped(body) for body in shard_config_maps(owner, snapshot.shards, entries.values())]
     wanted_bodies = [deployment, children.service(owner), children.disruption_budget(owner, spec)]
     autoscaler = children.autoscaler(owner, spec)

@@ -98,7 +98,7 @@ def _answering(snapshot: Snapshot) -> Iterator[tuple[PodView, str]]:
 
 def _pod_answers(snapshot: Snapshot, spec: SereDeploymentSpec) -> Iterator[Read]:
     """A token of each ready pod; histograms while a canary is compared."""
-    limits = evidence.slo_limits(spec)
+    limits = evidence.slo_limits(spec.slo)
     for pod, base in _answering(snapshot):
         if pod.ready:
             yield Token(pod.uid, base, _model(snapshot, spec, pod), (pod.uid, str(pod.restarts)), pod.digest)

@@ -6,6 +6,7 @@ reads the folder. All names and rules of that folder stand here.
     stable                        digest of the policy that every pod serves; `exact` is exact routing
     override                      `exact` while the kill switch is on for all pods, else absent or empty
     pod.policy, pod.override      the same for this pod alone, from its annotations; they go before the two above
+    slo                           latency limits (`LatencySlo` as JSON) at which the latency histograms have bounds; absent: none
     pod.refresh                   a nonce without meaning; its change makes the kubelet refresh the folder at once
     DIGEST.json                   a policy by its digest
     DIGEST.key.json               what that policy was tuned on (`ProfileKey`)
@@ -24,14 +25,16 @@ from dataclasses import dataclass, field, replace
 
 from pydantic import ValidationError
 
-from sere_ext.contract.errors import PolicyError, ProfileError
+from sere_ext.contract.errors import PolicyError, ProfileError, SpecError
 from sere_ext.contract.policy import EXACT, EXACT_POLICY, Policy
 from sere_ext.contract.profile import ProfileKey
 from sere_ext.contract.shards import HEADER_BYTES, SHARD_BYTES
+from sere_ext.contract.tuning import LatencySlo
 from sere_ext.contract.validation import explain
 
 STABLE = "stable"
 OVERRIDE = "override"
+SLO = "slo"
 POD_POLICY = "pod.policy"
 POD_OVERRIDE = "pod.override"
 POD_REFRESH = "pod.refresh"
@@ -128,6 +131,21 @@ def named_key(files: Files, digest: str) -> ProfileKey | None:
         return ProfileKey.model_validate_json(text)
     except ValidationError as error:
         raise ProfileError(f"{key_file(digest)}: {explain(error, ProfileKey)}") from error
+
+
+def named_slo(files: Files) -> LatencySlo | None:
+    """The latency limits, None where the volume has none.
+
+    Raises:
+        SpecError: the file is damaged.
+    """
+    text = files.get(SLO)
+    if not text:
+        return None
+    try:
+        return LatencySlo.model_validate_json(text)
+    except ValidationError as error:
+        raise SpecError(f"{SLO}: {explain(error, LatencySlo)}") from error
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from sere_ext.contract.errors import (
 )
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.state import EngineState, Note, PolicyChange, RankInForce
+from sere_ext.contract.tuning import LatencySlo
 from sere_ext.control import audit
 from sere_ext.control.switch import States, agree, ask_ranks, read_states, switch, total_counters
 
@@ -35,6 +36,7 @@ class LiveControl:
         self.directory = directory  # policy volume that decides; None: changes come by HTTP
         self.ready = not directory  # a policy volume must be applied once first
         self.policy: Policy = Policy()  # read back last, for the labels of metrics
+        self.slo: LatencySlo | None = None  # as the policy volume says, for the bounds of latency histograms
         self.refusals: Counter[tuple[str, str]] = Counter()  # (source, type of the error)
         self._last_refusal: tuple[str, str] | None = None  # who asked, and the sentence
         self._changing = asyncio.Lock()

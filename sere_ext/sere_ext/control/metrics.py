@@ -3,7 +3,8 @@
 The engine's scheduler statistics have no field of ours, so one task polls the workers, at most once a second and only
 while requests run; a scrape costs nothing. Latencies come from vLLM's own statistics of finished requests, in the API
 server, and are labelled by the policy that was in force and by the class (1, 2-3, 4-7, 8-15, ...) of the mean number of
-requests that decoded beside them, so that any two policies can be compared at equal batch size.
+requests that decoded beside them, so that any two policies can be compared at equal batch size. Their histograms have a bound at
+each limit of the policy volume's SLO; histograms of other bounds begin anew at zero when the limits change.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections import OrderedDict, defaultdict, deque
 from typing import Any
 
 from sere_ext.contract.state import CounterRow, EngineState, RowKey, by_key
+from sere_ext.contract.tuning import LatencyLimits
 from sere_ext.control.live import LiveControl
 
 logger = logging.getLogger("vllm.sere")
@@ -35,20 +37,10 @@ _MILLISECONDS = (
 )  # fmt: skip
 
 
-def bounds(limits_ms: str | None) -> tuple[float, ...]:
-    """Histogram bounds in seconds: a fixed ladder and every SLO limit, so that a share over a limit is exact.
-
-    Args:
-        limits_ms: comma-separated milliseconds (`SERE_SLO_TPOT_MS`); parts that are no number are left out.
-    """
-    limits = []
-    for part in (limits_ms or "").split(","):
-        try:
-            limits.append(float(part))
-        except ValueError:
-            if part.strip():
-                logger.warning("sere: SLO limit %r is no number of milliseconds; left out", part)
-    return tuple(sorted({ms / 1000 for ms in (*_MILLISECONDS, *limits) if ms > 0}))
+def bounds(limits: LatencyLimits | None) -> tuple[float, ...]:
+    """Histogram bounds in seconds: a fixed ladder and every limit (ms), so that the share of requests over a limit is exact."""
+    wanted = limits.limits().values() if limits is not None else ()
+    return tuple(sorted({ms / 1000 for ms in (*_MILLISECONDS, *wanted)}))
 
 
 class Occupancy:
@@ -104,7 +96,7 @@ class Metrics:
     """Registers the collectors and feeds them until the server ends."""
 
     def __init__(self, control: LiveControl) -> None:
-        from prometheus_client import Counter, Gauge, Histogram
+        from prometheus_client import Counter, Gauge
 
         self._control = control
         self._occupancy: defaultdict[int, Occupancy] = defaultdict(Occupancy)  # by data-parallel engine
@@ -117,10 +109,10 @@ class Metrics:
         self._refusals_seen: Counts[tuple[str, str]] = Counts()
         self._removable = "PROMETHEUS_MULTIPROC_DIR" not in os.environ  # several processes share files that only grow
         self._latency_labels: OrderedDict[str, set[tuple[Any, str]]] = OrderedDict()  # by policy, oldest use first
-        by_policy = ["policy", "bucket"]
-        tpot, ttft = bounds(os.environ.get("SERE_SLO_TPOT_MS")), bounds(os.environ.get("SERE_SLO_TTFT_MS"))
-        self._tpot = Histogram("sere_tpot_seconds", "Time per output token of finished requests.", by_policy, buckets=tpot)
-        self._ttft = Histogram("sere_ttft_seconds", "Time to first token of finished requests.", by_policy, buckets=ttft)
+        self._bounds: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())  # of TPOT and TTFT, seconds
+        self._tpot: Any = None
+        self._ttft: Any = None
+        self.bound()
         recent = {"multiprocess_mode": "mostrecent"}
         self._info = Gauge("sere_policy_info", "1 for the policy in force.", ["digest", "source"], **recent)
         self._generation = Gauge("sere_policy_generation", "Generation of the policy in force.", **recent)
@@ -144,6 +136,7 @@ class Metrics:
         else:
             manager.stat_loggers.append(_Recorder(self))
         for turn in itertools.count():
+            self.bound()
             changed = self._control.policy.digest != self._digest
             refused = self._control.refusals != self._refusals_seen
             if self._active or changed or refused or turn % IDLE_POLLS == 0:
@@ -153,6 +146,23 @@ class Metrics:
                 except Exception as error:
                     logger.warning("sere: metrics could not be read from the workers: %s", error)
             await asyncio.sleep(POLL_SECONDS)
+
+    def bound(self) -> None:
+        """Give the latency histograms a bound at each limit of the SLO in force."""
+        from prometheus_client import REGISTRY, Histogram
+
+        slo = self._control.slo
+        wanted = (bounds(slo.tpot_ms), bounds(slo.ttft_ms)) if slo is not None else (bounds(None), bounds(None))
+        if wanted == self._bounds:
+            return
+        for old in (self._tpot, self._ttft):
+            if old is not None:
+                REGISTRY.unregister(old)
+        self._bounds, (tpot, ttft) = wanted, wanted
+        self._latency_labels.clear()
+        labels = ["policy", "bucket"]
+        self._tpot = Histogram("sere_tpot_seconds", "Time per output token of finished requests.", labels, buckets=tpot)
+        self._ttft = Histogram("sere_ttft_seconds", "Time to first token of finished requests.", labels, buckets=ttft)
 
     def publish(self, state: EngineState) -> None:
         """Set gauges and add to counters from an engine's state."""

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from sere_ext.contract.errors import SereError, SimilarityError
+from sere_ext.contract.errors import SereError, SimilarityError, SpecError
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.profile import ProfileKey
 from sere_ext.contract.shards import join
 from sere_ext.contract.state import PolicyChange
-from sere_ext.contract.volume import Desired, desired, is_artefact
+from sere_ext.contract.volume import SLO, Desired, desired, is_artefact, named_slo
 from sere_ext.control.live import LiveControl
 
 logger = logging.getLogger("vllm.sere")
@@ -62,6 +62,7 @@ class Watcher:
         self._applied: Desired | None = None
         self._refused: Desired | None = None
         self._retry_at = 0.0
+        self._slo: bytes | None = None  # the file as it was read last
         self._awaited: tuple[str | None, float] | None = None  # an artefact, and since when it is not there whole
 
     async def run(self) -> None:
@@ -77,7 +78,9 @@ class Watcher:
         """Read the folder, decide, and apply the decision if it differs from the one applied before."""
         if self._key is None:
             self._key = (await self._control.state()).key
-        want = desired(read_directory(self._directory), self._key)
+        files = read_directory(self._directory)
+        self._read_slo(files)
+        want = desired(files, self._key)
         now = asyncio.get_running_loop().time()
         if self._patient(want, now):
             want = Desired(None)
@@ -90,6 +93,16 @@ class Watcher:
                 logger.warning("sere: %s", want.error)
             return
         await self._apply(want, want.policy, now)
+
+    def _read_slo(self, files: dict[str, bytes]) -> None:
+        """Give the latency limits to the metrics. A damaged file is logged once, and the limits before it stay."""
+        if files.get(SLO) == self._slo:
+            return
+        self._slo = files.get(SLO)
+        try:
+            self._control.slo = named_slo(files)
+        except SpecError as error:
+            logger.warning("sere: %s; the latency histograms keep their bounds", error)
 
     def _patient(self, want: Desired, now: float) -> bool:
         """Whether to wait, reporting nothing, for shards of a similarity file that may still be on their way."""

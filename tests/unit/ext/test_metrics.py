@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY
 
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.state import COUNTED, CounterRow, EngineState
+from sere_ext.contract.tuning import LatencyLimits, LatencySlo
 from sere_ext.control.metrics import Metrics, Occupancy, batch_label, bounds
 from tests.kit.states import engine_state
 
@@ -18,9 +19,31 @@ POLICY = Policy.parse({"buckets": [{"minTokens": 4, "maxTokens": 8, "kind": "top
 
 
 def test_every_slo_limit_is_a_bound() -> None:
-    assert {0.0123, 0.02} <= set(bounds("12.3,20"))
-    assert bounds("12.3, 20") == tuple(sorted(set(bounds("12.3, 20"))))
-    assert bounds("fast,,") == bounds(None)
+    found = bounds(LatencyLimits(p95=12.3, p99=20))
+    assert {0.0123, 0.02} <= set(found)
+    assert list(found) == sorted(set(found))
+    assert bounds(None) == tuple(sorted(set(found) - {0.0123}))
+
+
+def test_a_changed_slo_gives_new_bounds_to_a_running_engine_and_the_same_one_keeps_the_counts(metrics: Metrics) -> None:
+    def bounds_of(name: str) -> set[str]:
+        samples = [one for family in REGISTRY.collect() if family.name == name for one in family.samples]
+        return {one.labels["le"] for one in samples if "le" in one.labels}
+
+    metrics._since = 0.0
+    metrics.observe(1e9, finished(tokens=2, decode=0.1, e2e=0.2))
+    assert "0.0123" not in bounds_of("sere_tpot_seconds")
+    metrics._control.slo = LatencySlo(tpot_ms=LatencyLimits(p95=12.3), ttft_ms=LatencyLimits(p99=450))
+    metrics.bound()
+    for _ in range(2):
+        metrics.observe(1e9, finished(tokens=2, decode=0.1, e2e=0.2))
+        metrics.bound()
+    assert ("0.0123" in bounds_of("sere_tpot_seconds"), "0.45" in bounds_of("sere_ttft_seconds")) == (True, True)
+    labels = {"policy": POLICY.digest, "bucket": "1"}
+    assert value("sere_tpot_seconds_count", **labels) == value("sere_ttft_seconds_count", **labels) == 2
+    metrics._control.slo = None
+    metrics.bound()
+    assert value("sere_tpot_seconds_count", **labels) is None
 
 
 def test_occupancy_is_the_time_weighted_mean() -> None:
@@ -43,7 +66,7 @@ def test_batches_are_classed_by_powers_of_two_whatever_the_policy() -> None:
 @pytest.fixture
 def metrics() -> Any:
     before = set(REGISTRY._collector_to_names)
-    yield Metrics(SimpleNamespace(policy=POLICY, engine=None, refusals=Counter()))  # type: ignore[arg-type]
+    yield Metrics(SimpleNamespace(policy=POLICY, engine=None, refusals=Counter(), slo=None))  # type: ignore[arg-type]
     for collector in set(REGISTRY._collector_to_names) - before:
         REGISTRY.unregister(collector)
 

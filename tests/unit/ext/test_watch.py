@@ -13,6 +13,7 @@ import pytest
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.profile import ProfileKey
 from sere_ext.contract.shards import split
+from sere_ext.contract.tuning import LatencyLimits, LatencySlo
 from sere_ext.contract.volume import desired, piece_name, policy_files
 from sere_ext.control.live import LiveControl
 from sere_ext.control.watch import Watcher, read_directory
@@ -165,6 +166,25 @@ async def test_the_watcher_follows_the_volume_and_ready_waits_for_the_first_appl
     count = len(worker.applied)
     await watcher.once()
     assert len(worker.applied) == count, "nothing changed, so nothing is applied"
+
+
+async def test_the_slo_is_followed_and_a_damaged_one_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    control = LiveControl(Worker(), None, str(tmp_path))
+    watcher = Watcher(control, tmp_path)
+    limits = [LatencySlo(tpot_ms=LatencyLimits(p95=ms)) for ms in (20, 30)]
+    for version, slo in enumerate(limits):
+        project(tmp_path, files(TOPK, stable=TOPK.digest, slo=slo.to_json()), str(version))
+        await watcher.once()
+        assert control.slo == slo
+    for damaged in ("{", '{"tpotMs": {"p95": "fast"}}'):
+        project(tmp_path, files(TOPK, stable=TOPK.digest, slo=damaged), f"d{len(damaged)}")
+        await watcher.once()
+        await watcher.once()
+        assert control.slo == limits[1]
+    assert [record.getMessage().count("keep their bounds") for record in caplog.records] == [1, 1]
+    project(tmp_path, files(TOPK, stable=TOPK.digest), "none")
+    await watcher.once()
+    assert control.slo is None
 
 
 async def test_the_directory_is_audited_as_http_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

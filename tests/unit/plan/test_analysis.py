@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sere_ext.contract.tuning import LatencySlo
+from sere_ext.contract.tuning import LatencyLimits, LatencySlo
 from sere_ext.control.metrics import bounds
 from sere_operator.plan.histogram import Histogram, from_bounds, merged, packed, unpacked, window
 from sere_operator.plan.rollout.analysis import (
@@ -164,7 +164,7 @@ def test_means_are_compared_at_equal_buckets() -> None:
 
 # ---- streams as a busy engine makes them --------------------------------------------------------------------------------
 
-BOUNDS = (*bounds("20"), math.inf)
+BOUNDS = (*bounds(LatencyLimits(p95=20)), math.inf)
 LOOKS = (600, 900, 1500, 3000)
 
 

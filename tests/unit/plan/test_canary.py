@@ -75,6 +75,27 @@ def test_one_pod_alone_serves_nothing_that_nobody_approved() -> None:
     assert [pod.digest for pod in world.pods] == [DIGEST]
 
 
+# ---- an SLO that is edited meanwhile ----------------------------------------------------------------------------
+
+
+def test_an_edit_of_the_slo_replaces_no_pod_and_the_canary_is_counted_anew_by_the_new_limits() -> None:
+    world = until(begun(rollout={"canary": {"minRequests": 1000, "deadline": "600s"}}), "Analysing")
+    look_for(world, 8)
+    uids, (canary,) = [pod.uid for pod in world.pods], canaries(world)
+    counted = world.status["rollout"]["state"]["start"]
+    assert counted[canary.uid]["tpot"]["8-64"]["over"].keys() == {"20"}
+    world.bounds_follow = False  # the kubelet has not shown the new limits yet
+    world.tpot_ms[DIGEST] = 17.0  # within the old limit, above the new one
+    world.edit(slo={"tpotMs": {"p95": 16}})
+    look_for(world, 5)
+    assert world.status["rollout"]["state"].get("start") is None, "nothing is counted by bounds that are not there"
+    world.bounds_follow = True
+    look_for(world, 120)
+    assert [pod.uid for pod in world.pods] == uids
+    assert world.condition("PolicyApplied")["reason"] == "Rejected"
+    assert "above the limit of 16 ms" in world.condition("PolicyApplied")["message"]
+
+
 # ---- deadlines and sick pods -------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from sere_ext.contract.config_maps import encoded
 from sere_ext.contract.errors import SpecError
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.shards import join
-from sere_ext.contract.volume import desired
+from sere_ext.contract.volume import desired, named_slo
 from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan.objects import children, drift, pods
@@ -62,6 +62,14 @@ def test_the_policy_is_nowhere_in_the_pod_template() -> None:
     assert children.pod_template("m", spec(), Defaults()) == children.pod_template("m", spec(routing=static), Defaults())
 
 
+def test_an_edit_of_the_slo_restarts_nothing_and_reaches_the_pods_by_their_policy_volume() -> None:
+    limits = {"tpotMs": {"p95": 20, "p99": 35.5}, "ttftMs": {"p99": 500}}
+    without, given = spec(), spec(slo=limits)
+    assert children.deployment(OWNER, without, Defaults()) == children.deployment(OWNER, given, Defaults())
+    assert named_slo(policy_config_map(OWNER, "exact", False, {}, given.slo)["data"]) == given.slo
+    assert named_slo(policy_config_map(OWNER, "exact", False, {}, without.slo)["data"]) is None
+
+
 def test_a_pod_is_asked_by_the_name_that_it_serves_under() -> None:
     """Pods of the model before may serve on for hours, and know nothing of the new one's name."""
     assert children.served_by(children.pod_template("m", spec(), Defaults()), "other/model") == "org/model"
@@ -89,7 +97,6 @@ def test_the_engine_is_told_what_the_spec_says() -> None:
         model={"name": "org/model", "revision": "abc", "tokenSecret": {"name": "hf", "key": "token"}},
         engine={"image": "e:2", "tensorParallelSize": 4, "maxModelLen": 512, "extraArgs": ["--enforce-eager"],
                 "env": [{"name": "HOME", "value": "/x"}]},
-        slo={"tpotMs": {"p95": 20, "p99": 35.5}, "ttftMs": {"p99": 500}},
     )  # fmt: skip
     (container,) = children.pod_template("m", wanted, Defaults())["spec"]["containers"]
     assert container["args"] == [
@@ -98,7 +105,6 @@ def test_the_engine_is_told_what_the_spec_says() -> None:
     ]  # fmt: skip
     env = {variable["name"]: variable.get("value") or variable.get("valueFrom") for variable in container["env"]}
     assert env["SERE_POLICY_DIR"] == "/etc/sere"
-    assert (env["SERE_SLO_TPOT_MS"], env["SERE_SLO_TTFT_MS"]) == ("20,35.5", "500")
     assert env["HF_TOKEN"] == {"secretKeyRef": {"name": "hf", "key": "token"}}
     assert env["HOME"] == "/x", "the user's variable wins"
     assert len(env) == len(container["env"]), "no variable twice"

@@ -9,6 +9,7 @@ from sere_operator.api.meta import CONFIG_HASH_ANNOTATION
 from sere_operator.plan.decide import decide
 from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.objects.contested import MAX_FIELDS, OTHERS, PUT_BACK, Contested
+from sere_operator.plan.objects.revision import revision
 from tests.kit.plan_world import DIGEST, POLICY, World, profile_body
 
 IMAGE = "spec.template.spec.containers[engine].image"
@@ -129,6 +130,30 @@ def test_annotations_of_the_pod_template_are_anybodys() -> None:
     assert (plan.apply, plan.replace) == ([], [])
     world.settle()
     assert world.children["Deployment"]["spec"]["template"]["metadata"]["annotations"] == annotations
+
+
+def test_an_edit_of_the_users_pod_template_rolls_out_as_any_other_and_the_policy_stays() -> None:
+    """A label is nothing that runs. A variable is: what was rejected before it is tried again with it."""
+    world = World(2, routing={"mode": "Profile", "profileRef": {"name": "p"}})
+    world.profiles["p"] = profile_body(POLICY)
+    world.settle()
+    template = world.children["Deployment"]["spec"]["template"]
+    before, replaced = revision(world.spec), {pod.uid for pod in world.pods}
+    world.edit(podTemplate={"metadata": {"labels": {"team": "b"}}})
+    world.step()
+    assert world.children["Deployment"]["spec"]["template"] != template
+    for _ in range(20):
+        world.step()
+        world.tick()
+        assert sum(pod.ready for pod in world.pods) >= 2
+    assert not replaced & {pod.uid for pod in world.pods}
+    assert {(pod.digest, pod.template["metadata"]["labels"]["team"]) for pod in world.pods if pod.template} == {(DIGEST, "b")}
+    assert revision(world.spec) == before
+    world.edit(podTemplate={"spec": {"containers": [{"name": "engine", "env": [{"name": "VLLM_X", "value": "1"}]}]}})
+    assert revision(world.spec) != before
+    world.settle()
+    assert world.condition("Ready")["status"] == "True"
+    assert {pod.digest for pod in world.pods} == {DIGEST}
 
 
 # ---- orphans -----------------------------------------------------------------------------------------------------

@@ -180,14 +180,14 @@ def test_while_held_foreign_edits_are_put_back_and_other_changes_of_the_pods_wai
     assert world.children["Deployment"]["spec"]["template"] == template
     assert set(world.events) == {"Healed"}
     assert "waits too: spec.resources;" in world.condition("Ready")["message"]
-    world.edit(tolerations=[{"operator": "Exists"}], slo={"tpotMs": {"p95": 30}})
+    world.edit(tolerations=[{"operator": "Exists"}], podTemplate={"metadata": {"labels": {"team": "b"}}})
     look_for(world, 5)
     assert world.step().writes == 0
-    assert "waits too: spec.resources, spec.slo, spec.tolerations;" in world.condition("Progressing")["message"]
+    assert "waits too: spec.resources, spec.tolerations, spec.podTemplate;" in world.condition("Progressing")["message"]
     assert [pod.uid for pod in world.pods] == before
     finish(world, "Infeasible")
     world.step()
-    assert "waits too: spec.resources, spec.slo, spec.tolerations;" in world.condition("Ready")["message"]
+    assert "waits too: spec.resources, spec.tolerations, spec.podTemplate;" in world.condition("Ready")["message"]
     world.edit(rollout={"requireProfile": False})
     world.settle(20)
     assert revisions(world) == {"v2"}

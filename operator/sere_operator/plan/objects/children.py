@@ -1,6 +1,6 @@
 """The objects that a SereDeployment owns, as the dicts that the operator applies. Pure builders.
 
-The policy stands nowhere in the pod template: a policy change is a change of ConfigMaps (`volume`) and of pods'
+Neither the policy nor the SLO stands in the pod template: a change of them is a change of ConfigMaps (`volume`) and of pods'
 annotations, so it can never restart a pod.
 """
 
@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any
 
 from sere_ext.contract.names import ENGINE_PORT
-from sere_ext.contract.tuning import LatencyLimits
 from sere_ext.contract.volume import POD_OVERRIDE, POD_POLICY, POD_REFRESH
 from sere_operator.api import meta
 from sere_operator.api.deployment import SereDeploymentSpec
@@ -154,11 +153,6 @@ def made_of(pod: Object, template: Object) -> bool:
     return drift.difference({"containers": containers, "volumes": wanted["volumes"]}, found) is None
 
 
-def _limits(limits: LatencyLimits) -> str:
-    """A latency's limits as bounds of the plug-in's histogram, in ms: `20,35.5`."""
-    return ",".join(f"{value:g}" for value in limits.limits().values())
-
-
 def policy_volume(name: str) -> Object:
     """One projected volume, so that a digest never shows with the old ConfigMap (separate volumes were seen to).
 
@@ -199,10 +193,6 @@ def pod_template(name: str, spec: SereDeploymentSpec, defaults: Defaults) -> Obj
     args += ["--shutdown-timeout", str(grace_s), *engine.extra_args]
 
     fixed = {"SERE_POLICY_DIR": pods.POLICY_DIR}
-    if spec.slo is not None:
-        for variable, limits in (("SERE_SLO_TPOT_MS", spec.slo.tpot_ms), ("SERE_SLO_TTFT_MS", spec.slo.ttft_ms)):
-            if limits is not None:
-                fixed[variable] = _limits(limits)
 
     def probe(path: str, **timing: int) -> Object:
         return {"httpGet": {"path": path, "port": "http"}, **timing}

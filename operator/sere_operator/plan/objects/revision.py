@@ -11,10 +11,19 @@ from sere_operator.api.common import Engine
 from sere_operator.api.deployment import SereDeploymentSpec
 from sere_operator.plan.snapshot import Object, Snapshot
 
+_PLACES = ("nodeSelector", "tolerations", "runtimeClassName")  # fields of the spec and of a pod on where pods run
+_POD_FIELDS = ("containers", "volumes", "terminationGracePeriodSeconds")  # of the pod, that other fields of the spec set
+_ENGINE_FIELDS = ("image", "args", "env", "resources", "volumeMounts")  # the same of the container
+
 
 def revision(spec: SereDeploymentSpec) -> str:
-    """The model and engine (of an `effective` spec), as rejections and the Deployment remember them. 12 hex digits."""
+    """The model and engine (of an `effective` spec), as rejections and the Deployment remember them. 12 hex digits.
+
+    What `podTemplate` sets in pods beside labels and annotations is a part of the engine, such as a variable or a sidecar.
+    """
     state = {"model": spec.model.to_json_dict(), "engine": what_runs(spec.engine)}
+    if spec.pod_template is not None and spec.pod_template.spec:
+        state["podTemplate"] = spec.pod_template.spec
     return hashlib.sha256(canonical_json(state)).hexdigest()[:12]
 
 
@@ -89,11 +98,16 @@ def waiting(template: Object, live: Object) -> list[str]:
         pod, engine = of["spec"], container(of)
         return {
             "resources": engine.get("resources") or None,
-            "slo": [variable for variable in engine.get("env") or [] if variable["name"].startswith("SERE_SLO_")],
             "volumes": [
                 item for item in (*pod.get("volumes", []), *engine.get("volumeMounts", [])) if item["name"].startswith("vol-")
             ],
-            **{field: pod.get(field) for field in ("nodeSelector", "tolerations", "runtimeClassName")},
+            **{field: pod.get(field) for field in _PLACES},
+            "podTemplate": {
+                "metadata": of["metadata"],
+                "pod": {key: value for key, value in pod.items() if key not in (*_PLACES, *_POD_FIELDS)},
+                "engine": {key: value for key, value in engine.items() if key not in _ENGINE_FIELDS},
+                "others": [found for found in pod["containers"] if found["name"] != "engine"],
+            },
         }
 
     before = applied(live)

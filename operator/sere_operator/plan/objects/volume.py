@@ -1,6 +1,6 @@
 """The policies that pods can be told to run, as the ConfigMaps that their policy volume projects. Pure.
 
-`NAME-policy` holds `stable` and every policy by digest. Similarity artefacts lie beside it in shards, one ConfigMap each:
+`NAME-policy` holds `stable`, every policy by digest and the SLO. Similarity artefacts lie beside it in shards, one ConfigMap each:
 `NAME-policy-shard-0`, `-1`, ... A shard stays where it is while its artefact is needed, so that a pod that starts amid a change
 finds what it needs. Names of files: `sere_ext.contract.volume`.
 """
@@ -16,10 +16,12 @@ from sere_ext.contract.errors import SereError
 from sere_ext.contract.policy import EXACT, EXACT_POLICY, Policy
 from sere_ext.contract.profile import ProfileKey
 from sere_ext.contract.record import canonical_json
+from sere_ext.contract.tuning import LatencySlo
 from sere_ext.contract.volume import (
     MAX_FILE_BYTES,
     OVERRIDE,
     POLICY_SHARDS,
+    SLO,
     STABLE,
     named_key,
     named_policy,
@@ -102,16 +104,21 @@ def recovered_entry(snapshot: Snapshot, digest: str) -> PolicyEntry | None:
     return PolicyEntry(policy, key, (policy.similarity_digest or "", shards)) if shards else None
 
 
-def policy_config_map(owner: Object, stable: str, override: bool, entries: Mapping[str, PolicyEntry]) -> Object:
+def policy_config_map(
+    owner: Object, stable: str, override: bool, entries: Mapping[str, PolicyEntry], slo: LatencySlo | None = None
+) -> Object:
     """`NAME-policy`.
 
     Args:
         stable: digest that pods without an annotation run.
         entries: by policy digest; `exact` needs none.
+        slo: the limits at which the pods' latency histograms are to have bounds.
     """
     data = {STABLE: stable}
     if override:
         data[OVERRIDE] = EXACT
+    if slo is not None:
+        data[SLO] = slo.to_json()
     for _, entry in sorted(entries.items()):
         data |= policy_files(entry.policy, entry.key)
     return _body(owner, data)

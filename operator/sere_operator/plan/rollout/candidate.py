@@ -107,7 +107,7 @@ class Attempt:
 
     def compared(self) -> tuple[Attempt, Side | None, Side | None]:
         """(this attempt with what counting changed, stable side, canary)."""
-        known, stable, canary = sides(self.snapshot, self.base.stable, self.wanted, self.known, self.canaries)
+        known, stable, canary = sides(self.snapshot, self.base.stable, self.wanted, self.known, self.canaries, self.spec.slo)
         return replace(self, known=known), stable, canary
 
     def judged(self, stable: Side, canary: Side, *, deadline_over: bool) -> Verdict:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from sere_ext.contract.policy import Kind, Policy
-from sere_operator.api.deployment import SereDeploymentSpec
+from sere_ext.contract.tuning import LatencyLimits, LatencySlo
 from sere_operator.plan import histogram
 from sere_operator.plan.rollout.analysis import Side
 from sere_operator.plan.rollout.wanted import Wanted, suited
@@ -101,23 +101,44 @@ def metrics_needed(status: Object) -> bool:
     return (status.get("rollout") or {}).get("stage") in (Stage.ANALYSING, Stage.AWAITING_APPROVAL)
 
 
-def slo_limits(spec: SereDeploymentSpec) -> frozenset[str]:
+def slo_limits(slo: LatencySlo | None) -> frozenset[str]:
     """The limits of the SLO as keys of `Histogram.over` (ms); other bounds are not needed and would swell the status."""
-    parts = (spec.slo.tpot_ms, spec.slo.ttft_ms) if spec.slo else ()
-    return frozenset(f"{limit:g}" for part in parts if part for limit in part.limits().values())
+    return _keys(slo.tpot_ms if slo else None) | _keys(slo.ttft_ms if slo else None)
 
 
-def _counters(pod: PodView, digest: str) -> Object | None:
-    """A pod's histograms under one policy, packed by bucket."""
+def _keys(limits: LatencyLimits | None) -> frozenset[str]:
+    return frozenset(f"{limit:g}" for limit in limits.limits().values()) if limits is not None else frozenset()
+
+
+def counted_by(known: Object, slo: LatencySlo | None) -> Object:
+    """`status.rollout`, in which counting begins anew where the SLO is not the one that requests were counted by."""
+    limits = slo.to_json_dict() if slo is not None else {}
+    if (known["state"].get("slo") or {}) == limits:
+        return known
+    return with_state(known, slo=limits or None, start=None, stableStart=None, countedSince=None)
+
+
+def _counters(pod: PodView, digest: str, slo: LatencySlo | None) -> Object | None:
+    """A pod's histograms under one policy, packed by bucket.
+
+    None where they cannot be read, or have no bound at a limit of the SLO yet: they will begin anew with these bounds.
+    """
     if pod.metrics is None or len(pod.metrics.tpot) + len(pod.metrics.ttft) > MAX_SERIES:
         return None
-    return {
-        name: histogram.packed({bucket: h for (policy, bucket), h in series.items() if policy == digest})
-        for name, series in (("tpot", pod.metrics.tpot), ("ttft", pod.metrics.ttft))
-    }
+    found = {}
+    for name, series, limits in (
+        ("tpot", pod.metrics.tpot, slo.tpot_ms if slo else None),
+        ("ttft", pod.metrics.ttft, slo.ttft_ms if slo else None),
+    ):
+        if any(not _keys(limits) <= set(one.over) for one in series.values()):
+            return None
+        found[name] = histogram.packed({bucket: h for (policy, bucket), h in series.items() if policy == digest})
+    return found
 
 
-def measured(known: Object, pods: list[PodView], digest: str, key: str = "start") -> tuple[Object, Side | None]:
+def measured(
+    known: Object, pods: list[PodView], digest: str, slo: LatencySlo | None, key: str = "start"
+) -> tuple[Object, Side | None]:
     """What these pods did under one policy since the remembered start: (`status.rollout`, the side).
 
     Where no start is remembered, the pods' counters become it and there is no side yet. A pod whose counters fell has
@@ -128,7 +149,7 @@ def measured(known: Object, pods: list[PodView], digest: str, key: str = "start"
     """
     start: Object | None = known["state"].get(key)
     if start is None:
-        counters = {pod.uid: _counters(pod, digest) for pod in pods[:MAX_STABLE_PODS]}
+        counters = {pod.uid: _counters(pod, digest, slo) for pod in pods[:MAX_STABLE_PODS]}
         if not counters or any(value is None for value in counters.values()):
             return known, None
         return with_state(known, **{key: counters}), None
@@ -147,7 +168,7 @@ def measured(known: Object, pods: list[PodView], digest: str, key: str = "start"
 
 
 def sides(
-    snapshot: Snapshot, stable: str, wanted: Wanted, known: Object, canaries: list[PodView]
+    snapshot: Snapshot, stable: str, wanted: Wanted, known: Object, canaries: list[PodView], slo: LatencySlo | None
 ) -> tuple[Object, Side | None, Side | None]:
     """What both sides did since counting began: (`status.rollout`, stable side, canary); None: counting begins now.
 
@@ -157,9 +178,10 @@ def sides(
         stable: digest of the policy in force.
         known: `status.rollout`.
     """
-    known, canary = measured(known, canaries, wanted.digest)
+    known = counted_by(known, slo)
+    known, canary = measured(known, canaries, wanted.digest, slo)
     others = [pod for pod in suited(snapshot, wanted) if pod.name not in known["canaryPods"] and pod.digest == stable]
-    known, side = measured(known, canaries if known["state"]["alone"] else others, stable, "stableStart")
+    known, side = measured(known, canaries if known["state"]["alone"] else others, stable, slo, "stableStart")
     if canary is None or side is None:
         counting = known["state"].get("start") and known["state"].get("stableStart")
         if counting and not known["state"].get("countedSince"):
