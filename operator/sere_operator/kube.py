@@ -155,11 +155,12 @@ class Api:
                 raise _unknown(kind) from error
             raise
 
-    def list(self, kind: str, namespace: str | None, selector: str = "") -> list[Object]:
-        """All objects of a kind in a namespace (None: in all) by label selector; apiVersion and kind filled in."""
+    def list(self, kind: str, namespace: str | None, selector: str = "", fields: str = "") -> list[Object]:
+        """All objects of a kind in a namespace (None: in all) by label and field selector; apiVersion and kind filled in."""
         spec = KINDS[kind]
         try:
-            answer = self.call(f"list {kind}", "get", spec.path(namespace), label_selector=selector or None)
+            path = spec.path(namespace)
+            answer = self.call(f"list {kind}", "get", path, label_selector=selector or None, field_selector=fields or None)
         except ApiError as error:
             raise (_unknown(kind) if error.status == 404 else error) from error
         return [{"apiVersion": spec.api_version, "kind": kind, **item} for item in answer.get("items", [])]

@@ -7,6 +7,7 @@ from typing import Any
 from tests.kit.operator_process import World, eventually, manifest
 
 from .test_operator import node, world
+from .test_operator_tuned import TUNED
 from .test_tenant import tuning_job
 
 __all__ = ["node", "world"]  # fixtures
@@ -59,3 +60,81 @@ def test_a_tuning_job_that_may_not_run_says_so(world: World) -> None:
     quota(world, **{"count/jobs.batch": "0"})
     world.apply(tuning_job("m"))
     refused(world, "SereTuningJob", "Complete", "exceeded quota: none, requested: count/jobs.batch=1")
+
+
+# ---- pods that are never created ---------------------------------------------------------------------------------
+
+
+def blocked(world: World, kind: str, condition: str, reason: str, words: str, name: str = "m") -> None:
+    """The status names the cause, in the API server's words, with one Warning."""
+
+    def check() -> bool:
+        (judged,) = (c for c in world.get(kind, name)["status"]["conditions"] if c["type"] == condition)
+        assert (judged["status"], judged["reason"]) == ("False", reason), judged
+        assert words in judged["message"], judged
+        return True
+
+    eventually(check, 40, f"{kind} says {words}")
+    told = [
+        event
+        for event in world.items("Event")
+        if event["type"] == "Warning" and event["involvedObject"]["kind"] == kind and words in event["message"]
+    ]
+    assert [event["reason"] for event in told] == [reason]
+
+
+def test_a_quota_on_pods_is_said_of_engines_and_of_a_tuning_run(world: World) -> None:
+    quota(world, pods="0")
+    world.apply(manifest())
+    world.apply(tuning_job("m"))
+    words = "exceeded quota: none, requested: pods=1"
+    blocked(world, "SereDeployment", "Ready", "RolloutBlocked", words)
+    blocked(world, "SereTuningJob", "Complete", "TuningBlocked", words)
+    world.delete("ResourceQuota", "none")
+    world.ready()
+
+
+def test_a_quota_on_what_the_spec_does_not_ask_for_is_said(world: World) -> None:
+    """No resources are asked for, where the namespace's quota wants to know."""
+    quota(world, **{"requests.cpu": "8"})
+    world.apply(manifest())
+    world.apply(tuning_job("m"))
+    words = "must specify requests.cpu"
+    blocked(world, "SereDeployment", "Ready", "RolloutBlocked", words)
+    blocked(world, "SereTuningJob", "Complete", "TuningBlocked", words)
+
+
+def test_an_admission_webhook_that_is_down_is_said(world: World) -> None:
+    hook = {
+        "name": "pods.example.com",
+        "admissionReviewVersions": ["v1"],
+        "sideEffects": "None",
+        "timeoutSeconds": 1,
+        "clientConfig": {"service": {"name": "nobody", "namespace": world.namespace, "path": "/"}},
+        "rules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}],
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": world.namespace}},
+    }
+    hooks = world.client.resources.get(api_version="admissionregistration.k8s.io/v1", kind="ValidatingWebhookConfiguration")
+    metadata = {"metadata": {"name": world.namespace}}
+    hooks.create(body={"apiVersion": hooks.group_version, "kind": hooks.kind, **metadata, "webhooks": [hook]})
+    try:
+        world.apply(manifest())
+        world.apply(tuning_job("m"))
+        words = 'failed calling webhook "pods.example.com"'
+        blocked(world, "SereDeployment", "Ready", "RolloutBlocked", words)
+        blocked(world, "SereTuningJob", "Complete", "TuningBlocked", words)
+    finally:
+        hooks.delete(name=world.namespace)
+
+
+def test_a_service_account_that_is_missing_is_said(world: World) -> None:
+    world.apply(manifest(podTemplate={"spec": {"serviceAccountName": "nobody"}}))
+    blocked(world, "SereDeployment", "Ready", "RolloutBlocked", 'serviceaccount "nobody" not found')
+
+
+def test_a_tuning_run_of_a_deployment_that_gets_no_pod_is_said_there_too(world: World) -> None:
+    """The quota has room for the engine's pod alone."""
+    quota(world, pods="1")
+    world.apply(manifest(**TUNED))
+    blocked(world, "SereDeployment", "Tuned", "TuningBlocked", "exceeded quota: none, requested: pods=1")
+    world.ready()

@@ -17,7 +17,7 @@ from sere_operator.plan.objects import children
 from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.objects.revision import effective
 from sere_operator.plan.objects.volume import stable_digest
-from sere_operator.plan.reads import Artefact, Child, Golden, Listed, Metrics, Read, ServiceToken, State, Token
+from sere_operator.plan.reads import Artefact, Child, Events, Golden, Listed, Metrics, Read, ServiceToken, State, Token
 from sere_operator.plan.rollout import evidence
 from sere_operator.plan.rollout.wanted import profiles_needed, similarity_uris, wanted
 from sere_operator.plan.snapshot import Object, PodView, Snapshot
@@ -159,6 +159,8 @@ def _with(snapshot: Snapshot, read: Read, answer: Any) -> Snapshot:
         case Listed():
             # Anybody may make one with our labels.
             return replace(snapshot, tuning_jobs=tuple(job for job in answer if children.ours(snapshot.object, job)))
+        case Events():
+            return snapshot  # asked for tuning runs alone
         case Artefact(uri):
             return replace(snapshot, similarities={**snapshot.similarities, uri: answer})
         case State(uid):

@@ -27,6 +27,15 @@ class Listed:
 
 
 @dataclass(frozen=True)
+class Events:
+    """The Events about one object. Answer: a list of core/v1 Events."""
+
+    kind: str
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
 class Artefact:
     """A similarity artefact. Answer: a `snapshot.Similarity`, which says why where the artefact cannot be had."""
 
@@ -95,4 +104,4 @@ class Golden:
     prompts: tuple[GoldenPrompt, ...] = field(compare=False)
 
 
-Read = Child | Listed | Artefact | State | Token | Metrics | ServiceToken | Golden
+Read = Child | Listed | Events | Artefact | State | Token | Metrics | ServiceToken | Golden

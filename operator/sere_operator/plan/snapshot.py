@@ -177,6 +177,7 @@ class TuningSnapshot(Resource):
     result: Object | None = None
     similarity: Similarity | None = None
     pods: tuple[Object, ...] = ()  # the Job's pods
+    events: tuple[Object, ...] = ()  # about the Job, read while it has no pod
 
     def child(self, kind: str, name: str) -> Object | None:
         return self.children.get((kind, name))

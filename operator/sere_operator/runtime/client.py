@@ -36,8 +36,8 @@ class Client:
     async def get(self, kind: str, namespace: str, name: str) -> Object | None:
         return await self._run(self._api.get, kind, namespace, name)
 
-    async def list(self, kind: str, namespace: str | None, selector: str = "") -> list[Object]:
-        return await self._run(self._api.list, kind, namespace, selector)
+    async def list(self, kind: str, namespace: str | None, selector: str = "", fields: str = "") -> list[Object]:
+        return await self._run(self._api.list, kind, namespace, selector, fields)
 
     async def apply(self, body: Object, *, subresource: str | None = None, manager: str | None = None) -> Object:
         return await self._write(self._api.apply, body, subresource=subresource, manager=manager)

@@ -16,7 +16,7 @@ from sere_ext.contract.similarity import verified_digest
 from sere_operator.api import meta
 from sere_operator.plan.needs import needs, taken
 from sere_operator.plan.objects.children import Defaults
-from sere_operator.plan.reads import Artefact, Child, Golden, Listed, Metrics, Read, ServiceToken, State, Token
+from sere_operator.plan.reads import Artefact, Child, Events, Golden, Listed, Metrics, Read, ServiceToken, State, Token
 from sere_operator.plan.snapshot import Object, Similarity, Snapshot, TuningSnapshot
 from sere_operator.plan.tuning.needs import needs_tuning, taken_tuning
 from sere_operator.runtime.client import Client
@@ -71,6 +71,9 @@ class Reader:
                 return await self._object(kind, name)
             case Listed(kind, selector):
                 return await self.client.list(kind, self.namespace, selector)
+            case Events(kind, name, uid):
+                fields = f"involvedObject.kind={kind},involvedObject.name={name},involvedObject.uid={uid}"
+                return await self.client.list("Event", self.namespace, fields=fields)
             case Artefact(uri):
                 return await read_similarity(self.client, self.namespace, uri)
             case State(_, base):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import struct
+from dataclasses import replace
 from typing import Any
 
 import kubernetes_validate
@@ -20,9 +21,10 @@ from sere_operator.api.common import parse_spec
 from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan.objects import pods
 from sere_operator.plan.objects.children import Defaults
-from sere_operator.plan.reads import Child, Listed, Read
+from sere_operator.plan.patch import merged
+from sere_operator.plan.reads import Child, Events, Listed, Read
 from sere_operator.plan.snapshot import Similarity, TuningSnapshot
-from sere_operator.plan.tuning.decide import COLLECTED_POLL_S, decide_tuning
+from sere_operator.plan.tuning.decide import COLLECTED_POLL_S, POD_POLL_S, decide_tuning
 from sere_operator.plan.tuning.needs import needs_tuning, taken_tuning
 from sere_operator.plan.tuning.objects import RETRIES, RUN_DIR, build, run_name, tuning_file
 from tests.kit.plan_world import POLICY, profile_body
@@ -274,6 +276,59 @@ def test_nothing_is_wrong_with_a_pod_on_its_way_or_one_that_was_replaced(pod: di
     plan = decide_tuning(snapshot({}, pods=(pod,)), Defaults())
     assert plan.status is not None
     assert (plan.status["conditions"][0]["reason"], plan.events) == ("Pending", [])
+
+
+def event(reason: str, at: int, message: str) -> dict[str, Any]:
+    return {"reason": reason, "message": message, "lastTimestamp": f"2026-01-01T00:00:{at:02d}Z"}
+
+
+QUOTA = "is forbidden: exceeded quota: small, requested: pods=1, used: pods=1, limited: pods=1"
+
+
+def without_pods(*events: dict[str, Any], pods: tuple[dict[str, Any], ...] = ()) -> TuningSnapshot:
+    job = {"metadata": {**OURS, "uid": "j"}, "spec": {"suspend": False}}
+    return snapshot(children={("Job", "m-tune-1-tuner"): job}, events=events, pods=pods)
+
+
+def test_a_pod_that_is_never_created_is_said_in_the_api_servers_words_and_warned_of_once() -> None:
+    refused = [event("FailedCreate", at, f'Error creating: pods "m-tune-1-tuner-x{at}" {QUOTA}') for at in (1, 2)]
+    plan = decide_tuning(without_pods(*refused), Defaults())
+    assert plan.status is not None and plan.requeue_after == POD_POLL_S
+    words = f'the tuning pod cannot be created: pods "m-tune-1-tuner" {QUOTA}; serving goes on'
+    assert plan.status["conditions"][0]["reason"] == "TuningBlocked"
+    assert plan.status["conditions"][0]["message"] == words, "and the same words at each of the Job's tries"
+    assert [(e.type, e.reason) for e in plan.events] == [("Warning", "TuningBlocked")]
+    again = decide_tuning(
+        replace(without_pods(*refused), object={**without_pods().object, "status": merged({}, plan.status)}), Defaults()
+    )
+    assert not again.events
+
+
+@pytest.mark.parametrize(
+    "world",
+    [
+        without_pods(),
+        without_pods(event("FailedCreate", 1, QUOTA), event("SuccessfulCreate", 2, "Created pod")),
+        without_pods(event("FailedCreate", 1, QUOTA), pods=({"metadata": {}, "status": {"phase": "Pending"}},)),
+    ],
+    ids=["no event yet", "created since", "a pod is there"],
+)
+def test_a_pod_on_its_way_is_not_blocked(world: TuningSnapshot) -> None:
+    plan = decide_tuning(world, Defaults())
+    assert plan.status is not None and plan.status["conditions"][0]["reason"] == "Pending"
+
+
+def test_events_are_read_of_a_job_that_waits_for_its_pod_and_of_no_other() -> None:
+    def reads(world: TuningSnapshot) -> set[Read]:
+        asked: set[Read] = set()
+        while missing := needs_tuning(replace(world, read=frozenset(asked)), Defaults()):
+            asked |= set(missing)
+        return asked
+
+    assert Events("Job", "m-tune-1-tuner", "j") in reads(without_pods())
+    running: dict[str, Any] = {"metadata": {}, "status": {"phase": "Running"}}
+    for world in (without_pods(pods=(running,)), snapshot()):
+        assert not [read for read in reads(world) if isinstance(read, Events)]
 
 
 def test_progress_is_shown_and_an_ended_run_is_left_alone() -> None:

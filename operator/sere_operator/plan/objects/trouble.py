@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -36,6 +37,23 @@ def not_created(deployment: Object | None) -> str | None:
         if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
             return _words(condition.get("message"), str(condition.get("reason") or "no reason is given"))
     return None
+
+
+def pods_refused(events: Iterable[Object], maker: str) -> str | None:
+    """Why no pod of a Job can be created (quota, admission, a missing ServiceAccount), in the API server's words.
+
+    A Job has no condition that tells, only Events. Pods' random names are taken out, so that each try says the same.
+
+    Args:
+        events: core/v1 Events about the Job.
+        maker: the Job's name.
+    """
+    told = [event for event in events if event.get("reason") in ("FailedCreate", "SuccessfulCreate")]
+    newest = max(told, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""), default={})
+    if newest.get("reason") != "FailedCreate":
+        return None
+    text = _words(newest.get("message"), "no reason is given").removeprefix("(combined from similar events): ")
+    return re.sub(rf'"{re.escape(maker)}-[a-z0-9]+"', f'"{maker}"', text.removeprefix("Error creating: "))
 
 
 def trouble(pod: Object, now: float | None = None) -> Trouble | None:

@@ -18,11 +18,12 @@ from sere_operator.plan.snapshot import Event, Object, Plan, TuningSnapshot
 from sere_operator.plan.times import stamp
 from sere_operator.plan.tuning.objects import build, result_name, run_name
 from sere_operator.plan.tuning.orphans import being_collected, not_ours, of_another_spec, orphaned, shards_taken_back
-from sere_operator.plan.tuning.result import Result, read_result, suspended_by_us
+from sere_operator.plan.tuning.result import Result, read_result, suspended_by_us, waits_for_a_pod
 
 _FEASIBLE = {"Chosen": True, "Infeasible": False}
 POLL_S = 60.0
 COLLECTED_POLL_S = 2.0
+POD_POLL_S = 5.0
 
 
 def decide_tuning(snapshot: TuningSnapshot, defaults: Defaults) -> Plan:
@@ -66,6 +67,8 @@ def decide_tuning(snapshot: TuningSnapshot, defaults: Defaults) -> Plan:
         if snapshot.child(body["kind"], body["metadata"]["name"]) is None:
             plan.apply.append(body)
     plan.events += contested.events
+    if waits_for_a_pod(snapshot) and result.reason in (Reason.PENDING, Reason.TUNING_BLOCKED):
+        plan.requeue_after = POD_POLL_S  # nothing that is watched tells that a Job's pods are refused
     _report(snapshot, spec, result, plan, contested.told())
     return plan
 

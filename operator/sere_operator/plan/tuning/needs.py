@@ -11,11 +11,11 @@ from sere_operator.api import meta
 from sere_operator.api.common import parse_spec
 from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan.objects.children import Defaults, text
-from sere_operator.plan.reads import Artefact, Child, Listed, Read
+from sere_operator.plan.reads import Artefact, Child, Events, Listed, Read
 from sere_operator.plan.snapshot import TuningSnapshot
 from sere_operator.plan.tuning.objects import build, result_name, result_names, run_name
 from sere_operator.plan.tuning.orphans import any_orphaned
-from sere_operator.plan.tuning.result import read_result, similarity_uri
+from sere_operator.plan.tuning.result import read_result, similarity_uri, waits_for_a_pod
 
 
 def needs_tuning(snapshot: TuningSnapshot, defaults: Defaults) -> tuple[Read, ...]:
@@ -29,7 +29,7 @@ def needs_tuning(snapshot: TuningSnapshot, defaults: Defaults) -> tuple[Read, ..
         return ()
     if snapshot.status.get("outcome"):
         return ()
-    for reads in (_result(snapshot), _artefact(snapshot), _objects(snapshot, spec, defaults), _to_be_written(snapshot)):
+    for reads in (_result(snapshot), _artefact(snapshot), _objects(snapshot, spec, defaults), _last(snapshot)):
         if missing := tuple(read for read in reads if read not in snapshot.read):
             return missing
     return ()
@@ -53,6 +53,13 @@ def _objects(snapshot: TuningSnapshot, spec: SereTuningJobSpec, defaults: Defaul
     yield Listed("Pod", text({meta.INSTANCE_LABEL: meta.label_value(snapshot.name), meta.COMPONENT_LABEL: meta.TUNER_COMPONENT}))
 
 
+def _last(snapshot: TuningSnapshot) -> Iterator[Read]:
+    yield from _to_be_written(snapshot)
+    job = snapshot.child("Job", run_name(snapshot.name))
+    if job is not None and waits_for_a_pod(snapshot):
+        yield Events("Job", job["metadata"]["name"], job["metadata"]["uid"])
+
+
 def _to_be_written(snapshot: TuningSnapshot) -> Iterator[Read]:
     """What stands where the tuner writes its ConfigMaps: before it is given the right to, and where orphans are taken back."""
     if snapshot.child("Role", run_name(snapshot.name)) is None or any_orphaned(snapshot):
@@ -70,6 +77,8 @@ def taken_tuning(snapshot: TuningSnapshot, answers: Mapping[Read, Any]) -> Tunin
                     snapshot = replace(snapshot, result=answer)
             case Artefact():
                 snapshot = replace(snapshot, similarity=answer)
+            case Events():
+                snapshot = replace(snapshot, events=tuple(answer))
             case Listed():
                 snapshot = replace(snapshot, pods=tuple(answer))
         snapshot = replace(snapshot, read=snapshot.read | {read})

@@ -18,7 +18,7 @@ from sere_operator.api.conditions import Reason
 from sere_operator.api.profile import profile_name
 from sere_operator.api.tuning import MAX_CANDIDATES, SereTuningJobSpec
 from sere_operator.plan.chain import first
-from sere_operator.plan.objects.trouble import trouble
+from sere_operator.plan.objects.trouble import pods_refused, trouble
 from sere_operator.plan.snapshot import Object, TuningSnapshot
 from sere_operator.plan.times import seconds
 from sere_operator.plan.tuning.objects import labels, run_name
@@ -289,4 +289,14 @@ def _blocked(snapshot: TuningSnapshot) -> tuple[str, str] | None:
             cause = "InsufficientGPU: " if found.message.startswith("InsufficientGPU: ") else ""
             return "waiting for a node", f"{cause}the tuning pod cannot be scheduled: {found.message.removeprefix(cause)}"
         return f"waiting: {found.reason}", f"{found.reason}: the tuning pod cannot start: {found.message}"
-    return None
+    words = pods_refused(snapshot.events, run_name(snapshot.name)) if waits_for_a_pod(snapshot) else None
+    return ("waiting: FailedCreate", f"the tuning pod cannot be created: {words}") if words is not None else None
+
+
+def waits_for_a_pod(snapshot: TuningSnapshot) -> bool:
+    """Whether the Job is to run, and has no pod that runs or is on its way."""
+    job = snapshot.child("Job", run_name(snapshot.name))
+    if job is None or job["spec"].get("suspend"):
+        return False
+    ended = any(c.get("status") == "True" for c in (job.get("status") or {}).get("conditions") or [] if c["type"] != "Suspended")
+    return not ended and all((pod.get("status") or {}).get("phase") in ("Failed", "Succeeded") for pod in snapshot.pods)
