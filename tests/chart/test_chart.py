@@ -14,6 +14,7 @@ import yaml
 
 from sere_operator.api.common import parse_spec
 from sere_operator.api.deployment import SereDeploymentSpec
+from sere_operator.api.meta import COMPONENT_LABEL, ENGINE_COMPONENT, TUNER_COMPONENT
 from sere_operator.plan.objects import children
 from tests.kit import ROOT
 
@@ -28,6 +29,8 @@ VARIANTS = {
     "namespaced": ("watchNamespaces={models,other}",),
     "everything": (
         "networkPolicy.enabled=true",
+        "networkPolicy.models.enabled=true",
+        "networkPolicy.models.namespaces={models}",
         "priorityClassName=high",
         "image.digest=sha256:" + "a" * 64,
         "imagePullSecrets[0].name=pull",
@@ -223,6 +226,28 @@ def test_selector_is_the_same_wherever_it_is_used(render: Render) -> None:
     assert only(objects, "Service")["spec"]["selector"] == selector
     assert only(objects, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"] == selector
     assert only(objects, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == selector
+
+
+def test_traffic_of_engines_and_tuners_is_restricted_where_that_is_asked_for(render: Render, helm: Helm) -> None:
+    assert not of_kind(render("watchNamespaces={a,b}"), "NetworkPolicy")
+    found = of_kind(render("watchNamespaces={a,b}", "networkPolicy.models.enabled=true"), "NetworkPolicy")
+    by_pod = {
+        (one["metadata"]["namespace"], one["spec"]["podSelector"]["matchLabels"][COMPONENT_LABEL]): one["spec"] for one in found
+    }
+    assert set(by_pod) == {(namespace, component) for namespace in "ab" for component in (ENGINE_COMPONENT, TUNER_COMPONENT)}
+    for (_, component), policy in by_pod.items():
+        assert policy["podSelector"]["matchLabels"].items() <= children.labels("m", component).items()
+        assert policy["policyTypes"] == ["Ingress", "Egress"]
+    engine, tuner = by_pod["a", ENGINE_COMPONENT], by_pod["a", TUNER_COMPONENT]
+    template = children.pod_template("m", parse_spec(SereDeploymentSpec, {"model": {"name": "x"}}), children.Defaults())
+    (port,) = template["spec"]["containers"][0]["ports"]
+    assert engine["ingress"] == [{"ports": [{"port": port["name"], "protocol": port["protocol"]}]}]
+    assert "ingress" not in tuner, "nobody asks a tuning pod anything"
+    reached = [{one["port"] for rule in policy["egress"] for one in rule["ports"]} for policy in (engine, tuner)]
+    assert reached == [{53, 443}, {53, 443, 6443}]
+    refused = helm("template", "sere", CHART, "--set", "networkPolicy.models.enabled=true")
+    assert refused.returncode != 0
+    assert "needs networkPolicy.models.namespaces or watchNamespaces" in refused.stderr
 
 
 def test_notes_name_the_next_command(helm: Helm) -> None:
