@@ -13,9 +13,8 @@ from .test_operator import STATIC, node, world
 __all__ = ["node", "world"]  # fixtures
 
 SWITCH = {"metadata": {"annotations": {"serving.sere.dev/override": "exact"}}}
-# The promise is 2 s. On a machine that does other things as well the annotation of the pod is waited for a little longer;
-# before the switch had a lane of its own it took 7 to 180 s beside such pods.
-LIMIT_S = 4.0
+LIMIT_S = 2.0  # the promise; before the switch had a lane of its own it took 7 to 180 s beside such pods
+STATUS_S = 4.0  # of a new resource
 
 
 def switched_off(world: World, name: str) -> float:
@@ -28,7 +27,9 @@ def switched_off(world: World, name: str) -> float:
         return bool(pods) and all((pod.get("annotations") or {}).get("serving.sere.dev/override") == "exact" for pod in pods)
 
     eventually(check, 60, f"{name} switched off")
-    return time.monotonic() - began
+    took_s = time.monotonic() - began
+    print(f"{name}: {took_s:.2f} s")
+    return took_s
 
 
 @pytest.mark.parametrize("how", ["hangs", "drips"])
@@ -45,7 +46,7 @@ def test_it_acts_at_once_beside_24_pods_that_do_not_answer(world: World, how: st
     world.apply(manifest("new"))
     began = time.monotonic()
     eventually(lambda: world.get("SereDeployment", "new").get("status"), 30, "a new resource has a status")
-    assert time.monotonic() - began < LIMIT_S
+    assert time.monotonic() - began < STATUS_S
     assert switched_off(world, "m") < LIMIT_S
     assert switched_off(world, "sick-3") < LIMIT_S, "also where the pods themselves do not answer"
     eventually(lambda: [pod.digest for pod in world.pods() if pod.name.startswith("m-")] == ["exact"], 10)
