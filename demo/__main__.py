@@ -1,8 +1,8 @@
-"""`python -m demo`: tune the small widened model on the local engine, then roll a tuned policy out on a cluster.
+"""`python -m demo`: tune the small widened model on the local engine, then roll the certified policy out on a cluster.
 
 Stage 1 (the engine): widen the committed model, calibrate, `sere tune`.
 Stage 2 (the cluster): where Kubernetes binaries are found a one-node cluster, or with --kubeconfig one of the user's,
-`helm install`, a SereDeployment.
+`helm install`, a SereDeployment, and the profile of stage 1 for it; with --tune-in-cluster the operator tunes there anew.
 Everything that is printed as a figure was measured in this run; it ends with build/demo.json.
 """
 
@@ -30,6 +30,12 @@ BUILD = ROOT / "build" / "demo"
 MODEL = ROOT / "tests" / "assets" / "rows_moe"
 EXPERTS = 64  # of each of its layers
 CALIBRATION_ITEMS = 400
+# Ten minutes pay for a certificate and a few trials, not for a search of all kinds: that of `make bench-policies` is on the model's
+# page (docs/policies.md), and the demo looks for the best S where it says that something is to be had.
+POLICIES = "oea"
+S_VALUES = (2.0, 2.25, 2.5)
+SEARCH_ITEMS = 160
+PAIRS = 4  # of blocks
 LONGEST_ANSWER = 72  # tokens: 55 of a right answer and some room
 MINUTES = 10  # that stage 1 and 2 take together on two cores
 TAKE_DOWN_S = 420  # helm uninstall and the end of a namespace, both within their own limits
@@ -66,36 +72,56 @@ def heading(text: str) -> None:
     console.print(f"\n[bold]{text}[/bold]")
 
 
+def make_items(split: str, count: int, out: Path) -> None:
+    """Write items of a split of the model's tasks; the same count gives the same items."""
+    options = ("--model", MODEL.name, "--split", split, "--count", str(count), "--seed", "1", "--out", out)
+    run(sys.executable, "-m", "tests.assets.make.items", *options)
+
+
+def needs_similarity(args: argparse.Namespace) -> bool:
+    return "sere" in args.policies.split(",")
+
+
+def calibrate() -> None:
+    """Make the widened model's similarity file from the small model, whose calibration takes seconds; once."""
+    if (BUILD / "similarity.safetensors").exists():
+        return
+    make_items("calibration", CALIBRATION_ITEMS, BUILD / "calib.jsonl")
+    narrow = BUILD / "narrow.safetensors"
+    run("sere", "calibrate", MODEL, "--data", BUILD / "calib.jsonl", "--out", narrow)
+    run(sys.executable, "-m", "tests.assets.make.widen_similarity", narrow, BUILD / "model", BUILD / "similarity.safetensors")
+
+
 def prepare(args: argparse.Namespace) -> Path:
-    """The widened model, its items and calibration text, and the tuning file. Returns the tuning file's path."""
+    """The widened model, its items, and the tuning file. Returns the tuning file's path."""
     BUILD.mkdir(parents=True, exist_ok=True)
     model = BUILD / "model"
     if not (model / "model.safetensors").exists():
         run(sys.executable, "-m", "tests.assets.make.widen", MODEL, model)
-    for split, count, out in (("eval", args.items, "items.jsonl"), ("calibration", CALIBRATION_ITEMS, "calib.jsonl")):
-        options = ("--model", MODEL.name, "--split", split, "--count", str(count), "--seed", "1", "--out", BUILD / out)
-        run(sys.executable, "-m", "tests.assets.make.items", *options)
+    make_items("eval", args.items, BUILD / "items.jsonl")
     slo = {"tpotMs": {"p95": args.tpot_p95_ms}, "ttftMs": {"p99": 5000}}
     tuning = {
         "model": str(model),
         "engine": {"maxModelLen": 128, "extraArgs": ["--dtype", "bfloat16", "--enforce-eager", "--max-num-seqs", "32"]},
-        "similarity": str(BUILD / "similarity.safetensors"),
+        **({"similarity": str(BUILD / "similarity.safetensors")} if needs_similarity(args) else {}),
         "workload": {"load": {"concurrency": [16]}},
         "slo": slo,
         "accuracy": {
             "maxDropPoints": args.max_drop_points,
             "confidence": 0.95,
+            "searchItems": SEARCH_ITEMS,
             "tasks": [{"file": str(BUILD / "items.jsonl"), "metric": "exact", "maxTokens": LONGEST_ANSWER}],
         },
         "search": {
-            "policies": ["topk", "sere", "oea"],
+            "policies": args.policies.split(","),
+            "sValues": list(S_VALUES),
             "trials": args.trials,
             "rungs": 1,
             "deviceHours": 0.3,
-            "itemsPerTrial": 96,
+            "itemsPerTrial": 64,
         },
-        # A request lasts two seconds and more here, so that 15 of them (the default) would make blocks of half a minute.
-        "certify": {"pairs": 8, "blockSeconds": 8, "blockResidences": 4},
+        # A request lasts two seconds here, so that 15 of them (the default) would make blocks of half a minute at least.
+        "certify": {"pairs": PAIRS, "blockSeconds": 8, "blockResidences": 4},
         "out": str(BUILD / "run"),
     }
     path = BUILD / "tuning.yaml"
@@ -107,10 +133,8 @@ def stage_engine(args: argparse.Namespace) -> dict[str, Any]:
     """Calibrate and tune; returns the profile's spec. Ends the program with the tuner's exit code if it chose nothing."""
     heading("1/2  Tune: a real MoE model on a live vLLM engine")
     tuning = prepare(args)
-    if not (BUILD / "similarity.safetensors").exists():
-        narrow = BUILD / "narrow.safetensors"
-        run("sere", "calibrate", MODEL, "--data", BUILD / "calib.jsonl", "--out", narrow)
-        run(sys.executable, "-m", "tests.assets.make.widen_similarity", narrow, BUILD / "model", BUILD / "similarity.safetensors")
+    if needs_similarity(args):
+        calibrate()
     if args.fresh:
         import shutil
 
@@ -137,14 +161,15 @@ def stage_cluster(args: argparse.Namespace) -> tuple[dict[str, Any] | None, str]
         return None, "left out with --no-cluster"
     out = BUILD / "rollout.json"
     out.unlink(missing_ok=True)
+    tune = ("--tune",) if args.tune_in_cluster else ()
     if args.kubeconfig:
-        status = run(sys.executable, "-m", "demo.cluster", out, check=False, patience_s=TAKE_DOWN_S)
+        status = run(sys.executable, "-m", "demo.cluster", out, *tune, check=False, patience_s=TAKE_DOWN_S)
     else:
         for probe in ("assets", "node-packages"):
             found = subprocess.run([ROOT / "tests" / "kit" / probe], capture_output=True, text=True, cwd=ROOT, check=False)
             if found.returncode:
                 return None, found.stdout.strip() or found.stderr.strip()
-        status = run(ROOT / "demo" / "cluster", out, check=False)
+        status = run(ROOT / "demo" / "cluster", out, *tune, check=False)
     if status or not out.exists():
         console.print(f"The cluster stage failed (exit code {status}); its logs are in build/demo/cluster.")
         raise SystemExit(status or 1)
@@ -224,8 +249,13 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("--max-drop-points", type=float, default=1.0, help="accuracy budget of stage 1 in points")
     parser.add_argument("--tpot-p95-ms", type=float, default=200.0, help="latency limit of stage 1 in ms")
-    parser.add_argument("--trials", type=int, default=8, help="trials of stage 1")
-    parser.add_argument("--items", type=int, default=4000, help="items that stage 1 makes; a sixth is searched on")
+    parser.add_argument("--trials", type=int, default=4, help="trials of stage 1")
+    parser.add_argument("--items", type=int, default=1160, help=f"items that stage 1 makes; {SEARCH_ITEMS} are searched on")
+    parser.add_argument(
+        "--policies",
+        default=POLICIES,
+        help="kinds that stage 1 searches, of topk, sere and oea, with commas; sere is calibrated first",
+    )
     parser.add_argument(
         "--kubeconfig",
         metavar="FILE",
@@ -237,6 +267,11 @@ def arguments(given: list[str]) -> argparse.Namespace:
         metavar="PREFIX[:TAG]",
         default=os.environ.get("SERE_IMAGES") or None,
         help="with --kubeconfig: that cluster pulls PREFIX/sere-operator:TAG and PREFIX/sere-engine:TAG; TAG is dev unless given",
+    )
+    parser.add_argument(
+        "--tune-in-cluster",
+        action="store_true",
+        help="stage 2 tunes in the cluster, 8 minutes more, in place of rolling out what stage 1 certified",
     )
     parser.add_argument("--no-cluster", action="store_true", help="stage 1 alone")
     parser.add_argument("--resume", dest="fresh", action="store_false", help="go on with an earlier run's study")
@@ -267,7 +302,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C and a plain kill end the same way: children first, then this program.
+    # Ctrl-C and a plain kill end the same way: children first, then this program. A shell starts a program in the background with
+    # Ctrl-C ignored, and what it starts would ignore it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
         main()

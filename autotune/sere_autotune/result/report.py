@@ -9,6 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from sere_autotune.result import step_time
+from sere_autotune.result.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes
+
 _STYLE = """
 :root{--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--paper:#fff;--good:#1a7f37;--bad:#c4392b;--mark:#0969da;--wash:#f6f8fa}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9198a1;--line:#3d444d;--paper:#0d1117;--good:#3fb950;--bad:#f47067;
@@ -23,8 +26,6 @@ th:nth-child(1),td:nth-child(1),.w{white-space:normal!important;text-align:left!
 .good{color:var(--good)}.bad{color:var(--bad)}tr.chosen td{font-weight:600}svg{width:100%;height:auto}
 svg text{font:12px system-ui,sans-serif;fill:var(--ink)}svg .soft{fill:var(--soft)}
 """
-
-_W, _H, _LEFT, _RIGHT, _TOP, _BOTTOM = 860, 380, 64, 24, 24, 48
 
 
 def _e(value: Any) -> str:
@@ -59,6 +60,7 @@ def render(summary: dict[str, Any]) -> str:
         pareto_svg(summary),
         "<p class=soft>The search ranks on few items and decides nothing; only the certificate above does. "
         "The stepped line joins the trials within all limits that no other of them beats in both.</p>",
+        step_time.section(summary),
         _ladder(summary),
         _trials(summary),
         _noise(summary),
@@ -233,30 +235,19 @@ def pareto_svg(summary: dict[str, Any]) -> str:
     shown = [(name, v) for name, v in tpot_limits if v <= top * 1.4]
     y0, y1 = min(ys) * 0.92, max([top, *(v for _, v in shown)]) * 1.06
 
-    def px(x: float) -> float:
-        return _LEFT + (x - x0) / (x1 - x0) * (_W - _LEFT - _RIGHT)
-
-    def py(y: float) -> float:
-        return _H - _BOTTOM - (y - y0) / (y1 - y0) * (_H - _TOP - _BOTTOM)
-
-    parts = [f'<svg viewBox="0 0 {_W} {_H}" role=img aria-label="Mean TPOT over accuracy drop, one mark per trial">']
-    for tick in _ticks(x0, x1):
-        parts.append(f'<line x1={px(tick):.1f} y1={_TOP} x2={px(tick):.1f} y2={_H - _BOTTOM} stroke="var(--line)"/>')
-        parts.append(f"<text class=soft x={px(tick):.1f} y={_H - _BOTTOM + 18} text-anchor=middle>{tick:g}</text>")
-    for tick in _ticks(y0, y1):
-        parts.append(f'<line x1={_LEFT} y1={py(tick):.1f} x2={_W - _RIGHT} y2={py(tick):.1f} stroke="var(--line)"/>')
-        parts.append(f"<text class=soft x={_LEFT - 8} y={py(tick) + 4:.1f} text-anchor=end>{tick:g}</text>")
-    parts.append(f"<text x={(_LEFT + _W - _RIGHT) / 2} y={_H - 8} text-anchor=middle>accuracy lost, points (search items)</text>")
-    parts.append(f'<text x=16 y={_H / 2} text-anchor=middle transform="rotate(-90 16 {_H / 2})">mean TPOT, ms</text>')
+    axes = Axes((x0, x1), (y0, y1))
+    px, py = axes.x, axes.y
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="Mean TPOT over accuracy drop, one mark per trial">']
+    parts.append(axes.grid("accuracy lost, points (search items)", "mean TPOT, ms"))
     parts.append(
-        f'<line x1={px(budget):.1f} y1={_TOP} x2={px(budget):.1f} y2={_H - _BOTTOM} stroke="var(--bad)" stroke-dasharray="5 4"/>'
+        f'<line x1={px(budget):.1f} y1={TOP} x2={px(budget):.1f} y2={HEIGHT - BOTTOM} stroke="var(--bad)" stroke-dasharray="5 4"/>'
     )
-    parts.append(f'<text x={px(budget) + 5:.1f} y={_TOP + 12} style="fill:var(--bad)">budget {_plural(budget)}</text>')
+    parts.append(f'<text x={px(budget) + 5:.1f} y={TOP + 12} style="fill:var(--bad)">budget {_plural(budget)}</text>')
     for name, value in shown:
         parts.append(
-            f'<line x1={_LEFT} y1={py(value):.1f} x2={_W - _RIGHT} y2={py(value):.1f} stroke="var(--bad)" stroke-dasharray="5 4"/>'
+            f'<line x1={LEFT} y1={py(value):.1f} x2={WIDTH - RIGHT} y2={py(value):.1f} stroke="var(--bad)" stroke-dasharray="5 4"/>'
         )
-        parts.append(f'<text x={_LEFT + 6} y={py(value) - 5:.1f} style="fill:var(--bad)">{_e(name)} {value:g} ms</text>')
+        parts.append(f'<text x={LEFT + 6} y={py(value) - 5:.1f} style="fill:var(--bad)">{_e(name)} {value:g} ms</text>')
     good = [i for i, trial in enumerate(trials) if trial["feasible"]]
     front = [good[i] for i in pareto([(xs[i], ys[i]) for i in good])]
     if len(front) > 1:
@@ -285,14 +276,3 @@ def pareto_svg(summary: dict[str, Any]) -> str:
         )
         parts.append(f"<text x={x + 13:.1f} y={y + 4:.1f}>chosen, as certified</text>")
     return "".join(parts) + "</svg>"
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """About six round numbers inside [low, high]."""
-    raw = (high - low) / 6
-    if raw <= 0:
-        return []
-    size = 10 ** math.floor(math.log10(raw))
-    step = next(m * size for m in (1, 2, 5, 10) if m * size >= raw)
-    first = math.ceil(low / step)
-    return [round(i * step, 10) for i in range(first, math.floor(high / step) + 1)]

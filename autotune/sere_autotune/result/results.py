@@ -86,7 +86,7 @@ def tried(study: TuningStudy) -> list[dict[str, Any]]:
             "differShare": sum(level.differ for level in levels) / items if items else 0.0,
             "violations": dict(trial.constraints), "feasible": all(by <= 0 for by in trial.constraints.values()),
             "crash": trial.user_attrs.get("crash"), "stopped": next((lv.stopped for lv in levels if lv.stopped), None),
-            "seconds": trial.user_attrs.get("seconds"), "levels": [level.to_dict() for level in levels],
+            "seconds": trial.user_attrs.get("seconds"), "slots": trial.user_attrs.get("slots", []), "levels": [level.to_dict() for level in levels],
         })  # fmt: skip
     return trials
 

@@ -67,6 +67,14 @@ def count_choices(run: Run, space: Space) -> list[Counts]:
     return [Counts(np.array(k.active), np.array(k.slots), np.array(k.moved)) for k in kept if k is not None]
 
 
+def slots(run: Run, space: Space, table: Table) -> tuple[float, ...]:
+    """Slots of a token that a table was counted to have in each bucket's recorded steps; of exact routing also before any were recorded."""
+    if table == space.exact():
+        return (float(space.top_k),) * len(table)
+    order = {choice: i for i, choice in enumerate(space.choices())}
+    return tuple(float(counts.slots[order[choice]]) for counts, choice in zip(count_choices(run, space), table, strict=True))
+
+
 def _assumed(run: Run, space: Space, bucket: int) -> Routing:
     """Calls as published models make them, where the engine cannot record its own or none had the bucket's size."""
     assert run.facts is not None
@@ -159,6 +167,7 @@ def _candidate(run: Run, space: Space, model: PolicyModel, fraction: float, pick
     return Candidate(
         policy=policy.to_json_dict(), describe=policy.describe(), fraction=fraction, drop=pick.drop,
         discordance=pick.discordance, speedup=pick.speedup, power=float(np.mean(chance)), items=items, per_block=per_block,
+        slots=slots(run, space, pick.table),
     )  # fmt: skip
 
 

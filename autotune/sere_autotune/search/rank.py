@@ -11,7 +11,7 @@ import numpy as np
 from sere_autotune import planner
 from sere_autotune.search.baseline import check_baseline
 from sere_autotune.search.kinds import removed_kinds
-from sere_autotune.search.learned import count_choices, propose
+from sere_autotune.search.learned import count_choices, propose, slots
 from sere_autotune.search.sampler import make_sampler
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import EDGES, LADDER, NOISE, PACE, SEARCH_ENDED, NoiseFloor, Pace
@@ -212,6 +212,7 @@ def _evaluate(run: Run, trial: Any, table: Table) -> None:
         "describe": policy.describe(),
         "digest": policy.digest,
         "levels": [level.to_dict() for level in levels],
+        "slots": slots(run, space, table),
         "seconds": time.monotonic() - began,
     }
     study.tell(trial, objective(levels, base), violations, record)

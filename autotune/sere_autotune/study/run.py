@@ -100,5 +100,11 @@ class Run:
             edges = tuple(BucketEdges(min_tokens=1) for _ in levels)  # until exact routing has shown the batch sizes
         layers = self.facts.layers if self.spec.search.layer_groups else ()
         return Space(
-            edges, self.spec.search.policies, self.facts.top_k, self.similarity_digest, layers, self.spec.search.min_share
+            edges,
+            self.spec.search.policies,
+            self.facts.top_k,
+            self.similarity_digest,
+            layers,
+            self.spec.search.min_share,
+            self.spec.search.s_values or (),
         )

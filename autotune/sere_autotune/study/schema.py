@@ -69,6 +69,7 @@ class Candidate:
     power: float  # probability that its certificate passes on `items`
     items: int  # distinct held-out items that its certificate uses with each routing; declared here
     per_block: int  # labelled items of each block
+    slots: tuple[float, ...] = ()  # of a token in each bucket's recorded steps; empty where nothing was recorded
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -20,6 +20,7 @@ import numpy as np
 import optuna
 
 from sere_autotune.tuning.spec import BucketEdges
+from sere_ext.contract.errors import UsageError
 from sere_ext.contract.policy import MAX_TOKENS, Bucket, Kind, LayerGroup, Policy
 
 RHO_STEP = 0.05
@@ -72,21 +73,31 @@ class Space:
     similarity_digest: str | None = None
     layers: tuple[int, ...] = ()  # model layer numbers of the MoE layers; () searches whole numbers of S alone
     shares: tuple[float, ...] = (0.0,)  # values of minShare to try; 0 keeps all of the top S
+    s_values: tuple[float, ...] = ()  # values of S to try; () tries all
 
     def __post_init__(self) -> None:
+        """Raises UsageError where a value of S cannot be tried on this model."""
         assert list(self.layers) == sorted(self.layers)
+        if unknown := [S for S in self.s_values if S not in self._grid()]:
+            shown = ", ".join(f"{S:g}" for S in self._grid())
+            raise UsageError(f"search.sValues: {unknown[0]:g} cannot be tried on this model; take some of {shown}")
 
     @property
     def step(self) -> float:
         """Step of S in the search: a quarter, or 1 where there are too few layers to split."""
         return 1 / S_STEPS if len(self.layers) >= S_STEPS else 1.0
 
+    def _grid(self) -> list[float]:
+        """Every value of S that the model allows."""
+        found: list[float] = np.arange(1.0, self.top_k, self.step).tolist()
+        return found
+
     def choices(self) -> list[Choice]:
         """Every choice for one range of batch sizes, exact routing first."""
         found = [EXACT]
         rhos = [round(i * RHO_STEP, 2) for i in range(round(RHO_MAX / RHO_STEP) + 1)]
         for kind in self.kinds:
-            for S in np.arange(1.0, self.top_k, self.step).tolist():
+            for S in self.s_values or self._grid():
                 for rho in rhos if kind.needs_similarity else [0.0]:
                     found += [Choice(kind, S, rho, share) for share in (self.shares if S > 1 else (0.0,))]
         return found
@@ -97,7 +108,11 @@ class Space:
         found: dict[str, optuna.distributions.BaseDistribution] = {}
         for index in range(len(self.edges)):
             found[f"b{index}.kind"] = optuna.distributions.CategoricalDistribution(names)
-            found[f"b{index}.S"] = optuna.distributions.FloatDistribution(1.0, max(1.0, self.top_k - self.step), step=self.step)
+            found[f"b{index}.S"] = (
+                optuna.distributions.CategoricalDistribution(self.s_values)
+                if self.s_values
+                else optuna.distributions.FloatDistribution(1.0, max(1.0, self.top_k - self.step), step=self.step)
+            )
             found[f"b{index}.rho"] = optuna.distributions.FloatDistribution(0.0, RHO_MAX, step=RHO_STEP)
             if self.shares != (0.0,):
                 found[f"b{index}.share"] = optuna.distributions.CategoricalDistribution(self.shares)
@@ -107,7 +122,8 @@ class Space:
         """A table as the values of Optuna's parameters."""
         found: dict[str, Any] = {}
         for index, choice in enumerate(table):
-            found |= {f"b{index}.kind": choice.kind.value, f"b{index}.S": choice.S, f"b{index}.rho": choice.rho}
+            S = choice.S if not self.s_values or choice.S in self.s_values else self.s_values[0]  # exact routing has none
+            found |= {f"b{index}.kind": choice.kind.value, f"b{index}.S": S, f"b{index}.rho": choice.rho}
             if self.shares != (0.0,):
                 found[f"b{index}.share"] = choice.share if choice.share in self.shares else self.shares[0]
         return found
@@ -161,7 +177,9 @@ class Space:
         settings = [
             Choice(Kind.SERE, S, rho) if Kind.SERE in self.kinds else Choice(self.kinds[0], S)
             for S, rho in PAPER_SETTINGS
-            if S < self.top_k
+            if S < self.top_k and (not self.s_values or S in self.s_values)
         ]
+        if self.s_values and not settings:  # none of the paper's is to be tried
+            settings = [Choice(self.kinds[0], self.s_values[0])]
         distinct = list(dict.fromkeys(settings))[: max(1, trials // 3)]
         return [self.exact(), *((choice,) * len(self.edges) for choice in distinct)][:trials]

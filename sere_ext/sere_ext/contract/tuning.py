@@ -295,12 +295,17 @@ class SearchDetails(Record):
         tuple[Annotated[float, Field(ge=0, le=1)], ...],
         Field(min_length=1, max_length=8, description="values of minShare to try where S is above 1; 0 keeps all of the top S"),
     ] = (0.0,)
+    s_values: Annotated[
+        tuple[Annotated[float, Field(ge=1, le=64)], ...] | None,
+        Field(min_length=1, max_length=64, description="values of S to try, where it is known which are worth it"),
+        Unset("all below the model's top-k"),
+    ] = None
     seed: Annotated[int, Field(ge=0, le=2**31, description="of the proposals")] = 0
 
-    @field_validator("min_share")
+    @field_validator("min_share", "s_values")
     @classmethod
-    def _ascending(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(sorted(set(value)))
+    def _ascending(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        return None if value is None else tuple(sorted(set(value)))
 
 
 class CertifySpec(Record):

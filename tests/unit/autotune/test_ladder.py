@@ -15,6 +15,7 @@ from sere_autotune.trial.routing import Routing
 from sere_autotune.trial.stats import power, rough_power
 from sere_autotune.tuning.space import EXACT, Choice, Space, auto_buckets
 from sere_autotune.tuning.spec import BucketEdges
+from sere_ext.contract.errors import UsageError
 from sere_ext.contract.policy import Kind
 
 TOP_K = 4
@@ -298,3 +299,19 @@ def test_exact_buckets_stay_exact_in_every_layer_group() -> None:
 def test_with_too_few_layers_the_step_is_whole() -> None:
     for layers in ((), (0, 1, 2)):
         assert {c.S for c in Space(auto_buckets([16], [0]), (Kind.TOPK,), TOP_K, layers=layers).choices()} == {1, 2, 3}
+
+
+def test_given_values_of_s_are_all_that_is_tried() -> None:
+    space = Space(auto_buckets([16], [0]), (Kind.TOPK, Kind.OEA), TOP_K, layers=(0, 1, 2, 3), s_values=(2.25, 2.5))
+    assert {(c.kind, c.S) for c in space.choices()[1:]} == {(k, s) for k in (Kind.TOPK, Kind.OEA) for s in (2.25, 2.5)}
+    assert all(space.table(space.params((choice,))) == (choice,) for choice in space.choices())
+    distributions = space.distributions()
+    for table in space.first_trials(9):  # Optuna refuses a value that its distribution does not have
+        for name, value in space.params(table).items():
+            assert distributions[name]._contains(distributions[name].to_internal_repr(value))
+    assert space.first_trials(9)[1:], "one of the given values is tried where none is the paper's"
+
+
+def test_a_value_of_s_that_the_model_cannot_have_is_refused_with_those_that_it_can() -> None:
+    with pytest.raises(UsageError, match=r"search.sValues: 2.1 cannot be tried on this model; take some of 1, 1.25, 1.5"):
+        Space(auto_buckets([16], [0]), (Kind.OEA,), TOP_K, layers=(0, 1, 2, 3), s_values=(2.0, 2.1))

@@ -13,8 +13,11 @@ import yaml
 from rich.console import Console
 
 from demo import __main__ as demo
+from demo import cluster
 from demo.watch import Watch, active_experts
 from sere_autotune.tuning.spec import TuningSpec
+from sere_ext.contract.profile import Profile
+from tests.kit import ROOT
 
 
 def block(before: float | None, after: float | None) -> str:
@@ -78,3 +81,34 @@ def test_what_was_gained_is_said_in_plain_words() -> None:
     assert "1.88 times as fast for 0.28 points of accuracy" in said
     assert "20 experts of a layer instead of 50" in said
     assert "for no accuracy" in demo.gained({**answer, "accuracy": {"exact": 0.99, "tuned": 0.99}})
+
+
+def test_the_certified_profile_is_carried_into_the_cluster_with_a_similarity_file_that_the_operator_can_read(
+    tmp_path: Path,
+) -> None:
+    (manifest, _) = yaml.safe_load_all((ROOT / "manifests/samples/profile.yaml").read_text())
+    manifest["spec"]["similarity"] = {"uri": "file:///home/me/similarity.safetensors", "digest": "sha256:" + "1" * 64}
+    certified = Profile.parse(manifest)
+    certified.write(tmp_path / "profile.json")
+    there = cluster.carried(tmp_path / "profile.json")
+    assert there.metadata == {"name": "demo"}
+    assert there.spec.similarity is not None
+    assert there.spec.similarity.uri == "configmap://demo-similarity/similarity.safetensors"
+    assert there.spec.similarity.digest == "sha256:" + "1" * 64
+    kept = {"similarity": None}
+    assert there.spec.model_copy(update=kept) == certified.spec.model_copy(update=kept), "all else stays as it was certified"
+
+
+def test_stage_2_tunes_only_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo, "BUILD", tmp_path)
+    asked: list[tuple[object, ...]] = []
+
+    def run(*command: object, **_: object) -> int:
+        asked.append(command)
+        (tmp_path / "rollout.json").write_text("{}")
+        return 0
+
+    monkeypatch.setattr(demo, "run", run)
+    for options in ([], ["--tune-in-cluster"]):
+        demo.stage_cluster(demo.arguments(["--kubeconfig", "c", *options]))
+    assert ["--tune" in command for command in asked] == [False, True]
