@@ -1,4 +1,4 @@
-"""`sere tune` and `sere certify`: options, the screen, exit codes. Every leaf of tuning.yaml is an option."""
+"""`sere tune` and `sere certify`: options, the screen, exit codes. Every leaf of tuning.yaml is an option. `look.py` has `sere doctor`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -14,11 +15,13 @@ import optuna  # noqa: F401  (so that `sere` leaves these commands out where the
 import typer
 from rich.console import Console
 
+from sere_autotune import look
+from sere_autotune.doctor.finding import NOTHING
 from sere_autotune.outcome import ending_of
 from sere_autotune.tuning.file import load_spec, to_yaml
 from sere_autotune.tuning.options import LeavesCommand, overrides, with_leaves
 from sere_autotune.tuning.spec import TuningSpec
-from sere_ext.contract.errors import CannotCertifyError, SereError, UsageError
+from sere_ext.contract.errors import CannotCertifyError, ExitCode, SereError, UsageError
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.profile import read_policy_file
 from sere_ext.contract.volume import MAX_FILE_BYTES
@@ -27,6 +30,7 @@ from sere_ext.contract.volume import MAX_FILE_BYTES
 def register(app: typer.Typer) -> None:
     """Entry point of the group `sere.commands`."""
     app.command("tune", cls=LeavesCommand, help=_TUNE_HELP)(with_leaves(tune_command))
+    app.command("doctor", help=look.HELP)(look.doctor_command)
     app.command("certify", cls=LeavesCommand, help=_CERTIFY_HELP)(with_leaves(certify_command))
 
 
@@ -58,6 +62,7 @@ _Publish = Annotated[
 def tune_command(
     file: _File = None,
     dry_run: _DryRun = False,
+    with_engine: look.WithEngine = False,
     advisory: _Advisory = False,
     fresh: _Fresh = False,
     as_json: _Json = False,
@@ -65,13 +70,14 @@ def tune_command(
     trust_remote_code: _Trust = False,
     **options: str | None,
 ) -> None:
-    _main(_read_spec(file, options, trust_remote_code), None, dry_run, advisory, fresh, as_json, publish)
+    _main(_read_spec(file, options, trust_remote_code), None, _dry(dry_run, with_engine), advisory, fresh, as_json, publish)
 
 
 def certify_command(
     policy: Annotated[Path, typer.Argument(help="A policy or a profile, as JSON.")],
     file: _File = None,
     dry_run: _DryRun = False,
+    with_engine: look.WithEngine = False,
     advisory: _Advisory = False,
     fresh: _Fresh = False,
     as_json: _Json = False,
@@ -85,7 +91,21 @@ def certify_command(
         raise UsageError(f"{policy} is exact routing, which needs no certificate; name a policy that re-routes")
     if options.get("out") is None:
         spec = spec.model_copy(update={"out": str(Path(spec.out) / f"certify-{only.digest}")})
-    _main(spec, only, dry_run, advisory, fresh, as_json, publish)
+    _main(spec, only, _dry(dry_run, with_engine), advisory, fresh, as_json, publish)
+
+
+class _Dry(StrEnum):
+    """Whether the plan alone is printed, and whether an engine is started for the ceiling beside it."""
+
+    NO = "no"
+    PLAN = "plan"
+    ENGINE = "engine"
+
+
+def _dry(dry_run: bool, with_engine: bool) -> _Dry:
+    if with_engine and not dry_run:
+        raise UsageError("--with-engine belongs to --dry-run; without it the ceiling is found before the search anyway")
+    return _Dry.ENGINE if with_engine else _Dry.PLAN if dry_run else _Dry.NO
 
 
 def _read_spec(file: Path | None, options: dict[str, str | None], trust_remote_code: bool) -> TuningSpec:
@@ -98,15 +118,15 @@ def _read_spec(file: Path | None, options: dict[str, str | None], trust_remote_c
 
 
 def _main(
-    spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, fresh: bool, as_json: bool, publish: str | None
+    spec: TuningSpec, only: Policy | None, dry: _Dry, advisory: bool, fresh: bool, as_json: bool, publish: str | None
 ) -> None:
     from sere_autotune.result.publish import Access, Publisher, Target
 
-    publisher = Publisher(Target.parse(publish), Access.from_pod()) if publish and not dry_run else None
+    publisher = Publisher(Target.parse(publish), Access.from_pod()) if publish and dry is _Dry.NO else None
     if publisher is not None:
         publisher.check()
     try:
-        code = _run(spec, only, dry_run, advisory, fresh, as_json, publisher)
+        code = _run(spec, only, dry, advisory, fresh, as_json, publisher)
     except SereError as error:
         if publisher is not None:
             publisher.failed(str(error), error.exit_code, ending_of(error).value)
@@ -119,7 +139,7 @@ def _main(
         raise typer.Exit(code)
 
 
-def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, fresh: bool, as_json: bool, publisher: Any) -> int:
+def _run(spec: TuningSpec, only: Policy | None, dry: _Dry, advisory: bool, fresh: bool, as_json: bool, publisher: Any) -> int:
     from sere_autotune import planner, prepare, tuner
     from sere_autotune.progress import Progress
     from sere_autotune.result import screen
@@ -129,8 +149,8 @@ def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, f
     if only is not None:
         spec = spec.model_copy(update={"search": spec.search.model_copy(update={"rungs": 1})})
     prepared = prepare.prepare(spec, only, publisher)
-    if dry_run:
-        return _dry_run(prepared, advisory, as_json)
+    if dry is not _Dry.NO:
+        return _dry_run(prepared, dry is _Dry.ENGINE, advisory, as_json)
     if not prepared.plan.can_certify and not advisory:
         raise CannotCertifyError(prepared.plan.problem)
     console.print(_fitted(planner.describe(prepared.plan, spec), sys.stderr), markup=False, soft_wrap=True)
@@ -160,17 +180,22 @@ def _run(spec: TuningSpec, only: Policy | None, dry_run: bool, advisory: bool, f
     return finished.outcome.exit_code
 
 
-def _dry_run(prepared: Any, advisory: bool, as_json: bool) -> int:
+def _dry_run(prepared: Any, with_engine: bool, advisory: bool, as_json: bool) -> int:
     from sere_autotune import planner
+    from sere_autotune.trial.traffic import Traffic
 
     plan = prepared.plan
+    possible = plan.can_certify or advisory
+    finding = look.look(prepared.work(Traffic(prepared.spec.workload, prepared.items))) if with_engine and possible else None
     if as_json:
-        sys.stdout.write(json.dumps(plan.to_dict(), indent=2) + "\n")
+        ceiling = {"ceiling": finding.to_dict()} if finding else {}
+        sys.stdout.write(json.dumps(plan.to_dict() | ceiling, indent=2) + "\n")
     else:
-        sys.stdout.write(_fitted(planner.describe(plan, prepared.spec), sys.stdout) + "\n\n" + to_yaml(prepared.spec))
-    if plan.can_certify or advisory:
-        return 0
-    raise CannotCertifyError(plan.problem)
+        text = planner.describe(plan, prepared.spec) + (f"\nCeiling    {finding.sentence}" if finding else "")
+        sys.stdout.write(_fitted(text, sys.stdout) + "\n\n" + to_yaml(prepared.spec))
+    if not possible:
+        raise CannotCertifyError(plan.problem)
+    return ExitCode.INFEASIBLE if finding is not None and finding.verdict == NOTHING else 0
 
 
 def _fitted(text: str, stream: TextIO) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 from sere_ext.contract.errors import ExitCode, SereError
 
+MIN_SPEEDUP = 1.02  # the smallest gain worth having: below it a policy is not worth a certificate, nor a model a search
+
 
 class Ending(StrEnum):
     """Names as the operator reads them in outcome.json."""

@@ -18,6 +18,9 @@ from sere_autotune.words import about, percent
 ASSUMED_START_S = 60.0  # of an engine, until one was seen
 ASSUMED_TRUE_DROP = 0.3  # share of the limit that a good policy truly costs
 WARMUP_RESIDENCES = 5  # discarded at the start of each block
+_CEILING_S = 60.0  # that finding the ceiling takes where the budget allows it,
+_CEILING_SHARE = 0.03  # and the share of the budget that it may take;
+_LEAST_CEILING_S = 5.0  # with less than this the search begins at once
 SWITCH_S = 0.5  # of a live change of the policy
 _INDENT = 11  # characters of the words before each line
 
@@ -48,6 +51,7 @@ class Plan:
     openings: int = 0
     can_certify: bool = True
     problem: str = ""
+    ceiling_s: float = 0.0
     search_s: float = 0.0
     certify_s: float = 0.0
     start_s: float = 0.0
@@ -64,7 +68,7 @@ class Plan:
             "needs": [{"discordance": n.discordance, "trueDropZero": n.true_zero, "trueDropSome": n.true_some} for n in self.needs],
             "smallestLimitPoints": None if self.smallest is None else round(self.smallest * 100, 2),
             "notes": self.notes, "openings": self.openings, "trials": self.trials, "rungs": self.rungs,
-            "seconds": {"start": self.start_s, "search": self.search_s, "certification": self.certify_s},
+            "seconds": {"start": self.start_s, "ceiling": self.ceiling_s, "search": self.search_s, "certification": self.certify_s},
         }  # fmt: skip
 
 
@@ -110,6 +114,7 @@ def make_plan(
         search_items=items - cert_items, source=source, noise=noise, needs=needs, smallest=smallest, openings=openings,
         can_certify=not problem, problem=problem,
         start_s=pace.start_s if pace else ASSUMED_START_S, trials=spec.search.trials if searches else 0,
+        ceiling_s=ceiling_seconds(spec.search.device_hours * 3600 / spec.engine.tensor_parallel_size) if searches else 0.0,
         rungs=spec.search.rungs, search_s=search_seconds(spec, pace) if searches else 0.0, certify_s=spec.search.rungs * candidate_seconds(spec, pace, levels),
         pace_known=pace is not None,
         notes=([warning] if warning else []) + (_notes(spec, items - cert_items, pace) if searches else []),
@@ -152,6 +157,12 @@ def _notes(spec: TuningSpec, search_items: int, pace: Pace | None) -> list[str]:
     if spec.search.trials == 1:
         found.append("trials 1 is exact routing alone, so no policy is searched; give 2 or more")
     return found
+
+
+def ceiling_seconds(left_s: float) -> float:
+    """Seconds that finding the ceiling may take where the budget has so many left; 0 where they are too few for it."""
+    found = min(_CEILING_S, _CEILING_SHARE * left_s)
+    return found if found >= _LEAST_CEILING_S else 0.0
 
 
 def search_seconds(spec: TuningSpec, pace: Pace | None) -> float:
@@ -218,8 +229,9 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
     lines.append("           " + ("this limit can certify" if plan.can_certify else f"CANNOT CERTIFY: {plan.problem}"))
     lines.append(f"Similarity {plan.source.describe(plan.search_items)}")
     basis = "at the pace of the last run" if plan.pace_known else "at most, pace not known before the first run"
-    total = plan.start_s + plan.search_s + plan.certify_s
-    search = f"search {plan.trials} trial{'s' if plan.trials > 1 else ''} {about(plan.search_s)}; " if plan.trials else ""
+    total = plan.start_s + plan.ceiling_s + plan.search_s + plan.certify_s
+    search = f"ceiling {about(plan.ceiling_s)}; " if plan.ceiling_s else ""
+    search += f"search {plan.trials} trial{'s' if plan.trials > 1 else ''} {about(plan.search_s)}; " if plan.trials else ""
     lines.append(
         f"Time       start {about(plan.start_s)}; {search}certification "
         f"{plan.rungs} rung{'s' if plan.rungs > 1 else ''} {about(plan.certify_s)}; {about(total)} in all ({basis})"

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sere_autotune import calibration, planner, preflight
+from sere_autotune.doctor.measure import Work
 from sere_autotune.study.ledger import Ledger, Shared
 from sere_autotune.study.study import study_id
 from sere_autotune.trial.duplicates import near_duplicates
 from sere_autotune.trial.items import Item, load_items, split
-from sere_autotune.tuning.spec import TuningSpec
+from sere_autotune.trial.traffic import Traffic
+from sere_autotune.tuning.spec import Served, TuningSpec
 from sere_ext.contract.errors import SimilarityError, UsageError
 from sere_ext.contract.model_config import language_config, model_config_digest
 from sere_ext.contract.policy import Policy
@@ -26,7 +28,7 @@ class Prepared:
     items: list[Item]
     search: list[Item]
     cert: list[Item]
-    config_digest: str
+    config: dict[str, object]
     source: calibration.Source
     plan: planner.Plan
     ledger: Ledger
@@ -34,6 +36,14 @@ class Prepared:
     @property
     def out(self) -> Path:
         return Path(self.spec.out)
+
+    @property
+    def config_digest(self) -> str:
+        return model_config_digest(self.config)
+
+    def work(self, traffic: Traffic) -> Work:
+        """What an engine is asked for the ceiling: the requests whose latency will be judged."""
+        return Work(self.spec, self.spec.workload, traffic.others or traffic.requests(self.search), True, self.config)
 
 
 def prepare(spec: TuningSpec, only: Policy | None = None, shared: Shared | None = None) -> Prepared:
@@ -84,10 +94,10 @@ def prepare(spec: TuningSpec, only: Policy | None = None, shared: Shared | None 
         searches=only is None,
         warning=near_duplicates(items),
     )
-    return Prepared(spec, items, mine, held_out, digest, source, plan, ledger)
+    return Prepared(spec, items, mine, held_out, config, source, plan, ledger)
 
 
-def read_config(spec: TuningSpec) -> dict[str, object]:
+def read_config(spec: Served) -> dict[str, object]:
     """The model's config.json, decoded. Raises UsageError if there is none or it has no experts."""
     from sere_ext.similarity.hub import asked_model_config
 

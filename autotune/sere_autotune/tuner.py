@@ -11,7 +11,10 @@ from typing import Any
 
 from sere_autotune import calibration
 from sere_autotune.certify.stage import certify
-from sere_autotune.outcome import Ending, Outcome
+from sere_autotune.doctor import measure
+from sere_autotune.doctor.finding import NOTHING, Finding
+from sere_autotune.outcome import MIN_SPEEDUP, Ending, Outcome
+from sere_autotune.planner import ceiling_seconds
 from sere_autotune.prepare import Prepared, opened_items
 from sere_autotune.result import ending, results
 from sere_autotune.search import learned
@@ -22,7 +25,7 @@ from sere_autotune.study.journal import FULL
 from sere_autotune.study.ledger import Ledger, spent_alpha
 from sere_autotune.study.meter import Meter
 from sere_autotune.study.run import Engine, Reporter, Run
-from sere_autotune.study.schema import ENGINE, OUTCOME, PACE, SEARCH_ENDED, SECONDS, SIMILARITY
+from sere_autotune.study.schema import CEILING, ENGINE, OUTCOME, PACE, SEARCH_ENDED, SECONDS, SIMILARITY
 from sere_autotune.study.study import TuningStudy, fingerprint, forget, study_id
 from sere_autotune.trial.items import set_digest
 from sere_autotune.trial.traffic import Traffic
@@ -158,6 +161,10 @@ def _run(run: Run, ledger: Ledger, prepared: Prepared, only: Policy | None) -> O
                 only.check_layers(run.facts.layers)
             ladder = given_ladder(run, only)
         else:
+            with _timed(run, "ceiling"):
+                ceiling = _ceiling(run, prepared)
+            if ceiling is not None and ceiling.verdict == NOTHING:
+                return Outcome(Ending.INFEASIBLE, ceiling.sentence, ending.counts(run))
             with _timed(run, "search"):
                 search.rank(run)
                 ladder = learned.freeze_ladder(run)
@@ -177,6 +184,28 @@ def _run(run: Run, ledger: Ledger, prepared: Prepared, only: Policy | None) -> O
     if chosen is not None:
         return ending.chosen(run, chosen, ladder[chosen], verdicts[chosen])
     return (run.advisory and ending.advisory(run, ladder, verdicts)) or ending.infeasible(run, ladder, verdicts)
+
+
+def _ceiling(run: Run, prepared: Prepared) -> Finding | None:
+    """What could be gained at most: measured once in a study, before its first trial, on a small part of the budget.
+
+    Raises:
+        BudgetExhaustedError: a budget ran out meanwhile.
+    """
+    found = run.study.get(CEILING)
+    if found is None and not run.study.complete():
+        seconds = ceiling_seconds(run.left_s())
+        if not seconds:
+            return None
+        assert run.facts is not None
+        found = measure.examine(
+            run.engine, run.facts, prepared.work(run.traffic), MIN_SPEEDUP, seconds, lambda text: run.report.step(text, 0.0)
+        )
+        run.study.put(CEILING, found)
+        run.study.note_spent(run.budget)
+    if found is not None:
+        run.report.step(f"ceiling: {found.sentence}", 0.0)
+    return found
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 from sere_autotune.trial.engine import BlockReport, EngineFacts, Reject
 from sere_autotune.trial.load import Block, Load, Request, Sent
 from sere_autotune.trial.stats import DropRejector
+from sere_autotune.trial.wave import Wave
 from sere_ext.contract.errors import EngineCrashError
 from sere_ext.contract.policy import EXACT_POLICY, Kind, Policy
 
@@ -56,8 +57,13 @@ def truth(policy: Policy) -> tuple[float, float, float]:
 class PlantedEngine:
     """Answers at once (or after `wait_s` per block); 80 % of items are right under exact routing."""
 
-    def __init__(self, wait_s: float = 0.0, crashes: Sequence[Kind] = (), tpot_ms: float = 20.0, log: Path | None = None) -> None:
+    def __init__(
+        self, wait_s: float = 0.0, crashes: Sequence[Kind] = (), tpot_ms: float = 20.0, log: Path | None = None,
+        experts_share: float = 0.7,
+    ) -> None:  # fmt: skip
         self.wait_s, self.crashes, self.tpot_ms, self.log = wait_s, tuple(crashes), tpot_ms, log
+        self.experts_share = experts_share  # of an exact decode step at 16 requests; what a wave shows
+        self.waves = 0
         self.start_seconds = 0.01
         self.policy = EXACT_POLICY
         self.blocks = 0
@@ -80,6 +86,18 @@ class PlantedEngine:
 
     def stop(self) -> None:
         pass
+
+    def wave(self, requests: Sequence[Request], tokens: int, bucket: str) -> Wave:
+        """A step pays for its active experts alone, of 16."""
+        if any(b.kind in self.crashes for b in self.policy.buckets):
+            raise EngineCrashError("planted")
+        kept, batch = self.policy.buckets[0].S, len(requests)
+        assert kept is not None
+        active = [16 * (1 - (15 / 16) ** slots) for slots in (batch * kept, 16 * 4)]
+        self.waves += 1
+        noise = random.Random(f"wave {self.waves}").lognormvariate(0, 0.003)
+        step_s = self.tpot_ms / 1e3 * (1 - self.experts_share + self.experts_share * active[0] / active[1]) * noise
+        return Wave(10.0, 0.05, step_s, active[0], float(kept))
 
     def right(self, prompt: str, lost: float, gained: float) -> bool:
         u = int(hashlib.sha256(f"u {prompt}".encode()).hexdigest()[:8], 16) / 2**32

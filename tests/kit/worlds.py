@@ -31,6 +31,7 @@ from sere_autotune.trial.engine import BlockReport, EngineFacts, Reject
 from sere_autotune.trial.load import Block, Load, Request, Sent
 from sere_autotune.trial.routing import Call, Routing
 from sere_autotune.trial.stats import DropRejector
+from sere_autotune.trial.wave import Wave
 from sere_autotune.tuning.space import EXACT, Choice, Space
 from sere_autotune.tuning.spec import BucketEdges
 from sere_ext.contract.policy import EXACT_POLICY, Bucket, Kind, Policy
@@ -182,6 +183,14 @@ class WorldEngine:
 
     def stop(self) -> None:
         pass
+
+    def wave(self, requests: Sequence[Request], tokens: int, bucket: str) -> Wave:
+        """A decode step under `topk`, which the world's law gives for its own batch size alone."""
+        choice = Choice(Kind.TOPK, float(self.policy.buckets[0].S or TOP_K))
+        active, slots = between(choice, LAYERS, self.world._layered)[:, :2].mean(axis=0)
+        time = TPOT_MS / 1e3 * self.world.time(choice) * math.exp(0.05 * self.random.normal())
+        self.seconds += tokens * time
+        return Wave(10.0, TPOT_MS / 1e3, time, float(active), float(slots))
 
     def block(self, requests: Sequence[Request], load: Load, fillers: Sequence[Request] = (), deadline_s: float | None = None,
               reject: Reject | None = None, expected_s: float | None = None) -> BlockReport:  # fmt: skip

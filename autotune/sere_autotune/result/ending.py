@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sere_autotune.outcome import Ending, NearestMiss, Outcome, nearest_miss
+from sere_autotune.outcome import MIN_SPEEDUP, Ending, NearestMiss, Outcome, nearest_miss
 from sere_autotune.result.profile import condition, headline
 from sere_autotune.search.kinds import removed_kinds
-from sere_autotune.search.ladder import MIN_SPEEDUP
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import Candidate, Verdict
 from sere_autotune.words import percent

@@ -14,6 +14,7 @@ from sere_autotune.result.report import render
 from sere_autotune.search.learned import noise_floor
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import (
+    CEILING,
     LADDER,
     LADDER_ENDED,
     OPENING,
@@ -99,7 +100,7 @@ def build_summary(run: Run, outcome: Outcome, profile: Profile | None) -> dict[s
         word = verdict.verdict if verdict else "not run"
         result = verdict.to_dict() if verdict else None
         ladder.append({"number": index + 1, **candidate.to_dict(), "result": result, "verdict": word})
-    opening, pace = study.get(OPENING), study.get(PACE)
+    opening, pace, ceiling = study.get(OPENING), study.get(PACE), study.get(CEILING)
     spent = study.get(SPENT) or Spent()
     return {
         "outcome": outcome.ending.value, "exitCode": outcome.exit_code, "message": outcome.message, "advisory": outcome.advisory,
@@ -109,7 +110,7 @@ def build_summary(run: Run, outcome: Outcome, profile: Profile | None) -> dict[s
         "accuracy": {"maxDropPoints": spec.accuracy.max_drop_points, "confidence": spec.accuracy.confidence,
                      "searchItems": len(run.search), "certItems": len(run.cert), "alpha": opening.alpha if opening else None,
                      "earlierOpenings": opening.earlier if opening else None},
-        "noiseFloor": asdict(noise_floor(run)), "trials": tried(study), "counts": outcome.trials, "ladder": ladder,
+        "noiseFloor": asdict(noise_floor(run)), "ceiling": ceiling.to_dict() if ceiling else None, "trials": tried(study), "counts": outcome.trials, "ladder": ladder,
         "searchEnded": study.get(SEARCH_ENDED) or None, "ladderEnded": study.get(LADDER_ENDED),
         "spent": {"deviceHours": spent.device_s / 3600, "wallSeconds": spent.wall_s},
         "seconds": study.get(SECONDS) or {}, "pace": pace.to_dict() if pace else None,

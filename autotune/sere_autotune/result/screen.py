@@ -56,6 +56,8 @@ def lines(summary: dict[str, Any]) -> str:
         found.append(
             f"experts     {result['active_before']:>6.1f}     {result['active_after']:>6.1f}              active per layer and step"
         )
+    if summary["ceiling"]:
+        found.append(f"Ceiling  {summary['ceiling']['sentence']}")
     if candidate["describe"] not in {trial["policy"] for trial in summary["trials"]}:
         found.append(f"Picked   by a model of all {len(summary['trials'])} trials, none of which was this policy")
     return "\n".join([*found, *_not_taken(summary), report, f"Serve    {summary['serve']}"])

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sere_autotune.outcome import MIN_SPEEDUP
 from sere_autotune.search.posterior import PolicyModel, best_table
 from sere_autotune.trial import stats
 from sere_autotune.tuning.space import Table
 
 Floats = NDArray[np.float64]
 
-MIN_SPEEDUP = 1.02  # below this a policy is not worth a certificate
 # What ending without a policy costs beside the speed that is not gained, on the log scale: the trials were spent for nothing.
 FAILURE_COST = 0.25
 _SPENT = np.geomspace(0.02, 1.5, 24)  # shares of the limit from which tables compete for a place

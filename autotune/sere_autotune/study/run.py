@@ -16,6 +16,7 @@ from sere_autotune.trial.items import Item
 from sere_autotune.trial.load import Load, Request
 from sere_autotune.trial.routing import Routing
 from sere_autotune.trial.traffic import Traffic
+from sere_autotune.trial.wave import Wave
 from sere_autotune.tuning.space import Space, auto_buckets
 from sere_autotune.tuning.spec import BucketEdges, TuningSpec
 from sere_ext.contract.policy import Policy
@@ -38,6 +39,7 @@ class Engine(Protocol):
         reject: Reject | None = None,
         expected_s: float | None = None,
     ) -> BlockReport: ...
+    def wave(self, requests: Sequence[Request], tokens: int, bucket: str) -> Wave: ...  # so many together, decoded to one length
     def record(self) -> None: ...  # the router calls of the next block's first steps, under exact routing
     def recorded(self) -> Routing | None: ...  # what was recorded; None where this engine cannot
     def stop(self) -> None: ...

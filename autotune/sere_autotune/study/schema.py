@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter
 
+from sere_autotune.doctor.finding import Finding
 from sere_autotune.outcome import Outcome
 from sere_autotune.tuning.spec import BucketEdges
 
@@ -203,6 +204,7 @@ FINGERPRINT: Key[str] = Key("fingerprint", str)  # of everything that the study'
 SPENT: Key[Spent] = Key("spent", Spent)
 SECONDS: Key[dict[str, float]] = Key("seconds", dict[str, float])  # of each stage, over all restarts
 ENGINE: Key[dict[str, Any]] = Key("key", dict[str, Any])  # what was measured on, as the profile's key
+CEILING: Key[Finding] = Key("ceiling", Finding)  # what could be gained at most, found before the first trial
 ENQUEUED: Key[bool] = Key("enqueued", bool)  # the first trials are planned
 PACE: Key[Pace] = Key("pace", Pace)
 EDGES: Key[list[BucketEdges]] = Key("edges", list[BucketEdges])  # bucket edges, frozen after the exact trial

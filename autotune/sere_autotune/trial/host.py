@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sere_autotune.trial import logs
@@ -11,6 +14,7 @@ from sere_autotune.trial.chat import ChatTemplate
 from sere_autotune.trial.engine import BlockReport, Reject
 from sere_autotune.trial.load import Block, EngineGoneError, Load, Request, Sent, run_block
 from sere_autotune.trial.stats import DropRejector
+from sere_autotune.trial.wave import Trace, Wave, timed
 from sere_ext.contract.errors import EngineCrashError, SereError, UnsupportedError
 from sere_ext.contract.policy import EXACT, EXACT_POLICY, Policy
 from sere_ext.contract.state import OTHER, CounterRow, by_key
@@ -160,8 +164,44 @@ class EngineHost:
         Raises:
             EngineGoneError: the engine is dead. Other exceptions are of this request alone.
         """
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
         from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            async for output in self._generate(request):
+                answer = output.outputs[0]
+                yield answer.text, len(answer.token_ids)
+        except EngineDeadError as error:
+            raise EngineGoneError(str(error)) from error
+
+    async def wave(self, requests: Sequence[Request], tokens: int, bucket: str) -> Wave:
+        """Start the requests together and decode so many tokens of each, whatever ends an answer.
+
+        Args:
+            bucket: of the policy in force, whose counts are taken for those of the decode steps.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        async def trace(request: Request) -> Trace:
+            arrivals, count, prompt = list[tuple[float, int]](), 0, 0
+            async for output in self._generate(replace(request, max_tokens=tokens, ignore_eos=True, stop=())):
+                count += len(output.outputs[0].token_ids)
+                prompt = len(output.prompt_token_ids or ())
+                arrivals.append((time.perf_counter(), count))
+            return Trace(prompt, tuple(arrivals))
+
+        before = by_key(total_counters(await self.states()))
+        began = time.perf_counter()
+        try:
+            traces = await asyncio.gather(*map(trace, requests))
+        except EngineDeadError as gone:
+            raise EngineCrashError(f"the engine died under load: {self._cause(gone)}") from gone
+        after = total_counters(await self.states())
+        rows = [row.since(before.get(row.key)) for row in after if row.digest == self.digest and row.bucket == bucket]
+        return timed(began, traces, rows)
+
+    def _generate(self, request: Request) -> AsyncIterator[Any]:
+        """The engine's outputs for one request, each with the tokens since the one before."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         self.requests += 1
         defaults = dict(self.defaults)
@@ -179,12 +219,8 @@ class EngineHost:
         if request.cut_tokens is not None:
             tokenizer = self.engine.get_tokenizer()
             prompt = {"prompt_token_ids": tokenizer.encode(request.prompt)[: request.cut_tokens]}
-        try:
-            async for output in self.engine.generate(prompt, params, f"sere-{self.requests}"):
-                answer = output.outputs[0]
-                yield answer.text, len(answer.token_ids)
-        except EngineDeadError as error:
-            raise EngineGoneError(str(error)) from error
+        outputs: AsyncIterator[Any] = self.engine.generate(prompt, params, f"sere-{self.requests}")
+        return outputs
 
     def _cause(self, error: BaseException) -> str:
         """What the engine's own log names as the cause, else the error's last line, and where the log is."""

@@ -40,7 +40,7 @@ class Traffic:
             own = {item.prompt for item in items}
             self.others = [request for request in dataset_requests(workload) if request.prompt not in own]
         elif workload.synthetic:
-            self.others = _synthetic(workload, items)
+            self.others = synthetic_requests(workload, [item.prompt for item in items])
         random.Random(workload.seed).shuffle(self.others)
 
     @property
@@ -62,8 +62,8 @@ class Traffic:
         return found
 
 
-def _synthetic(workload: WorkloadSpec, items: Sequence[Item]) -> list[Request]:
-    """Text of the wanted length: items' prompts joined until long enough, cut by the engine's tokenizer."""
+def synthetic_requests(workload: WorkloadSpec, texts: Sequence[str]) -> list[Request]:
+    """Prompts of the wanted length: texts joined until long enough, cut by the engine's tokenizer."""
     assert workload.synthetic is not None
     rng = random.Random(workload.seed)
     wanted = workload.synthetic
@@ -71,6 +71,6 @@ def _synthetic(workload: WorkloadSpec, items: Sequence[Item]) -> list[Request]:
     for _ in range(256):
         text = ""
         while len(text) < wanted.input_tokens * 8:  # a token rarely stands for more than 8 characters
-            text += rng.choice(items).prompt + "\n"
+            text += rng.choice(texts) + "\n"
         found.append(Request(text, wanted.output_tokens, ignore_eos=True, cut_tokens=wanted.input_tokens))
     return found

@@ -17,7 +17,8 @@ from sere_autotune.trial.engine import BlockReport, EngineFacts, Reject
 from sere_autotune.trial.host import EngineHost, last_line
 from sere_autotune.trial.load import Load, Request
 from sere_autotune.trial.routing import Routing
-from sere_autotune.tuning.spec import TuningSpec, engine_options
+from sere_autotune.trial.wave import Wave
+from sere_autotune.tuning.spec import Served, engine_options
 from sere_ext.contract.errors import BudgetExhaustedError, EngineCrashError, SereError
 from sere_ext.contract.policy import Policy
 from sere_ext.control.switch import States
@@ -25,6 +26,7 @@ from sere_ext.control.switch import States
 START_TIMEOUT_S = 900.0  # large models load for minutes
 SWITCH_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
+WAVE_TIMEOUT_S = 300.0
 PATIENCE = 3.0  # times its expected length, and a minute more, until a block's engine counts as hung
 PATIENCE_MORE_S = 60.0
 GRACE_S = 5.0  # past the budget's end, for a block that was cut there to hand over what it has
@@ -34,7 +36,7 @@ GRACE_S = 5.0  # past the budget's end, for a block that was cut there to hand o
 class WarmEngine:
     """One engine in one actor, started on first use and again after a crash."""
 
-    spec: TuningSpec
+    spec: Served
     similarity: str | None
     actor: Any = None
     facts: EngineFacts | None = None
@@ -112,6 +114,15 @@ class WarmEngine:
         return self._call(
             self.actor.block.remote(list(requests), load, list(fillers), deadline_s, reject), patience, "running a block"
         )
+
+    def wave(self, requests: Sequence[Request], tokens: int, bucket: str) -> Wave:
+        """Start the requests together and decode `tokens` tokens of each; see `EngineHost.wave`.
+
+        Raises:
+            EngineCrashError: the engine died, or is still not done after minutes.
+            BudgetExhaustedError: the budget ended before the wave did.
+        """
+        return self._call(self.actor.wave.remote(list(requests), tokens, bucket), WAVE_TIMEOUT_S, "timing decode steps")
 
     def record(self) -> None:
         """Keep some router calls of the blocks that follow, which must run under exact routing."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Protocol, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -33,7 +33,17 @@ from sere_ext.contract.tuning import (
 )
 from sere_ext.contract.validation import Missing
 
-__all__ = ["BucketEdges", "LoadSpec", "SearchSpec", "TaskSpec", "TuningSpec", "WorkloadSpec", "engine_options", "flag_value"]
+__all__ = [
+    "BucketEdges",
+    "LoadSpec",
+    "SearchSpec",
+    "Served",
+    "TaskSpec",
+    "TuningSpec",
+    "WorkloadSpec",
+    "engine_options",
+    "flag_value",
+]
 
 
 class CalibrateSpec(Record):
@@ -147,7 +157,20 @@ def flag_value(arguments: Sequence[str], flag: str) -> str | None:
     return found
 
 
-def engine_options(spec: TuningSpec) -> list[str]:
+class Served(Protocol):
+    """What starts an engine: a tuning file, or as much of one as `sere doctor` needs."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def revision(self) -> str: ...
+    @property
+    def engine(self) -> EngineOptions: ...
+    @property
+    def out(self) -> str: ...  # folder of the engine's log
+
+
+def engine_options(spec: Served) -> list[str]:
     """What `vllm serve MODEL` would be given."""
     found = ["--tensor-parallel-size", str(spec.engine.tensor_parallel_size)] if spec.engine.tensor_parallel_size > 1 else []
     if spec.revision:

@@ -92,7 +92,8 @@ class Reason(Documented):
     CHOSEN = "Chosen", "A policy was chosen and certified."
     INFEASIBLE = (
         "Infeasible",
-        "No policy kept all limits; the message names the nearest miss. The last good policy serves on.",
+        "No policy kept all limits, and the message names the nearest miss; or none could gain anything here, and it names the ceiling. "
+        "The last good policy serves on.",
     )
     BUDGET_EXHAUSTED = "BudgetExhausted", "The budget ran out before anything was certified. The last good policy keeps serving."
     CANNOT_CERTIFY = (

@@ -87,7 +87,7 @@ class Stopping(PlantedEngine):
     """Ends in the middle of the certification."""
 
     def block(self, *args: Any, **kwargs: Any) -> Any:
-        if self.blocks >= 6:  # exact twice, one trial with exact beside it, and two of the certificate's
+        if self.blocks >= 7:  # the length of answers, exact twice, one trial with exact beside it, and two of the certificate's
             raise KeyboardInterrupt
         return super().block(*args, **kwargs)
 

@@ -42,7 +42,7 @@ def test_a_journal_torn_by_a_power_loss_opens_with_every_finished_trial(tmp_path
 
     class Lost(PlantedEngine):
         def block(self, *args: object, **kwargs: object) -> object:
-            if self.blocks >= 6:
+            if self.blocks >= 7:
                 raise KeyboardInterrupt
             return super().block(*args, **kwargs)  # type: ignore[arg-type]
 

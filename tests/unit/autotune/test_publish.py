@@ -173,7 +173,7 @@ def test_the_right_to_publish_is_tried_before_anything_is_spent(server: Server, 
     monkeypatch.setattr(Access, "from_pod", classmethod(lambda cls: publisher(server).access))
     server.statuses = [403]
     with pytest.raises(PublishError, match="refused for good"):
-        commands._main(None, None, False, False, False, False, "configmap/models/qwen3-tuning")  # type: ignore[arg-type]
+        commands._main(None, None, commands._Dry.NO, False, False, False, "configmap/models/qwen3-tuning")  # type: ignore[arg-type]
     assert json.loads(server.requests[0][2]["data"]["progress.json"])["stage"] == "starting"
 
 

@@ -81,7 +81,7 @@ class Elsewhere(PlantedEngine):
         return replace(facts, key={**facts.key, "device": self.device}) if self.device else facts
 
     def block(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.device and self.blocks >= 4:
+        if not self.device and self.blocks >= 5:
             raise KeyboardInterrupt
         return super().block(*args, **kwargs)
 
@@ -333,7 +333,7 @@ def test_an_engine_that_no_kind_works_on_ends_the_run_with_the_causes(tmp_path: 
 
     class Gone(PlantedEngine):
         def block(self, *args: Any, **kwargs: Any) -> Any:
-            if self.blocks >= 2:  # exact routing and the noise floor
+            if self.blocks >= 3:  # the length of answers, exact routing and the noise floor
                 raise EngineCrashError("out of memory")
             return super().block(*args, **kwargs)
 
@@ -439,7 +439,7 @@ def test_an_evaluation_that_exact_routing_fails_certifies_nothing(tmp_path: Path
     spec = spec_for(tmp_path / "out", path, accuracy__tasks=[{"file": str(path), "metric": metric}])
     finished = run(spec, engine)
     assert finished.outcome.exit_code == 5
-    assert engine.blocks == 1, "refused before anything is searched"
+    assert engine.blocks == 2, "the length of answers and exact routing: refused before anything is searched"
     assert "exact routing is right on 0 of 500 search items" in finished.outcome.message
     assert finished.outcome.message.count(" wants ") == 3
     policy = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 3}]})

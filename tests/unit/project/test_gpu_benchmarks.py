@@ -259,7 +259,7 @@ def test_a_tuner_out_of_time_ends_with_the_table_of_what_there_is(
 
     class Hanging(PlantedEngine):
         def block(self, *args: Any, **kwargs: Any) -> Any:
-            if self.blocks >= 5:
+            if self.blocks >= 6:
                 raise KeyboardInterrupt
             return super().block(*args, **kwargs)
 
