@@ -138,6 +138,7 @@ class World:
         self.silent: set[str] = set()  # pods that pass the kubelet's probe and do not answer the operator
         self.deployment_conditions: list[dict[str, Any]] = []
         self.bounds_follow = True  # histograms get a bound at the limit that the volume names, and begin anew
+        self.controller_runs = True  # the Deployment's status is of its newest generation
         self.routable = True  # a token comes through the Service
 
     # ---- what the operator reads ----
@@ -255,7 +256,11 @@ class World:
             self.shards[body["metadata"]["name"]] = live
             return
         if body["kind"] == "Deployment":
-            live["metadata"]["generation"] = 1
+            before = self.children.get("Deployment") or {"metadata": {"generation": 0}, "spec": None}
+            changed = before["spec"] != live["spec"]
+            live["metadata"]["generation"] = before["metadata"]["generation"] + changed
+            if "status" in before:
+                live["status"] = before["status"]
             count = body["spec"]["replicas"]
             for pod in self.pods:
                 pod.template = pod.template or copy.deepcopy(live["spec"]["template"])
@@ -278,10 +283,10 @@ class World:
             self.pods.append(self._pod(live))
 
     def _deployment_status(self) -> None:
-        if (live := self.children.get("Deployment")) is not None:
+        if (live := self.children.get("Deployment")) is not None and self.controller_runs:
             updated = sum(pod.template == live["spec"]["template"] for pod in self.pods)
             live["status"] = {
-                "observedGeneration": 1,
+                "observedGeneration": live["metadata"]["generation"],
                 "replicas": len(self.pods),
                 "updatedReplicas": updated,
                 "availableReplicas": sum(pod.ready for pod in self.pods),

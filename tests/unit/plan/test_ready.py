@@ -45,6 +45,19 @@ def test_pods_of_the_generation_before_do_not_make_it_ready() -> None:
     assert ready(world)[0] == "Serving"
 
 
+def test_a_deployment_that_its_controller_has_not_seen_yet_does_not_make_it_ready() -> None:
+    """Its status still counts the pods of the template before, all of which are ready."""
+    world = settled()
+    world.controller_runs = False
+    world.edit(resources={"limits": {"cpu": 2}})
+    world.step()
+    assert world.children["Deployment"]["status"]["updatedReplicas"] == 2
+    assert ready(world) == ("Starting", "the newest pod template has not been seen yet")
+    world.controller_runs = True
+    world.settle()
+    assert ready(world)[0] == "Serving"
+
+
 def test_a_pod_that_cannot_be_reached_is_named_with_its_address_and_the_likely_cause() -> None:
     world = settled()
     world.silent = {"m-1"}
