@@ -1,10 +1,11 @@
-"""Tiny models with random weights, made on the spot: two MoE architectures and a dense one."""
+"""Tiny models with random weights, made on the spot: two MoE architectures and a dense one, with what tests compare them to."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,3 +93,21 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "calibration.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}*{i % 7}=", "answer": str(i * (i % 7))}) + "\n" for i in range(60)))
     return path
+
+
+@pytest.fixture(scope="session")
+def similarity(qwen3: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from sere_ext.calibration.run import calibrate
+
+    path = tmp_path_factory.mktemp("similarity") / "qwen3.safetensors"
+    calibrate(str(qwen3), calibration, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def stock(qwen3: Path) -> Any:
+    """What the Qwen3-MoE model answers in an engine without the plug-in."""
+    from tests.kit.library import answers, engine
+
+    with engine(qwen3) as llm:
+        return answers(llm)

@@ -26,6 +26,7 @@ Calls = list[tuple[torch.Tensor, torch.Tensor]]
 Answers = list[tuple[tuple[int, ...], tuple[float, ...]]]
 PROMPT_LENGTHS = range(5, 11)
 NEW_TOKENS = 4
+_running = False  # whether an engine of `in_process` is alive
 
 
 @dataclass
@@ -72,12 +73,17 @@ def recording() -> Iterator[Recorder]:
 
 @contextmanager
 def in_process(model: Path, **options: Any) -> Iterator[Any]:
-    """An `LLM` in this process; at the end of the `with` block nothing of it is left."""
+    """An `LLM` in this process; at the end of the `with` block nothing of it is left.
+
+    The end takes the process groups of every engine in the process with it, so a second engine beside the first is refused.
+    """
+    global _running
+    assert not _running, "an engine is running in this process: a test with an engine of its own belongs to another module"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = None
+    llm, _running = None, True
     try:
         llm = LLM(model=str(model), distributed_executor_backend="uni", disable_log_stats=True, seed=0, **options)
         yield llm
@@ -88,6 +94,7 @@ def in_process(model: Path, **options: Any) -> Iterator[Any]:
         gc.collect()
         torch._dynamo.reset()
         cleanup_dist_env_and_memory()
+        _running = False
 
 
 @contextmanager
