@@ -38,7 +38,7 @@ class TestCudaKernel(KernelContract):
         held, there = mirror(layer), on_device(tensors)
         held.push_real(int(layer.real[0]))
         kernel.reroute_cuda(layer.struct, kernel_call(there), torch.cuda.current_stream().cuda_stream)
-        held.pull()
+        held.pull(wait=True)
         tensors.update({name: tensor.cpu() for name, tensor in there.items()})
 
 
@@ -50,7 +50,7 @@ def test_a_captured_graph_follows_the_policy_and_counts() -> None:
     given = on_device({name: call[name] for name in ("weights", "ids", "logits")})
     there = {name: tensor.clone() for name, tensor in given.items()}
     kernel.reroute_cuda(layer.struct, kernel_call(there), torch.cuda.current_stream().cuda_stream)  # loads the module
-    held.pull()
+    held.pull(wait=True)
     layer.counters[:] = 0
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -67,6 +67,6 @@ def test_a_captured_graph_follows_the_policy_and_counts() -> None:
         want = reroute(**call | {"kind": kind, "S": S, "rho": rho})
         assert torch.equal(there["ids"].cpu(), want.ids)
         assert torch.equal(there["weights"].cpu(), want.weights)
-        held.pull()
+        held.pull(wait=True)
         assert layer.counters[:, kernel.CALLS].sum() == count
         assert not np.array_equal(layer.counters[0], layer.counters[-1])

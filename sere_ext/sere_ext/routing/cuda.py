@@ -23,6 +23,9 @@ class CudaMirror:
         self._neighbours = [torch.from_numpy(layer.neighbours.view(np.int16)).to(device) for layer in layers]
         self._counters = torch.zeros((len(layers), *layers[0].counters.shape), dtype=torch.int64, device=device)
         self._real = torch.full((1,), ALL_REAL, dtype=torch.int32, device=device)
+        # Pinned memory is what lets a copy to the host run behind the steps that are launched while nobody waits for it.
+        self._copied = torch.zeros(self._counters.shape, dtype=torch.int64, pin_memory=self._counters.is_cuda)
+        self._arrived: torch.cuda.Event | None = None  # of the copy of the counters that is under way
         self._seen: Any = np.zeros(tuple(self._counters.shape), np.int64)
         for index, layer in enumerate(layers):
             tensors = (self._tables[index], self._neighbours[index], self._limits[index], self._counters[index], self._real)
@@ -42,9 +45,28 @@ class CudaMirror:
         """See `state.Mirror`. The number travels as an argument of the launch, so no host buffer has to outlive it."""
         self._real.fill_(tokens)
 
-    def pull(self) -> None:
-        """See `state.Mirror`. The device only ever adds, so no step can be missed between reading and clearing."""
-        now = self._counters.cpu().numpy().copy()
+    def pull(self, *, wait: bool) -> None:
+        """See `state.Mirror`. The device only ever adds, so no step can be missed between reading and clearing.
+
+        A copy of the counters stands behind the steps that were launched before it. On a busy device a caller that does not
+        wait gets the last copy that has arrived, and the next copy is started for the next caller. An idle device is read at
+        once, since nothing but the copy itself would be waited for.
+        """
+        at_once = wait or torch.cuda.current_stream(self._counters.device).query()
+        if at_once or self._arrived is None:
+            self._start_copy()
+        if at_once:
+            self._arrived.synchronize()  # type: ignore[union-attr]
+        elif not self._arrived.query():  # type: ignore[union-attr]
+            return
+        now = self._copied.numpy().copy()
         for layer, gained in zip(self.layers, now - self._seen, strict=True):
             layer.counters += gained
-        self._seen = now
+        self._seen, self._arrived = now, None
+        if not at_once:
+            self._start_copy()
+
+    def _start_copy(self) -> None:
+        self._copied.copy_(self._counters, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record(torch.cuda.current_stream(self._counters.device))

@@ -128,8 +128,13 @@ class Mirror(Protocol):
     def push_real(self, tokens: int) -> None:
         """Let the steps that are launched from now on have so many real rows. Does not wait."""
 
-    def pull(self) -> None:
-        """Move the device's counters into the layers' own."""
+    def pull(self, *, wait: bool) -> None:
+        """Move the device's counters into the layers' own.
+
+        Args:
+            wait: for all steps that were launched so far. Otherwise the counters are those that arrived last, and steps that
+                run meanwhile are never waited for.
+        """
 
 
 class WorkerState:
@@ -208,7 +213,7 @@ class WorkerState:
     def apply(self, policy: Policy, generation: int | None, similarity: Neighbours | None) -> None:
         """Put a policy in force in all layers, if `check` allows it."""
         generation = self.check(policy, generation, similarity)
-        self._fold()
+        self._fold(wait=True)  # what was counted so far belongs to the policy that ends here
         fresh = similarity if similarity and similarity.digest != self.similarity_digest else None
         for layer in self.layers:
             if fresh:
@@ -222,8 +227,11 @@ class WorkerState:
         self.policy, self.generation, self.error = policy, generation, None
 
     def counters(self) -> tuple[CounterRow, ...]:
-        """What the routers counted since the start, one row for each policy, layer group and bucket, summed over layers."""
-        self._fold()
+        """What the routers counted since the start, one row for each policy, layer group and bucket, summed over layers.
+
+        A GPU that is busy is not waited for: its counters are then as they were when they were last asked for.
+        """
+        self._fold(wait=False)
         return tuple(
             CounterRow(digest=digest, layers=layers, bucket=bucket, **dict(zip(COUNTED, map(int, counts), strict=True)))
             for (digest, layers, bucket), counts in self._folded.items()
@@ -231,12 +239,12 @@ class WorkerState:
 
     def calls(self) -> list[int]:
         """Router calls per MoE layer that were not yet folded; for the proof of a hit after the profile run."""
-        self._pull()
+        self._pull(wait=True)
         return [int(layer.counters[:, kernel.CALLS].sum()) for layer in self.layers]
 
     def drop_counters(self) -> None:
         """Forget what was counted so far: a profile run is no traffic."""
-        self._pull()
+        self._pull(wait=True)
         for layer in self.layers:
             layer.counters[:] = 0
         self._folded.clear()
@@ -252,13 +260,13 @@ class WorkerState:
             return None
         return f"Bypassed: layers {missed} routed some steps by themselves, exactly; no policy holds for those"
 
-    def _pull(self) -> None:
+    def _pull(self, *, wait: bool) -> None:
         if self.mirror:
-            self.mirror.pull()
+            self.mirror.pull(wait=wait)
 
-    def _fold(self) -> None:
+    def _fold(self, *, wait: bool) -> None:
         """Move the layers' live counters into the sums of their policy, layer group and bucket."""
-        self._pull()
+        self._pull(wait=wait)
         for place, layer in enumerate(self.layers):
             self._asked[place] += layer.counters[:, kernel.CALLS].sum()
             table = self.policy.table_for(layer.number)
