@@ -141,7 +141,7 @@ class TuningStudy:
         return [trial.number for trial in zombies]
 
     def enqueue_first(self, space: Space, trials: int) -> None:
-        """Trial 0 is exact routing, then the paper's settings; once per study."""
+        """Trial 0 is exact routing, then come the settings that evidence and the paper of SERE suggest; once per study."""
         if self.get(ENQUEUED):
             return
         done = len(self.study.get_trials(deepcopy=False))

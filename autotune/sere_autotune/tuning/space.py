@@ -27,8 +27,9 @@ RHO_STEP = 0.05
 RHO_MAX = 0.95
 S_STEPS = 4  # steps of the search between S and S + 1
 
-# arXiv 2602.07616's evaluation configurations and the settings of its README.
-PAPER_SETTINGS = ((2, 0.1), (2, 0.0), (1, 0.1))
+# Kind, S and rho of the tables that a search tries before it knows anything. Kind oea at S = 2 comes first, since it loses the least
+# for the experts that it touches (docs/policies.md); then the settings of arXiv 2602.07616, which are of kind sere.
+FIRST_SETTINGS = ((Kind.OEA, 2, 0.0), (Kind.SERE, 2, 0.1), (Kind.SERE, 2, 0.0), (Kind.SERE, 1, 0.1))
 
 
 @dataclass(frozen=True)
@@ -173,13 +174,19 @@ class Space:
         return (EXACT,) * len(self.edges)
 
     def first_trials(self, trials: int) -> list[Table]:
-        """The tables of the first trials: exact routing, then the paper's settings, which are at most a third of all trials."""
+        """The tables of the first trials: exact routing, then FIRST_SETTINGS, which are at most a third of all trials, at least one.
+
+        A setting of kind oea has the least minShare above 0 that is searched. Where none of FIRST_SETTINGS is searched, the first kind that
+        is takes their place, with their S or with those that are searched.
+        """
+        share = next((share for share in self.shares if share > 0), 0.0)
         settings = [
-            Choice(Kind.SERE, S, rho) if Kind.SERE in self.kinds else Choice(self.kinds[0], S)
-            for S, rho in PAPER_SETTINGS
-            if S < self.top_k and (not self.s_values or S in self.s_values)
+            Choice(kind, S, rho, share if kind is Kind.OEA else 0.0)
+            for kind, S, rho in FIRST_SETTINGS
+            if S < self.top_k and kind in self.kinds and (not self.s_values or S in self.s_values)
         ]
-        if self.s_values and not settings:  # none of the paper's is to be tried
-            settings = [Choice(self.kinds[0], self.s_values[0])]
+        if not settings:
+            given = self.s_values or tuple(S for _, S, _ in FIRST_SETTINGS if S < self.top_k)
+            settings = [Choice(self.kinds[0], S) for S in given]
         distinct = list(dict.fromkeys(settings))[: max(1, trials // 3)]
         return [self.exact(), *((choice,) * len(self.edges) for choice in distinct)][:trials]

@@ -315,3 +315,21 @@ def test_given_values_of_s_are_all_that_is_tried() -> None:
 def test_a_value_of_s_that_the_model_cannot_have_is_refused_with_those_that_it_can() -> None:
     with pytest.raises(UsageError, match=r"search.sValues: 2.1 cannot be tried on this model; take some of 1, 1.25, 1.5"):
         Space(auto_buckets([16], [0]), (Kind.OEA,), TOP_K, layers=(0, 1, 2, 3), s_values=(2.0, 2.1))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "shares", "first"),
+    [
+        ((Kind.SERE, Kind.TOPK, Kind.OEA), (0.0, 0.5, 0.7), [Choice(Kind.OEA, 2, 0.0, 0.5), Choice(Kind.SERE, 2, 0.1)]),
+        ((Kind.SERE, Kind.TOPK, Kind.OEA), (0.0,), [Choice(Kind.OEA, 2), Choice(Kind.SERE, 2, 0.1)]),
+        ((Kind.SERE, Kind.TOPK), (0.0, 0.5), [Choice(Kind.SERE, 2, 0.1), Choice(Kind.SERE, 2, 0.0)]),
+        ((Kind.TOPK,), (0.0, 0.5), [Choice(Kind.TOPK, 2), Choice(Kind.TOPK, 1)]),
+    ],
+    ids=["with minShare", "without", "no oea", "topk alone"],
+)
+def test_the_first_offer_is_what_the_comparison_of_kinds_found_best(
+    kinds: tuple[Kind, ...], shares: tuple[float, ...], first: list[Choice]
+) -> None:
+    """docs/policies.md: kind oea at S = 2, with a minShare where one is searched; `sere` has its own trials behind it."""
+    some = Space(auto_buckets([4, 16], [0, 0]), kinds, TOP_K, shares=shares)
+    assert some.first_trials(6) == [some.exact(), *((choice,) * 2 for choice in first)]

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from sere_ext.contract.policy import Policy
+from sere_ext.contract.state import EngineState
 from sere_ext.control.live import LiveControl
 from sere_ext.control.metrics import Metrics
 from sere_ext.routing import kernel
@@ -124,23 +126,33 @@ def test_a_poll_for_metrics_waits_for_nothing_either(monkeypatch: pytest.MonkeyP
     device.busy = True
     seen: list[int] = []
 
-    async def polls() -> None:
-        def publish(self: Any, state: Any) -> None:
-            seen.append(state.generation)
-            self._active = True  # requests run
+    published = Metrics.publish
 
-        monkeypatch.setattr(Metrics, "publish", publish)
-        monkeypatch.setattr("sere_ext.control.metrics.POLL_SECONDS", 0.001)
-        metrics = object.__new__(Metrics)
-        vars(metrics).update(_control=control, _active=True, _digest=control.policy.digest, _refusals_seen=control.refusals)
-        task = asyncio.create_task(metrics.run())
-        while len(seen) < 3:
+    def publish(self: Metrics, state: EngineState) -> None:
+        published(self, state)
+        seen.append(state.generation)
+        self._active = True  # requests run
+
+    monkeypatch.setattr(Metrics, "publish", publish)
+    monkeypatch.setattr("sere_ext.control.metrics.POLL_SECONDS", 0.001)
+    engine.logger_manager = SimpleNamespace(stat_loggers=[])  # type: ignore[attr-defined]
+
+    async def polls() -> None:
+        task = asyncio.create_task(Metrics(control).run())
+        for _ in range(2000):
             step(mirrors)
             await asyncio.sleep(0.001)
+            if len(seen) >= 3 or task.done():
+                break
         task.cancel()
 
-    engine.logger_manager = SimpleNamespace(stat_loggers=[])  # type: ignore[attr-defined]
-    asyncio.run(polls())
+    before = set(REGISTRY._collector_to_names)
+    try:
+        asyncio.run(polls())
+    finally:
+        for collector in set(REGISTRY._collector_to_names) - before:
+            REGISTRY.unregister(collector)
+    assert len(seen) >= 3
     assert device.waits == 0
 
 
