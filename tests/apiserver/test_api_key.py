@@ -18,7 +18,9 @@ def warned(world: World, words: str) -> bool:
 def test_an_engine_with_a_key_becomes_ready_once_its_secret_is_named_and_there(world: World) -> None:
     world.node.api_key = "open"
     world.apply(manifest())
-    eventually(lambda: warned(world, "HTTP 401: it asks for an API key; name its Secret in spec.engine.apiKeySecret"), 60)
+    words = "HTTP 401: it asks for an API key; name its Secret in spec.engine.apiKeySecret"
+    eventually(lambda: warned(world, words), 60)
+    eventually(lambda: words in world.condition("Ready")["message"], 20, "Ready says it, too")
     assert world.condition("Ready")["status"] == "False"
 
     keyed = manifest(engine={"image": "engine:1", "apiKeySecret": {"name": "keys", "key": "engine"}})

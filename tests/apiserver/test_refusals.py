@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+from kubernetes.client.rest import ApiException
+
 from tests.kit.operator_process import World, eventually, manifest
 
 from .test_operator import node, world
@@ -138,3 +141,80 @@ def test_a_tuning_run_of_a_deployment_that_gets_no_pod_is_said_there_too(world: 
     world.apply(manifest(**TUNED))
     blocked(world, "SereDeployment", "Tuned", "TuningBlocked", "exceeded quota: none, requested: pods=1")
     world.ready()
+
+
+# ---- every plausible mistake in a spec -----------------------------------------------------------------------------
+
+# What the schema lets through, or not: by name, the spec, and what the status or `kubectl apply` says then.
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "half-a-gpu": ({"resources": {"limits": {"nvidia.com/gpu": "0.5"}}}, "must be an integer"),
+    "lots": ({"resources": {"limits": {"nvidia.com/gpu": "lots"}}}, "quantities must match the regular expression"),
+    "negative": ({"resources": {"requests": {"cpu": "-1"}}}, "must be greater than or equal to 0"),
+    "above-the-limit": (
+        {"resources": {"requests": {"cpu": "2"}, "limits": {"cpu": "1"}}},
+        "must be less than or equal to cpu limit",
+    ),
+    "no-limit": ({"resources": {"requests": {"nvidia.com/gpu": "1"}}}, "Limit must be set for non overcommitable resources"),
+    "node-label": ({"nodeSelector": {"not a key": "x"}}, "name part must consist of alphanumeric characters"),
+    "toleration": (
+        {"tolerations": [{"key": "gpu", "operator": "Exists", "value": "x"}]},
+        "value must be empty when `operator` is 'Exists'",
+    ),
+    "sub-path": ({"volumes": [{"name": "v", "claimName": "c", "mountPath": "/data", "subPath": ".."}]}, "should match"),
+    "our-path": ({"volumes": [{"name": "v", "claimName": "c", "mountPath": "/etc/sere"}]}, "mountPath hides"),
+    "metric": (
+        {"autoscaling": {"min": 1, "max": 2, "metric": {"name": "m", "averageValue": "lots"}}},
+        "quantities must match the regular expression",
+    ),
+    "too-long": (
+        {"engine": {"image": "engine:1", "env": [{"name": f"V{i}", "value": "x" * 4096} for i in range(64)]}},
+        "may not be more than 262144 bytes",
+    ),
+    "template-type": ({"podTemplate": {"spec": {"securityContext": "strict"}}}, "securityContext"),
+    "template-field": ({"podTemplate": {"spec": {"priorityClass": "high"}}}, "priorityClass"),
+    "template-value": ({"podTemplate": {"spec": {"dnsPolicy": "Mine"}}}, 'Unsupported value: "Mine"'),
+    "template-label": ({"podTemplate": {"metadata": {"labels": {"a": "not a value!"}}}}, "a valid label must be"),
+    "runtime-class": ({"runtimeClassName": "gvisor"}, 'RuntimeClass "gvisor" not found'),
+}
+TUNING_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "half-a-gpu": ({"resources": {"limits": {"nvidia.com/gpu": "0.5"}}}, "must be an integer"),
+    "template-value": ({"podTemplate": {"spec": {"dnsPolicy": "Mine"}}}, 'Unsupported value: "Mine"'),
+    "template-type": ({"podTemplate": {"spec": {"securityContext": "strict"}}}, "securityContext"),
+}
+
+
+def test_every_mistake_that_the_api_server_knows_stands_in_the_status_or_is_refused_at_once(world: World) -> None:
+    refused_at_once = {}
+    for name, (spec, _) in MISTAKES.items():
+        try:
+            world.apply(manifest(name, **spec))
+        except ApiException as error:
+            refused_at_once[name] = str(error.body)
+    assert refused_at_once.keys() == {"sub-path", "our-path"}
+    for name, body in refused_at_once.items():
+        assert MISTAKES[name][1] in body, body
+    for name, (tuning, _) in TUNING_MISTAKES.items():
+        body = tuning_job(f"t-{name}")
+        body["spec"]["tuning"] = {**body["spec"]["tuning"], **tuning}
+        world.apply(body)
+    with pytest.raises(ApiException, match="at most 63 of a-z, 0-9"):
+        world.apply(tuning_job("n" * 64))
+
+    def said(kind: str, name: str, condition: str, words: str) -> bool:
+        found = world.get(kind, name)
+        (judged,) = (c for c in found["status"]["conditions"] if c["type"] == condition)
+        assert judged["status"] == "False" and judged["reason"] in ("Refused", "RolloutBlocked", "InvalidSpec"), judged
+        assert words in judged["message"], judged
+        assert judged["observedGeneration"] == found["metadata"]["generation"]
+        warnings = [
+            event["message"]
+            for event in world.items("Event")
+            if event["type"] == "Warning" and event["involvedObject"]["name"] == name and event["involvedObject"]["kind"] == kind
+        ]
+        assert len(warnings) == 1 and words in warnings[0], warnings
+        return True
+
+    for name in MISTAKES.keys() - refused_at_once.keys():
+        eventually(lambda name=name: said("SereDeployment", name, "Ready", MISTAKES[name][1]), 60, name)
+    for name, (_, words) in TUNING_MISTAKES.items():
+        eventually(lambda name=name, words=words: said("SereTuningJob", f"t-{name}", "Complete", words), 60, name)

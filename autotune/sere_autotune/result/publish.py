@@ -11,7 +11,7 @@ import gzip
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from sere_ext.contract.volume import MAX_FILE_BYTES
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _PROGRESS_EVERY_S = 5.0
 _FINAL_PATIENCE_S = 300.0
+FINAL = (400, 403, 404, 413, 422)  # HTTP statuses of what is refused for good
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,15 @@ def _spent_and_tried(summary: dict[str, Any]) -> dict[str, Any]:
     if "ladder" in summary:
         found["candidates"] = [{"policy": row["describe"], "verdict": row["verdict"]} for row in summary["ladder"]]
     return found
+
+
+class RefusedError(PublishError):
+    """The API server does not take a ConfigMap. `status` is the HTTP status."""
+
+    def __init__(self, status: int, what: str, words: str) -> None:
+        self.status = status
+        kind = "refused for good" if status in FINAL else "refused for now"
+        super().__init__(f"the API server {kind} {what} ({status}): {words}")
 
 
 class Publisher:
@@ -133,8 +143,8 @@ class Publisher:
             self._persist(body)
         return uri(bodies)
 
-    def read_openings(self, model: str) -> dict[str, Any]:
-        """What earlier tuning runs of this namespace noted of a model's held-out items (`study.ledger`); {} where there is nothing.
+    def read_openings(self, model: str) -> tuple[dict[str, Any], str]:
+        """What earlier tuning runs of this namespace noted of a model's held-out items (`study.ledger`), and the object's version.
 
         Applied without data by a field manager that owns none, the ConfigMap is made if it is missing and comes back as it is.
         """
@@ -146,13 +156,29 @@ class Publisher:
             content = json.loads(gzip.decompress(base64.b64decode(packed))) if packed else {}
         except (OSError, EOFError, ValueError) as error:
             raise PublishError(f"key {model} of ConfigMap {OPENINGS_NAME} cannot be read ({error}); delete the key") from error
-        return content if isinstance(content, dict) else {}
+        return content if isinstance(content, dict) else {}, str(found["metadata"]["resourceVersion"])
 
-    def write_openings(self, model: str, content: dict[str, Any]) -> None:
-        """Note them for the runs that follow. Each model's key has a field manager of its own, so no run removes another's."""
+    def write_openings(self, model: str, content: dict[str, Any], version: str) -> bool:
+        """Note them for the runs that follow, unless the object has changed since `version`: then False.
+
+        Each model's key has a field manager of its own, so no run removes another's.
+        """
         packed = base64.b64encode(gzip.compress(json.dumps(content).encode(), mtime=0)).decode()
-        body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": OPENINGS_NAME}, "data": {model: packed}}
-        self._persist(body, f"sere-openings-{model}")
+        metadata = {"name": OPENINGS_NAME, "resourceVersion": version}
+        body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {model: packed}}
+        try:
+            self._persist(body, f"sere-openings-{model}", final=(*FINAL, 409))
+        except RefusedError as error:
+            if error.status == 409:
+                return False
+            if error.status in (413, 422):
+                raise PublishError(
+                    f"ConfigMap {OPENINGS_NAME}, which notes the held-out items that tuning runs of this namespace opened, has no "
+                    f"room for {len(content['opened']):,} of model {model}: {error}; delete the key of a model that is tuned no "
+                    "more, or tune in another namespace"
+                ) from error
+            raise
+        return True
 
     def failed(self, message: str, exit_code: int, outcome: str = "Failed") -> None:
         body = {"outcome": outcome, "message": message, "exitCode": exit_code, "trials": {}}
@@ -161,8 +187,14 @@ class Publisher:
     def _result(self, data: dict[str, str]) -> dict[str, Any]:
         return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": self.target.name}, "data": data}
 
-    def _persist(self, body: dict[str, Any], manager: str = TUNER_FIELD_MANAGER) -> dict[str, Any]:
-        """Apply, with patience; the object as it is then."""
+    def _persist(
+        self, body: dict[str, Any], manager: str = TUNER_FIELD_MANAGER, final: Collection[int] = FINAL
+    ) -> dict[str, Any]:
+        """Apply, with patience; the object as it is then.
+
+        Args:
+            final: HTTP statuses after which it is not tried again.
+        """
         deadline = time.monotonic() + _FINAL_PATIENCE_S
         pause = 1.0
         while True:
@@ -171,8 +203,8 @@ class Publisher:
             except httpx2.HTTPError as error:
                 if time.monotonic() > deadline:
                     raise PublishError(f"the API server at {self.access.url} cannot be reached: {error}") from error
-            except PublishError as error:
-                if "refused for good" in str(error) or time.monotonic() > deadline:
+            except RefusedError as error:
+                if error.status in final or time.monotonic() > deadline:
                     raise
             time.sleep(pause)
             pause = min(pause * 2, 30)
@@ -188,8 +220,7 @@ class Publisher:
                 headers={"Content-Type": "application/apply-patch+yaml", "Authorization": f"Bearer {self.access.token()}"},
             )
         if answer.status_code >= 300:
-            kind = "refused for good" if answer.status_code in (400, 403, 404, 422) else "refused for now"
-            raise PublishError(f"the API server {kind} configmap {namespace}/{name} ({answer.status_code}): {_message(answer)}")
+            raise RefusedError(answer.status_code, f"configmap {namespace}/{name}", _message(answer))
         applied: dict[str, Any] = answer.json()
         return applied
 

@@ -15,15 +15,19 @@ import contextlib
 import fcntl
 import json
 import os
+import random
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from sere_autotune.study.schema import Pace
+from sere_ext.contract.errors import PublishError
 from sere_ext.contract.files import write_whole
 
 _KEPT = 0.25  # of the level that is left, what a study leaves for the ones after it
+_TRIES = 100  # to note an opening, while others write
 
 
 def state_folder() -> Path:
@@ -35,8 +39,13 @@ def state_folder() -> Path:
 class Shared(Protocol):
     """Where a cluster keeps the openings, since the files of a tuning pod end with the pod. Keys are short model digests."""
 
-    def read_openings(self, model: str) -> dict[str, Any]: ...
-    def write_openings(self, model: str, content: dict[str, Any]) -> None: ...
+    def read_openings(self, model: str) -> tuple[dict[str, Any], str]:
+        """What is noted, and the version that it is of."""
+        ...
+
+    def write_openings(self, model: str, content: dict[str, Any], version: str) -> bool:
+        """Note it, unless somebody has written since `version`: then nothing is changed, and the answer is False."""
+        ...
 
 
 class Ledger:
@@ -61,25 +70,30 @@ class Ledger:
 
     def read(self) -> dict[str, Any]:
         """{"studies": {id: earlier openings}, "opened": {item digest: openings}, "noise": ..., "pace": ...}."""
+        return self._read()[0]
+
+    def _read(self) -> tuple[dict[str, Any], str]:
+        """What is noted here and in the cluster together, and the cluster's version."""
         try:
             found = json.loads(self.path.read_text())
         except (OSError, ValueError):
             found = {}
         mine: dict[str, Any] = found if isinstance(found, dict) else {}
-        theirs = self._shared.read_openings(self._model) if self._shared is not None else {}
+        theirs, version = self._shared.read_openings(self._model) if self._shared is not None else ({}, "")
         opened = dict(theirs.get("opened", {}))
         for item, count in mine.get("opened", {}).items():
             opened[item] = max(count, opened.get(item, 0))
-        return {**mine, "studies": {**theirs.get("studies", {}), **mine.get("studies", {})}, "opened": opened}
+        return {**mine, "studies": {**theirs.get("studies", {}), **mine.get("studies", {})}, "opened": opened}, version
 
     @contextlib.contextmanager
-    def _changed(self) -> Iterator[dict[str, Any]]:
+    def _locked(self) -> Iterator[None]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            content = self.read()
-            yield content
-            write_whole(self.path, json.dumps(content) + "\n")
+            yield
+
+    def _write(self, content: dict[str, Any]) -> None:
+        write_whole(self.path, json.dumps(content) + "\n")
 
     def openings(self, items: Sequence[str], study: str | None) -> int:
         """How many other studies opened the most opened one of these items before.
@@ -91,17 +105,30 @@ class Ledger:
         return _openings(self.read(), items, study)
 
     def open(self, items: Sequence[str], study: str) -> int:
-        """Note that `study` opens the items, once however often it is resumed. Returns the earlier openings."""
-        with self._changed() as content:
-            earlier = _openings(content, items, study)
-            studies, opened = content.setdefault("studies", {}), content.setdefault("opened", {})
-            if study not in studies:
-                studies[study] = earlier
-                for item in items:
-                    opened[item] = opened.get(item, 0) + 1
-                if self._shared is not None:
-                    self._shared.write_openings(self._model, {"studies": studies, "opened": opened})
-            return earlier
+        """Note that `study` opens the items, once however often it is resumed. Returns the earlier openings.
+
+        Runs that open them at the same time are counted one after the other, also where they share nothing but the cluster:
+        whoever finds that another one was quicker counts anew.
+
+        Raises:
+            PublishError: it cannot be noted in the cluster; no item is opened then.
+        """
+        with self._locked():
+            for _ in range(_TRIES):
+                content, version = self._read()
+                earlier = _openings(content, items, study)
+                studies, opened = content["studies"], content["opened"]
+                known = study in studies
+                if not known:
+                    studies[study] = earlier
+                    for item in items:
+                        opened[item] = opened.get(item, 0) + 1
+                noted = {"studies": studies, "opened": opened}
+                if known or self._shared is None or self._shared.write_openings(self._model, noted, version):
+                    self._write(content)
+                    return earlier
+                time.sleep(random.uniform(0.0, 0.5))
+        raise PublishError(f"the openings of model {self._model} are changed by others all the time; run this again later")
 
     def known(self) -> tuple[float | None, Pace | None]:
         """The last study's discordant share of exact against exact and its pace; None where there was no study."""
@@ -111,8 +138,8 @@ class Ledger:
 
     def note(self, noise: float, pace: Pace | None) -> None:
         """Keep what a study measured, for the plans of later ones."""
-        with self._changed() as content:
-            content.update(noise=noise, pace=asdict(pace) if pace else None)
+        with self._locked():
+            self._write({**self.read(), "noise": noise, "pace": asdict(pace) if pace else None})
 
 
 def _openings(content: dict[str, Any], items: Sequence[str], study: str | None) -> int:

@@ -149,6 +149,7 @@ class Snapshot(Resource):
     tuning_jobs    the SereTuningJobs that this SereDeployment owns
     profiles       SereProfiles that may be wanted, by name
     similarities   by the URI that a policy or a profile names
+    tokens_refused why pods that were asked for a token gave none; empty: none refused
     watched_s      for how long this process has looked at this resource without a gap; what fell into a gap (the
                    operator was down, or starved) is no fault of the pods
     """
@@ -161,6 +162,7 @@ class Snapshot(Resource):
     profiles: dict[str, Object] = field(default_factory=dict)
     similarities: dict[str, Similarity] = field(default_factory=dict)
     golden: tuple[GoldenResult, ...] = ()
+    tokens_refused: str = ""
     watched_s: float = math.inf
 
     @property

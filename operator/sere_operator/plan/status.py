@@ -148,7 +148,8 @@ def no_token_from_a_pod(case: Case) -> Judgement | None:
     missing = len(case.pods) - len(serving_pods(case.snapshot, case.step))
     if not missing:
         return None
-    return False, Reason.PODS_NOT_READY, f"{missing} of {len(case.pods)} pods gave no token yet"
+    why = f": {case.snapshot.tokens_refused}" if case.snapshot.tokens_refused else ""
+    return False, Reason.PODS_NOT_READY, f"{missing} of {len(case.pods)} pods gave no token yet{why}"
 
 
 def no_token_through_the_service(case: Case) -> Judgement | None:

@@ -107,9 +107,10 @@ class Operator:
                 self.rollouts.forget(key)
                 self._token_problems.pop(key, None)
                 return None
-            plan = decide(replace(snapshot, watched_s=watched_s), defaults)
+            refused = problem or "; ".join(prober.refusals)
+            plan = decide(replace(snapshot, watched_s=watched_s, tokens_refused=refused), defaults)
             seen, plan = snapshot, self.rollouts.paced(key, snapshot, plan)
-            self._warn_of_tokens(key, plan, problem or "; ".join(prober.refusals))
+            self._warn_of_tokens(key, plan, refused)
         plan = self._claimed(seen, plan) or marked(seen, plan, self.settings.instance)
         if plan.writes:
             log.info(

@@ -6,7 +6,7 @@ import http.server
 import json
 import threading
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import kubernetes_validate
@@ -30,6 +30,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests: list[tuple[str, dict[str, str], dict]] = []
         self.statuses: list[int] = []
         self.data: dict[str, dict[str, str]] = {}
+        self.meanwhile: Callable[[], object] | None = None  # done once, before the next write of openings
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -39,10 +40,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append((self.path, dict(self.headers), body))
         status = self.server.statuses.pop(0) if self.server.statuses else 200
+        if "resourceVersion" in body["metadata"] and self.server.meanwhile is not None:
+            meanwhile, self.server.meanwhile, status = self.server.meanwhile, None, 409
+            meanwhile()
         metadata = {**body["metadata"], "ownerReferences": OWNERS}
         kept = self.server.data.setdefault(body["metadata"]["name"], {})
         if status < 300:
             kept |= body.get("data", {})
+        metadata["resourceVersion"] = "1"
         answer = json.dumps({"message": "told why", "metadata": metadata, "data": kept}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(answer)))
@@ -201,3 +206,31 @@ def test_opened_items_are_noted_in_the_namespace_and_read_back_by_the_next_pod(
     with pytest.raises(PublishError):
         first.open(items, "three")
     assert pod("fourth").openings(items, None) == 2, "what cannot be noted is not opened"
+
+
+def test_who_opens_items_at_the_same_time_counts_the_one_that_was_quicker(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [f"{i:016x}" for i in range(10)]
+
+    def pod(name: str) -> Ledger:
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / name))
+        return Ledger("sha256:" + "ab" * 32, tmp_path / name / "out", publisher(server))
+
+    slow, quick = pod("slow"), pod("quick")
+    counted: list[int] = []
+    server.meanwhile = lambda: counted.append(quick.open(items, "quick"))
+    assert slow.open(items, "slow") == 1
+    assert counted == [0]
+    assert pod("third").openings(items, None) == 2, "nobody's opening was written over"
+
+
+def test_openings_that_do_not_fit_are_one_sentence_and_open_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    ledger = Ledger("sha256:" + "ab" * 32, tmp_path / "out", publisher(server))
+    server.statuses = [200, 422]
+    with pytest.raises(PublishError, match=r"has no room for 1 of model abababababababab: .*delete the key of a model"):
+        ledger.open(["0" * 16], "one")
+    assert ledger.openings(["0" * 16], None) == 0
