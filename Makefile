@@ -11,7 +11,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: help setup demo test lint format coverage docs crds test-unit test-emulated test-engine test-apiserver test-cluster test-chart test-gpu \
-        bench-tune bench-speedup bench-verdicts bench-tuner bench-policies bench-ext bench-telemetry soak-switches retrain-model vllm-snapshots envtest clean
+        bench-tune bench-speedup bench-verdicts bench-tuner bench-policies bench-ext bench-telemetry bench-share soak-switches retrain-model vllm-snapshots envtest clean
 
 help: ## What can be made
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -69,6 +69,9 @@ bench-policies: setup ## Accuracy against active experts of every kind of policy
 
 bench-telemetry: setup ## What counters, polling and latency metrics cost of a step's time, as JSON
 	$(PY) -m benchmarks.telemetry
+
+bench-share: setup ## What part of a decode step experts take, and the memory of an engine, as JSON
+	$(PY) -m benchmarks.share $(ARGS)
 
 soak-switches: setup ## A thousand policy switches on a real server under load, as JSON
 	$(PY) -m benchmarks.soak_switches $(ARGS)

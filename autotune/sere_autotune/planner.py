@@ -173,10 +173,16 @@ def search_seconds(spec: TuningSpec, pace: Pace | None) -> float:
     return spec.search.trials * (trial + SWITCH_S) * len(spec.workload.load.levels)
 
 
-def candidate_seconds(spec: TuningSpec, pace: Pace | None, levels: int) -> float:
-    """Estimated time of certifying one candidate, in seconds: all pairs of blocks, of which exact routing takes a third longer."""
+def candidate_seconds(spec: TuningSpec, pace: Pace | None, levels: int, items: int = 0) -> float:
+    """Estimated time of certifying one candidate, in seconds: all pairs of blocks, of which exact routing takes a third longer.
+
+    Args:
+        items: held-out items that all blocks together are to hold; 0 for no more than the shortest blocks hold.
+    """
     residence = pace.residence_s if pace else 0.0
     block = max(spec.certify.block_seconds, spec.certify.block_residences * residence)
+    if pace and pace.rate_per_s:
+        block = max(block, items / (spec.certify.pairs * levels) / (1.33 * pace.rate_per_s))
     return spec.certify.pairs * levels * (2.33 * block + 2 * (WARMUP_RESIDENCES * residence + SWITCH_S))
 
 
@@ -228,7 +234,7 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
         )
     lines.append("           " + ("this limit can certify" if plan.can_certify else f"CANNOT CERTIFY: {plan.problem}"))
     lines.append(f"Similarity {plan.source.describe(plan.search_items)}")
-    basis = "at the pace of the last run" if plan.pace_known else "at most, pace not known before the first run"
+    basis = "at the pace of the last run" if plan.pace_known else "a guess, pace not known before the first run"
     total = plan.start_s + plan.ceiling_s + plan.search_s + plan.certify_s
     search = f"ceiling {about(plan.ceiling_s)}; " if plan.ceiling_s else ""
     search += f"search {plan.trials} trial{'s' if plan.trials > 1 else ''} {about(plan.search_s)}; " if plan.trials else ""

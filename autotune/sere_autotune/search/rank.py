@@ -296,4 +296,5 @@ def time_left_s(run: Run) -> float:
     trials = max(0, run.spec.search.trials - len(run.study.complete()))
     levels = len(run.spec.workload.load.levels)
     pace = run.study.get(PACE)
-    return trials * _trial_seconds(run) + run.spec.search.rungs * planner.candidate_seconds(run.spec, pace, levels)
+    certificates = run.spec.search.rungs * planner.candidate_seconds(run.spec, pace, levels, run.cert_items)
+    return max(0.0, min(trials * _trial_seconds(run) + certificates, run.left_s()))

@@ -212,3 +212,14 @@ def test_the_nearest_miss_names_limit_distance_and_what_must_give() -> None:
     assert miss is not None
     assert miss.text == "topk 2 has TPOT p95 21.0 ms, 5% over the limit of 20 ms"
     assert "slo.tpotMs.p95" in miss.give
+
+
+def test_a_certificates_estimate_grows_with_the_items_that_its_blocks_hold(tmp_path: Path) -> None:
+    """Blocks of the least length would be four times as short here as those that hold all items."""
+    spec = spec_for(
+        tmp_path / "out", tmp_path / "items.jsonl", certify__pairs=4, certify__blockSeconds=8, certify__blockResidences=4
+    )
+    pace = Pace(rate_per_s=7.5, residence_s=2.0, start_s=20.0)
+    measured_s = 1000 / 7.5 + 1000 / (7.5 * 1.75) + 4 * 2 * planner.WARMUP_RESIDENCES * 2.0  # at 1.75 times the speed
+    assert planner.candidate_seconds(spec, pace, 1, 1000) == pytest.approx(measured_s, rel=0.15)
+    assert planner.candidate_seconds(spec, pace, 1) < 0.75 * measured_s

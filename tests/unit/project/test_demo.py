@@ -76,10 +76,13 @@ def test_what_was_gained_is_said_in_plain_words() -> None:
         "tpot_ms": {"exact": 71.0, "tuned": 37.8},
         "accuracy": {"exact": 1.0, "tuned": 0.9972},
         "active_experts": {"exact": 50.4, "tuned": 20.4},
+        "answers_per_minute": {"exact": 240.0, "tuned": 400.0},
     }
     said = demo.gained(answer)
     assert "1.88 times as fast for 0.28 points of accuracy" in said
     assert "20 experts of a layer instead of 50" in said
+    assert "finishes 400 answers a minute instead of 240: the same machine does 1.67 times the work" in said
+    assert "was not measured" in said, "more load at the same latency is no figure of this run"
     assert "for no accuracy" in demo.gained({**answer, "accuracy": {"exact": 0.99, "tuned": 0.99}})
 
 
@@ -112,3 +115,10 @@ def test_stage_2_tunes_only_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch
     for options in ([], ["--tune-in-cluster"]):
         demo.stage_cluster(demo.arguments(["--kubeconfig", "c", *options]))
     assert ["--tune" in command for command in asked] == [False, True]
+
+
+def test_answers_per_minute_are_those_of_so_many_requests_in_flight() -> None:
+    """A request of 2.4 s and 16 of them at a time: 400 a minute."""
+    latency = {"exact": {"e2el": {"mean": 2400.0}}, "chosen": {"e2el": {"mean": 1200.0}}}
+    summary = {"chosen": 1, "ladder": [{"result": {"latency_ms": latency}}]}
+    assert demo.answers_per_minute(summary) == {"exact": 400.0, "tuned": 800.0}
