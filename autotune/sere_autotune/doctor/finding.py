@@ -10,7 +10,7 @@ come in its time, so TPOT = T + X / (G - 1) with X the time in which the prompts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,13 @@ def one_expert() -> Finding:
 
 
 def judge(
-    fitted: StepFit, top_k: int, loads: Sequence[int], answer_tokens: float | None, least: float, bytes_per_expert: float | None
+    fitted: StepFit,
+    top_k: int,
+    loads: Sequence[int],
+    answer_tokens: float | None,
+    least: float,
+    bytes_per_expert: float | None,
+    foretold: Mapping[int, Floats] | None = None,
 ) -> Finding:
     """Turn the law into a finding.
 
@@ -99,9 +105,11 @@ def judge(
         answer_tokens: of an answer, mean; None where it is not known: prompts are left out then.
         least: the smallest gain worth having, such as 1.02.
         bytes_per_expert: of an expert's weights in all MoE layers together; None where it is not known.
+        foretold: by size, steps under S = 1 as a law says that was fitted without them.
     """
     ceilings = [_ceiling(fitted, top_k, batch, batch in loads, answer_tokens) for batch in fitted.sizes]
     figures = _figures(fitted, top_k, ceilings, answer_tokens, bytes_per_expert)
+    figures["foretoldMs"] = {str(batch): Estimate.of(draws * 1e3).to_list() for batch, draws in (foretold or {}).items()}
     asked = [ceiling for ceiling in ceilings if ceiling.asked]
     if not asked:
         sizes = " and ".join(str(load) for load in loads)

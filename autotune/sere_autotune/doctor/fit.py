@@ -87,7 +87,11 @@ class StepFit:
     def step_s(self, batch: int, S: int) -> Floats:
         """Draws of the time of a decode step of a cell at its mean active experts and slots, seconds."""
         cell = self.cells[batch, S]
-        return np.asarray(np.maximum(self.a[:, self.sizes.index(batch)] + self.experts_s(cell.active, cell.slots), 1e-9))
+        return self.at(batch, cell.active, cell.slots)
+
+    def at(self, batch: int, active: float, slots: float) -> Floats:
+        """Draws of the time of a decode step of a measured size with so many active experts and slots, seconds."""
+        return np.asarray(np.maximum(self.a[:, self.sizes.index(batch)] + self.experts_s(active, slots), 1e-9))
 
     def prompt_s(self, batch: int, S: int) -> Floats:
         """Draws of the time in which the prompts of a wave are computed, seconds."""
@@ -147,6 +151,22 @@ def fit(samples: Sequence[Sample]) -> StepFit:
     return StepFit(
         tuple(sizes), means, draws[:, :-2], draws[:, -2], draws[:, -1], scatter, max(prompt_scatter, _LEAST_SCATTER), len(rounds)
     )
+
+
+def foretold(samples: Sequence[Sample]) -> dict[int, Floats]:
+    """By size what the law says of steps under S = 1 that it was not fitted to; empty where the other S do not make a law.
+
+    Returns:
+        draws of seconds, to be held against what was measured: a check of the law itself.
+    """
+    floor = fit(samples).cells
+    try:
+        others = fit([sample for sample in samples if sample.S > 1])
+    except CannotTellError:
+        return {}
+    return {
+        batch: others.at(batch, floor[batch, 1].active, floor[batch, 1].slots) for batch in others.sizes if (batch, 1) in floor
+    }
 
 
 def _t_draws(covariance: Floats, freedom: int) -> Floats:

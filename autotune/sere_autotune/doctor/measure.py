@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sere_autotune.doctor.finding import Finding, cannot_tell, judge, one_expert
-from sere_autotune.doctor.fit import CannotTellError, Sample, fit
+from sere_autotune.doctor.fit import CannotTellError, Sample, fit, foretold
 from sere_autotune.trial.engine import BlockReport, EngineFacts
 from sere_autotune.trial.load import Load, Request
 from sere_autotune.trial.wave import Wave
@@ -82,7 +82,7 @@ def examine(
         samples = _rounds(engine, facts.top_k, work, loads, seconds, step)
         size = expert_bytes(work.config, str(facts.key.get("weightFormat") or ""))
         bytes_per_expert = size * len(facts.layers) if size and facts.layers else None
-        return judge(fit(samples), facts.top_k, loads, answer_tokens, least, bytes_per_expert)
+        return judge(fit(samples), facts.top_k, loads, answer_tokens, least, bytes_per_expert, foretold(samples))
     except CannotTellError as error:
         return cannot_tell(str(error))
     except (EngineCrashError, UnsupportedError, PolicyError) as error:

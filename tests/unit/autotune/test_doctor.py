@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sere_autotune.doctor.finding import GAIN, NOTHING, UNKNOWN, judge
-from sere_autotune.doctor.fit import CannotTellError, Sample, fit
+from sere_autotune.doctor.fit import CannotTellError, Sample, fit, foretold
 from sere_autotune.doctor.measure import Work, examine, expert_bytes, keeping, kept_experts, sizes_of
 from sere_autotune.look import Engine
 from sere_autotune.outcome import Ending
@@ -70,6 +70,16 @@ def test_the_intervals_of_the_ceiling_and_of_the_law_cover_what_was_planted() ->
     assert ceilings >= 52 and costs >= 52, (ceilings, costs)  # 57 of 60 are wanted; 51 or fewer have a probability below 1 %
 
 
+def test_the_law_foretells_one_expert_a_token_from_two_and_more() -> None:
+    right = foretold(waves(7, noise=0.02))
+    for batch in SIZES:
+        low, high = np.quantile(right[batch], (0.001, 0.999))
+        assert low / 1.15 < step_s(batch, 1) < high * 1.15  # the drift that is taken out has a mean of its own
+    tiles = foretold(waves(7, noise=0.02, time=lambda batch, S: 0.002 + 0.02 * (S == 1) + 1e-4 * active(batch, S)))
+    assert np.median(tiles[4]) < 0.01, "a step that does not follow the law is seen by it"
+    assert foretold([sample for sample in waves(7) if sample.S in (1, 8)]) == {}
+
+
 def test_the_sentence_tells_what_can_be_gained_and_where_not_to_tune() -> None:
     BASE = {4: 1e-3, 16: 1e-3, 64: 0.5}
     fitted = fit(waves(1, noise=0.01, time=lambda batch, S: step_s(batch, S) - BASE_S[batch] + BASE[batch]))
@@ -80,7 +90,7 @@ def test_the_sentence_tells_what_can_be_gained_and_where_not_to_tune() -> None:
     assert little.endswith(": do not tune for that") and "64" in little
     assert shares.startswith("experts take ") and "prompts" not in shares
     figures = json.loads(json.dumps(found.to_dict()))
-    assert {"verdict", "sentence", "ceilings", "law", "steps", "answerTokens", "bytesPerSecond"} == set(figures)
+    assert {"verdict", "sentence", "ceilings", "law", "steps", "answerTokens", "bytesPerSecond", "foretoldMs"} == set(figures)
     value, low, high = figures["bytesPerSecond"]
     assert low < value < high and low < 3e6 / PER_EXPERT_S < high * 1.1
 
