@@ -40,6 +40,7 @@ def kernel_run(call: Call, launch: Callable[[LayerState, Tensors], None]) -> Rer
         call.get("renormalise", False),
         kernel.SIGMOID if call.get("scoring") == "sigmoid" else kernel.SOFTMAX,
         kernel.MINUS_ONE if call.get("freed_minus_one") else kernel.REPEAT,
+        call.get("constants", ()),
     )
     if call.get("similarity") is not None:
         layer.load_similarity(*sorted_neighbours(call["similarity"].numpy()))
@@ -85,6 +86,7 @@ def routings(draw: st.DrawFn) -> Call:
     similarity = rng.integers(0, 5, (experts, experts)).astype(np.float32) / 4
     if draw(st.booleans()):
         similarity[rng.random((experts, experts)) < 0.2] = np.nan
+    constants = tuple(np.flatnonzero(rng.random(experts) < 0.3).tolist()) if draw(st.booleans()) else ()
     real_tokens = draw(st.none() | st.integers(0, tokens))
     if real_tokens is not None and draw(st.booleans()):
         ids[real_tokens:] = -1
@@ -103,6 +105,7 @@ def routings(draw: st.DrawFn) -> Call:
         "logits": torch.from_numpy(logits),
         "scoring": draw(st.sampled_from(["softmax", "sigmoid"])),
         "freed_minus_one": draw(st.booleans()),
+        "constants": constants,
     }
 
 
@@ -122,7 +125,18 @@ def same(got: Rerouted, want: Rerouted, call: Call) -> None:
     """Assert that two results agree; a failure names token, slot, expert and both values."""
     settings_ = {
         name: call[name]
-        for name in ("kind", "S", "min_share", "rho", "max_experts", "renormalise", "scoring", "real_tokens", "freed_minus_one")
+        for name in (
+            "kind",
+            "S",
+            "min_share",
+            "rho",
+            "max_experts",
+            "renormalise",
+            "scoring",
+            "real_tokens",
+            "freed_minus_one",
+            "constants",
+        )
         if name in call
     }
     # Scaled and refilled weights: sums and exponentials may round differently.
@@ -171,6 +185,11 @@ class RerouteContract:
         assert torch.equal(out.weights[real:].nan_to_num(-1), weights[real:].nan_to_num(-1))
         for row in range(real):
             valid = (ids[row] >= 0) & (ids[row] < experts) & (weights[row] != 0) & ~weights[row].isnan()
+            constant = torch.isin(ids[row], torch.tensor(call["constants"], dtype=ids.dtype))
+            valid &= ~constant
+            for expert in call["constants"]:
+                given, left = (w[i == expert].nansum() for i, w in ((ids[row], weights[row]), (out.ids[row], out.weights[row])))
+                assert left == given, "a constant costs nothing, so it keeps its weight, and nobody is sent to it"
             outside = {int(i) for i in ids[row] if i < 0 or i >= experts}
             held = out.weights[row] != 0
             if call["freed_minus_one"]:
@@ -183,7 +202,8 @@ class RerouteContract:
                 assert held[: int(held.sum())].all(), "slots with a weight must stand left"
             if kind is Kind.SERE and not weights[row].isnan().any():
                 torch.testing.assert_close(out.weights[row].sum(), weights[row].sum())
-                kept = [int(i) for i, w in zip(out.ids[row], out.weights[row], strict=True) if 0 <= i < experts and w != 0]
+                slots = zip(out.ids[row].tolist(), out.weights[row].tolist(), strict=True)
+                kept = [i for i, w in slots if 0 <= i < experts and w != 0 and i not in call["constants"]]
                 assert len(kept) == len(set(kept)), "slots on one expert must be merged"
         assert out.active_after <= out.active_before, "re-routing may not wake an expert"
 
@@ -200,13 +220,16 @@ class RerouteContract:
         """Every slot sent to its stand-in one by one, without merging: each expert gets the same weight."""
         call = call | {"kind": Kind.SERE, "min_share": 0.0, "max_experts": 0, "weights": call["weights"].nan_to_num(0.125)}
         experts, similarity = call["num_experts"], call["similarity"].nan_to_num(-1).tolist()
+        want = torch.zeros(len(call["ids"]), experts, dtype=torch.float64)
         rows = []
         for row, (ids, weights) in enumerate(zip(call["ids"].tolist(), call["weights"].tolist(), strict=True)):
             is_real = call["real_tokens"] is None or row < call["real_tokens"]
             slots = [(w, e) for w, e in zip(weights, ids, strict=True) if 0 <= e < experts and w]
-            rows.append((is_real, sorted(slots, key=lambda slot: (-slot[0], slot[1]))))
+            by_rank = sorted(slots, key=lambda slot: (-slot[0], slot[1]))
+            rows.append((is_real, [slot for slot in by_rank if slot[1] not in call["constants"]]))
+            for weight, expert in slots:
+                want[row, expert] += weight if expert in call["constants"] else 0.0
         primary = sorted({e for is_real, slots in rows for _, e in slots[: call["S"]] if is_real})
-        want = torch.zeros(len(rows), experts, dtype=torch.float64)
         for row, (is_real, slots) in enumerate(rows):
             for weight, expert in slots:
                 best = max(primary, key=lambda p: (similarity[expert][p], -p), default=expert)
@@ -356,6 +379,16 @@ class RerouteContract:
             "max_experts": 2,
         }
         assert self.run(call).ids.tolist() == [[0, 0], [0, 2]]
+
+    def test_a_constant_is_no_active_expert_and_stays_where_it_is(self) -> None:
+        # Expert 0 is two tokens' top expert; as a constant it is free, so their next experts are their tops.
+        out = self.example(Kind.SERE, rho=0.0, constants=(0,))
+        assert out.ids.tolist() == [[2, 0], [0, 3], [3, 1]]
+        assert (out.active_before, out.active_after, out.slots, out.rerouted) == (3, 3, 4, 0)
+        out = self.example(Kind.TOPK, constants=(3,))
+        assert out.ids.tolist() == [[0, 0], [0, 3], [3, 1]], "2 is freed; 3 costs nothing, so it is not"
+        assert out.weights.tolist() == [[0.75, 0.0], [0.75, 0.25], [0.125, 0.875]]
+        assert (out.active_before, out.active_after, out.slots, out.merged) == (3, 2, 4, 1)
 
     def test_hybrid_stands_in_where_alike_and_refills_elsewhere(self) -> None:
         logits = torch.tensor([[2.0, 1.0, 1.5, 0.0], [2.0, 0.5, 0.0, 1.5], [0.0, 2.0, 0.0, 1.0]])

@@ -24,7 +24,7 @@ from sere_ext.contract.model_config import model_config_digest
 from sere_ext.contract.records import Message, Row, conversation_of, lines_of, prompt_of, read_rows, read_text
 from sere_ext.contract.similarity import Changes, Metric, SimilarityMeta
 from sere_ext.similarity.file import Similarity, read_similarity, write_similarity
-from sere_ext.similarity.hub import asked_model_config
+from sere_ext.similarity.hub import asked_model_config, commit_of
 from sere_ext.similarity.packing import Matrix
 from sere_ext.similarity.stability import changes
 
@@ -110,7 +110,7 @@ def calibrate(
     layers = _chosen(find_experts(network), config, options.layers, model)
     _check_memory(layers, network, options)
     sums = {n: make_moments(options.metric, layer.num_experts, network.device) for n, layer in layers.items()}
-    checkpoint = Checkpoint(out.with_name(out.name + ".part"), made_from(meta, model, config, options))
+    checkpoint = Checkpoint(out.with_name(out.name + ".part"), made_from(meta, model, options))
     if sentence := checkpoint.restore(sums):
         note(sentence)
     with torch.inference_mode(), collecting(layers, sums) as batch:
@@ -245,14 +245,14 @@ def described(model: str, revision: str | None, config: dict[str, object], data:
     )
 
 
-def made_from(meta: SimilarityMeta, model: str, config: dict[str, object], options: Options) -> Origin:
+def made_from(meta: SimilarityMeta, model: str, options: Options) -> Origin:
     """What a checkpoint's sums are made from. The device and the batch size change them by rounding only."""
     from importlib.metadata import version
 
     weights = [p for p in sorted(Path(model).glob("*")) if p.suffix in (".safetensors", ".bin")]
     return {
         "model": f"{meta.model_name} {meta.config_digest}",
-        "model revision": f"{meta.model_revision} {config.get('_commit_hash', '')}",
+        "model revision": f"{meta.model_revision} {commit_of(model, meta.model_revision or None)}",
         "set of weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights],
         "data set": meta.data_digest,
         "metric": options.metric,

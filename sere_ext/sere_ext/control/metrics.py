@@ -190,7 +190,7 @@ class Metrics:
                 continue
             where = (row.layers or ALL_LAYERS, row.bucket)
             for field, counter in self._counters.items():
-                counter.labels(*where).inc(getattr(gained, field))
+                counter.labels(*where).inc(vars(gained)[field])
             if row.digest == state.policy_digest:
                 self._experts.labels("before", *where).set(gained.active_before / gained.calls)
                 self._experts.labels("after", *where).set(gained.active_after / gained.calls)

@@ -21,7 +21,7 @@ _MOE = "vllm.model_executor.layers.fused_moe"
 
 @dataclass(frozen=True)
 class Reader:
-    """A class of vLLM that reads re-routed ids: experts of a layer, or what dispatches tokens to the ranks that hold them."""
+    """A class of vLLM that reads re-routed ids: experts of a layer, what dispatches tokens to ranks, or what maps ids before both."""
 
     symbol: str  # module:Class
     freed: tuple[int, ...]  # what a freed slot's id may be
@@ -74,6 +74,21 @@ DISPATCH = (
         f"{_MOE}.prepare_finalize.nixl_ep:NixlEPPrepareAndFinalize", (MINUS_ONE,), "as DeepEPLLPrepareAndFinalize, which it follows"
     ),
 )  # fmt: skip
+MAPPINGS = (
+    Reader(
+        f"{_MOE}.expert_substitution:SubstitutedRoutedExperts", (REPEAT,),
+        "maps -1 to an unused slot of the first expert, which is a repeat again; constants themselves cost nothing", "0.33-0.33",
+    ),
+)  # fmt: skip
+
+
+def constants_of(runner: Any) -> tuple[int, ...]:
+    """Ids of a layer's experts that a MoNE checkpoint replaced by a constant vector (vLLM 0.33), none elsewhere.
+
+    Such ids leave the router like any other, and are taken out behind the place where routing is changed.
+    """
+    substitution = getattr(runner.routed_experts, "expert_substitution", None)
+    return () if substitution is None else tuple(substitution.substituted_expert_ids)
 
 
 def freed_slot(runner: Any, device: str) -> int | str:
@@ -86,7 +101,10 @@ def freed_slot(runner: Any, device: str) -> int | str:
     if chosen is None:
         return f"nothing is known of its kernel ({type(runner._quant_method).__name__}); {way_out(runner, device)}"
     allowed = {REPEAT, MINUS_ONE}
-    for part, known in ((chosen.fused_experts, EXPERTS), (chosen.prepare_finalize, DISPATCH)):
+    mapping = MAPPINGS if constants_of(runner) else None
+    for part, known in ((chosen.fused_experts, EXPERTS), (chosen.prepare_finalize, DISPATCH), (runner.routed_experts, mapping)):
+        if known is None:
+            continue
         name = type(part).__name__
         found = next((reader for reader in known if reader.name == name), None)
         if found is None:

@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 from sere_ext.contract.errors import UnsupportedError
-from sere_ext.engine.backends import freed_slot, way_out
+from sere_ext.engine.backends import constants_of, freed_slot, way_out
 from sere_ext.routing import kernel
 from sere_ext.routing.state import LayerState
 
@@ -97,6 +97,7 @@ def _layer_state(runner: Any, freed: int = kernel.REPEAT) -> LayerState:
         renormalise=bool(getattr(router, "renormalize", True)),
         scoring=scoring if plain else None,
         freed=freed,
+        constants=constants_of(runner),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sere_ext.engine.backends import DISPATCH, EXPERTS
+from sere_ext.engine.backends import DISPATCH, EXPERTS, MAPPINGS
 
 SUPPORTED = ">=0.26,<0.34"  # CUDA; the CPU engine routes outside its kernel from 0.32
 CPU_SINCE = (0, 32)
@@ -101,7 +101,39 @@ LEDGER = (
     ),
     Touched(
         f"{_MOE}.runner.moe_runner:MoERunner.__init__", "read", "one per MoE layer: its name, router and sizes", _ALL,
-        "none needed", ("self.layer_name = layer_name", "self.router = router", "self.moe_config = moe_config"),
+        "none needed", ("self.layer_name = layer_name", "self.router = router", "self.routed_experts = routed_experts",
+                        "self.moe_config = moe_config"),
+    ),
+    Touched(
+        f"{_MOE}.expert_substitution:ConstantExpertSubstitution.__init__", "read",
+        "which experts a MoNE checkpoint replaced by constants: they cost nothing (`backends.constants_of`)", "0.33-0.33",
+        "none needed", ("self.substituted_expert_ids = tuple(sorted(substituted))",),
+    ),
+    Touched(
+        f"{_MOE}.expert_substitution:ConstantExpertSubstitution.transform_routes", "read",
+        "gets logical ids from the router; -1 becomes an unused slot of the first expert", "0.33-0.33", "none needed",
+        ("topk_weights.masked_fill_(~valid | substituted, 0.0)", "topk_ids.copy_(routes.clamp_min(0).to(topk_ids.dtype))"),
+    ),
+    Touched(
+        f"{_MOE}.expert_substitution:SubstitutedRoutedExperts.__init__", "read", "where the former is found", "0.33-0.33",
+        "none needed", ("self.expert_substitution = expert_substitution",),
+    ),
+    Touched(
+        f"{_MOE}.expert_substitution:SubstitutedRoutedExperts.forward_modular", "read",
+        "takes constants out behind the router", "0.33-0.33", "none needed",
+        ("self.expert_substitution.transform_routes(x, topk_weights, topk_ids)",),
+    ),
+    Touched(
+        f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase.__init__", "read", "the kernel of a layer", _ALL, "none needed",
+        ("self.moe_kernel: mk.FusedMoEKernel | None = None",),
+    ),
+    Touched(
+        f"{_MOE}.modular_kernel:FusedMoEKernel.fused_experts", "read", "which experts' class the kernel has, by name", _ALL,
+        "none needed",
+    ),
+    Touched(
+        f"{_MOE}.modular_kernel:FusedMoEKernel.prepare_finalize", "read", "how the kernel dispatches tokens, by name", _ALL,
+        "none needed",
     ),
     Touched(
         f"{_MOE}.runner.moe_runner:MoERunner._apply_quant_method", "read", "asks the router unless the kernel is monolithic",
@@ -137,6 +169,10 @@ LEDGER = (
         "topk_weights, topk_ids, activation.value, self.isa, apply_router_weight_on_input)",),
     ),
     Touched(
+        f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts.__init__", "read", "experts that zentorch computes are left as they are", _CPU,
+        "as above", ("self._use_zentorch = False",),
+    ),
+    Touched(
         f"{_MOE}.runner.moe_runner:MoERunner._quant_method", "read", "where the kernel of a layer is found", _ALL, "none needed",
     ),
     Touched(
@@ -162,11 +198,13 @@ LEDGER = (
     Touched(
         "vllm.config.parallel:ParallelConfig", "read", "what is refused at start (`features.py`)", _ALL, "none needed",
         ("tensor_parallel_size: int", "data_parallel_size: int", "pipeline_parallel_size: int", "enable_eplb: bool",
-         "prefill_context_parallel_size: int"),
+         "prefill_context_parallel_size: int", "data_parallel_external_lb: bool", "data_parallel_hybrid_lb: bool",
+         "_api_process_count: int"),
     ),
     Touched("vllm.config.parallel:ParallelConfig.use_ubatching", "read", "as above", _ALL, "none needed"),
     Touched("vllm.config.parallel:ParallelConfig.use_sequence_parallel_moe", "read", "as above", _ALL, "none needed"),
-    Touched("vllm.config.vllm:VllmConfig", "read", "as above", _ALL, "none needed", ("lora_config: LoRAConfig | None",)),
+    Touched("vllm.config.vllm:VllmConfig", "read", "as above", _ALL, "none needed", ("lora_config: LoRAConfig | None", "kernel_config: KernelConfig", "additional_config: dict | SupportsHash")),
+    Touched("vllm.config.kernel:KernelConfig", "read", "as above", _ALL, "none needed", ("moe_backend: MoEBackend",)),
     Touched("vllm.config.model:ModelConfig", "read", "as above", _ALL, "none needed",
             ("enable_sleep_mode: bool", "enforce_eager: bool")),
     Touched(
@@ -176,6 +214,14 @@ LEDGER = (
     Touched(
         "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state", "read", "as above", _ALL, "none needed",
         ("(self, engine_client: 'EngineClient | None', state: State, args: Namespace)",),
+    ),
+    Touched(
+        f"{_ENGINE}.__init__", "read", "how many engines there are, and where statistics of finished requests are handed on", _ALL,
+        "none needed", ("self.vllm_config = vllm_config", "self.logger_manager: StatLoggerManager | None = None"),
+    ),
+    Touched(
+        "vllm.v1.metrics.loggers:StatLoggerManager.__init__", "read", "as above", _ALL, "none needed",
+        ("self.stat_loggers: list[AggregateStatLoggerBase] = []",),
     ),
     Touched(
         f"{_ENGINE}.collective_rpc", "called", "switches all ranks between two steps", _ALL, "none needed",
@@ -203,6 +249,6 @@ LEDGER = (
     ),
     *(
         Touched(reader.symbol, "read", f"reads re-routed ids: {reader.why}", reader.versions, "none needed")
-        for reader in (*EXPERTS, *DISPATCH)
+        for reader in (*EXPERTS, *DISPATCH, *MAPPINGS)
     ),
 )  # fmt: skip

@@ -135,14 +135,13 @@ def running_key(vllm_config: Any) -> ProfileKey:
 
     from sere_ext.contract.model_config import model_config_digest, weight_format
     from sere_ext.engine.versions import engine_version
-    from sere_ext.similarity.hub import model_config_dict
+    from sere_ext.similarity.hub import commit_of, model_config_dict
 
     model = vllm_config.model_config
     config = model_config_dict(model.model, model.revision)
     return ProfileKey(
         model_name=model.model,
-        # Of a model of the hub the commit, so that a branch that has moved is another model.
-        model_revision=getattr(model.hf_config, "_commit_hash", None) or model.revision or "",
+        model_revision=commit_of(model.model, model.revision) or model.revision or "",
         config_digest=model_config_digest(config),
         weight_format=weight_format(config, str(model.dtype).removeprefix("torch."), model.quantization),
         engine_version=engine_version(),
@@ -235,7 +234,7 @@ class SereWorker:
 
         Returns:
             per MoE layer renormalise, scoring (as in `LayerState`) and calls, each with tokens, experts, and the bytes of ids
-            (int32 [T, k]), weights (float32 [T, k]) and logits (float16 [T, E]).
+            (int32 [T, k]; -1 for an expert that answers with a constant), weights (float32 [T, k]) and logits (float16 [T, E]).
         """
         from sere_ext.routing.record import Recorder
 
@@ -243,7 +242,7 @@ class SereWorker:
         for layer in _state_of(self).layers:
             calls = layer.recorder.calls if layer.recorder else []
             found.append({"renormalise": layer.renormalise, "scoring": layer.scoring, "calls": calls})
-            layer.recorder = Recorder() if on else None
+            layer.recorder = Recorder(layer.constants) if on else None
         return found
 
     def sere_state(self) -> dict[str, Any]:

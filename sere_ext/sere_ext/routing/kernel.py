@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
+from collections.abc import Iterable
+from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_uint32, c_void_p
 from typing import Any
 
 from sere_ext.contract.errors import UnsupportedError
@@ -27,6 +28,14 @@ CALLS, TOKENS, ACTIVE_BEFORE, ACTIVE_AFTER, SLOTS, REROUTED, MERGED = range(7)
 COUNTERS = ("calls", "tokens", "activeBefore", "activeAfter", "slots", "rerouted", "merged")
 
 
+def bits_of(experts: Iterable[int]) -> ctypes.Array[c_uint32]:
+    """A set of experts as the kernels read it: bit e % 32 of word e // 32."""
+    words = (c_uint32 * (MAX_EXPERTS // 32))()
+    for expert in experts:
+        words[expert // 32] |= 1 << expert % 32
+    return words
+
+
 class Layer(ctypes.Structure):
     """`sere::Layer`: addresses of what holds for one MoE layer. Their owner must outlive it."""
 
@@ -40,6 +49,7 @@ class Layer(ctypes.Structure):
         ("renormalise", c_int32),
         ("scoring", c_int32),
         ("freed", c_int32),
+        ("constants", c_uint32 * (MAX_EXPERTS // 32)),  # set of experts, one bit each
     )
 
 

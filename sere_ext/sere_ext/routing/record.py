@@ -14,6 +14,7 @@ EVERY = 8  # calls of a size: consecutive steps have mostly the same sequences
 class Recorder:
     """Keeps every eighth call of each size, up to four. The layers of a model see the same steps, so they keep the same."""
 
+    constants: tuple[int, ...] = ()  # experts that answer with a constant: their slots are recorded as none (-1)
     calls: list[dict[str, Any]] = field(default_factory=list)
     _seen: dict[int, int] = field(default_factory=dict)
 
@@ -33,6 +34,8 @@ class Recorder:
         if seen % EVERY or seen >= EVERY * CALLS_PER_SIZE:
             return
         experts = int(logits.shape[1])
+        for constant in self.constants:
+            ids = ids.masked_fill(ids == constant, -1)
         self.calls.append({
             "tokens": tokens, "experts": experts,
             "ids": ids.int().numpy().tobytes(), "weights": weights.float().numpy().tobytes(),

@@ -5,8 +5,9 @@ similarity of a stand-in. Source of kind `sere`: arXiv 2602.07616, Algorithm 1; 
 arXiv 2602.07265 (top experts of every token, then greedily by summed weight); `hybrid` is ours.
 
 Rules that hold for every kind:
-- A slot counts if its row is real (not padding, which stands behind the real rows), its id is in [0, E) and its weight is neither 0 nor NaN. Other slots
-  keep id and weight.
+- A slot counts if its row is real (not padding, which stands behind the real rows), its id is in [0, E), its expert computes
+  something (an expert that a MoNE checkpoint replaced by a constant costs nothing), and its weight is neither 0 nor NaN. Other
+  slots keep id and weight.
 - A token's slots are ranked by returned weight, ties by lower id. Routers do not return them in order. Its top S are the first
   S of them, less those of under `min_share` of its largest weight: a token that is sure of its best expert needs no second.
 - Active are the experts that are some token's top S; `max_experts` adds those of most summed weight (ties: lower id) until
@@ -58,6 +59,7 @@ def reroute(
     logits: torch.Tensor | None = None,
     scoring: str = "softmax",
     freed_minus_one: bool = False,
+    constants: tuple[int, ...] = (),
 ) -> Rerouted:
     """Re-route one call of a router.
 
@@ -76,9 +78,11 @@ def reroute(
         logits: [T, E] router logits; needed by `oea` and `hybrid`. NaN counts as -infinity.
         scoring: "softmax" or "sigmoid", of the model's router.
         freed_minus_one: whether the id of a freed slot becomes -1.
+        constants: ids of experts that answer with a constant.
     """
     long = ids.long()
     counts = (long >= 0) & (long < num_experts) & (weights != 0) & ~weights.isnan()
+    counts &= ~torch.isin(long, torch.tensor(constants, dtype=torch.int64))
     if real_tokens is not None:
         counts[real_tokens:] = False
     before = _union(long, counts, num_experts)

@@ -53,6 +53,7 @@ class LayerState:
     renormalise: bool
     scoring: int | None  # kernel.SOFTMAX or SIGMOID; None if the router's scores cannot be recomputed from logits
     freed: int = kernel.REPEAT  # or kernel.MINUS_ONE: what the experts' kernel takes for an unused slot
+    constants: tuple[int, ...] = ()  # experts that answer with a constant vector (MoNE), whatever their input
     real: Any = field(default_factory=lambda: np.full(1, ALL_REAL, np.int32))  # real rows of the running step; shared by layers
     slot: int = field(init=False, default=-1)  # the operators' number of this layer, given by `ops.bind`
     table: Any = field(default_factory=lambda: np.zeros((MAX_BUCKETS, kernel.COLUMNS), np.int32))
@@ -74,8 +75,9 @@ class LayerState:
     def point_at(self, table: int, neighbours: int, limits: int, counters: int, real: int) -> None:
         """Make the kernel read these addresses from now on."""
         self.struct = kernel.Layer(
-            table, neighbours, limits, counters, real, self.experts, self.renormalise, self.scoring or 0, self.freed
-        )
+            table, neighbours, limits, counters, real, self.experts, self.renormalise, self.scoring or 0, self.freed,
+            kernel.bits_of(self.constants),
+        )  # fmt: skip
 
     def load_table(self, table: tuple[Bucket, ...]) -> None:
         """Put the policy's buckets into `table`; a row that is all zeros holds for no number of tokens."""

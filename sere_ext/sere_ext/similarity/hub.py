@@ -1,4 +1,4 @@
-"""The config.json of a model, from its folder or from the hub; and why there is none, in words for a user."""
+"""A model's config.json and commit, from its folder or from the hub; and why there is none, in words for a user."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ def model_config_dict(model: str, revision: str | None = None) -> dict[str, obje
     from transformers import PretrainedConfig
 
     return dict(PretrainedConfig.get_config_dict(model, revision=revision)[0])
+
+
+def commit_of(model: str, revision: str | None = None) -> str:
+    """The commit that a hub name with a branch, a tag or nothing means here: a branch that has moved is another model.
+
+    Returns:
+        empty for a folder, and where the hub's client names none.
+    """
+    if Path(model).is_dir():
+        return ""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    return extract_commit_hash(cached_file(model, "config.json", revision=revision), None) or ""
 
 
 def asked_model_config(model: str, revision: str | None = None) -> dict[str, object]:

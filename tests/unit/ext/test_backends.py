@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from sere_ext.engine import backends
-from sere_ext.engine.backends import DISPATCH, EXPERTS, freed_slot, prefer_modular, renewed
+from sere_ext.engine.backends import DISPATCH, EXPERTS, constants_of, freed_slot, prefer_modular, renewed
+from sere_ext.engine.seam import _layer_state
 from sere_ext.routing.kernel import MINUS_ONE, REPEAT
 from tests.kit import ROOT
 
@@ -18,7 +19,15 @@ PAGE = ROOT / "docs" / "compatibility.md"
 def runner(experts: str, dispatch: str = "MoEPrepareAndFinalizeNoDPEPModular", method: str = "Fp8MoEMethod") -> Any:
     """A layer of vLLM whose kernel is made of classes with these names."""
     parts = {"fused_experts": type(experts, (), {})(), "prepare_finalize": type(dispatch, (), {})()}
-    return SimpleNamespace(_quant_method=type(method, (), {"moe_kernel": SimpleNamespace(**parts)})())
+    method_of_layer = type(method, (), {"moe_kernel": SimpleNamespace(**parts)})()
+    return SimpleNamespace(_quant_method=method_of_layer, routed_experts=type("RoutedExperts", (), {})())
+
+
+def with_constants(layer: Any, *ids: int) -> Any:
+    """The layer of a MoNE checkpoint, as vLLM 0.33 builds it (`expert_substitution.py`)."""
+    layer.routed_experts = type("SubstitutedRoutedExperts", (), {})()
+    layer.routed_experts.expert_substitution = SimpleNamespace(substituted_expert_ids=ids)
+    return layer
 
 
 @pytest.mark.parametrize(
@@ -44,7 +53,11 @@ def test_a_freed_slot_is_what_its_reader_takes_for_one(experts: str, dispatch: s
         (runner("TritonExperts", "DeepEPLLPrepareAndFinalize"), "TritonExperts and DeepEPLL.* need different ids"),
         (runner("CutlassExpertsMxfp4", method="Mxfp4MoEMethod"), "`--moe-backend marlin`"),
         (runner("CutlassExpertsFp4", method="ModelOptNvFp4FusedMoE"), "`--moe-backend flashinfer_cutlass`"),
-        (SimpleNamespace(_quant_method=object()), "nothing is known of its kernel .object.; serve without sere"),
+        (with_constants(runner("TrtLlmBf16ExpertsModular"), 3), "TrtLlmBf16ExpertsModular.* need different ids"),
+        (
+            SimpleNamespace(_quant_method=object(), routed_experts=None),
+            "nothing is known of its kernel .object.; serve without sere",
+        ),
     ],
 )
 def test_what_nobody_has_read_is_refused_by_name_with_a_way_out_that_fits_the_weights(layer: Any, says: str) -> None:
@@ -52,6 +65,20 @@ def test_what_nobody_has_read_is_refused_by_name_with_a_way_out_that_fits_the_we
     assert isinstance(why, str)
     with pytest.raises(ValueError, match=says):
         raise ValueError(why)
+
+
+def test_constants_of_a_mone_checkpoint_are_known_by_layer() -> None:
+    layer = runner("TritonExperts")
+    assert constants_of(layer) == ()
+    layer = with_constants(layer, 3, 5)
+    assert constants_of(layer) == (3, 5)
+    assert freed_slot(layer, "cuda") == REPEAT
+    router = {"top_k": 2, "renormalize": True}
+    vars(layer).update(
+        layer_name="l", layer_id=0, router=SimpleNamespace(**router), moe_config=SimpleNamespace(num_logical_experts=8)
+    )
+    state = _layer_state(layer)
+    assert [expert for expert in range(64) if state.struct.constants[expert // 32] >> expert % 32 & 1] == [3, 5]
 
 
 def test_monolithic_kernels_are_ruled_out_before_layers_are_built(monkeypatch: pytest.MonkeyPatch) -> None:

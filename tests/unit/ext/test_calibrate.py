@@ -387,7 +387,7 @@ def test_what_a_checkpoint_is_made_from_tells_models_and_data_apart(tmp_path: Pa
 
     def origin(model: Path, options: Options = Options(), revision: str | None = None) -> dict[str, Any]:  # noqa: B008
         config = json.loads((model / "config.json").read_text())
-        return made_from(described(str(model), revision, config, data, options), str(model), config, options)
+        return made_from(described(str(model), revision, config, data, options), str(model), options)
 
     first = origin(copy)
     assert origin(copy) == first == origin(copy, Options(batch=1, device="cuda")), "rounding only"

@@ -54,6 +54,7 @@ def router(experts: int, top_k: int) -> SimpleNamespace:
         layer_name="layers.0.mlp",
         layer_id=0,
         router=SimpleNamespace(top_k=top_k, renormalize=True),
+        routed_experts=None,
         moe_config=SimpleNamespace(num_logical_experts=experts),
     )
 

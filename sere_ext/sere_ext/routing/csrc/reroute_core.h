@@ -55,6 +55,7 @@ struct Layer {
   const int32_t* real;         // [1] how many rows of a call are real, counted from the first: the rest is padding
   int32_t experts, renormalise, scoring;
   int32_t freed;               // what the id of a freed slot becomes: what its token's best slot or merged slot holds, or -1
+  uint32_t constants[WORDS];   // set of experts that answer with a constant: they cost nothing, so their slots do not count
 };
 
 // One call of a router. Ids and weights are rewritten in place.
@@ -165,7 +166,7 @@ template <class Id, class Slots>
 struct Token {
   typename Slots::template Row<Id> id;
   typename Slots::template Row<float> weight;
-  uint32_t counted;  // slots that count: of a real row, an id in [0, E), a weight that is neither 0 nor NaN
+  uint32_t counted;  // slots that count: of a real row, an id in [0, E) that is no constant's, a weight that is neither 0 nor NaN
   uint32_t kept;     // the S of largest weight among them, less those under a share of the largest
   int best;          // the slot of largest weight
 };
@@ -184,7 +185,7 @@ SERE_INLINE Token<Id, Slots> read(const Slots& slots, const Layer& layer, const 
   token.counted = slots.which([&](int j) {
     const Id id = token.id[j];
     const float weight = token.weight[j];
-    return t < real && id >= 0 && id < layer.experts && weight != 0.0f && weight == weight;
+    return t < real && id >= 0 && id < layer.experts && weight != 0.0f && weight == weight && !has(layer.constants, int(id));
   });
   token.kept = 0;
   token.best = 0;
