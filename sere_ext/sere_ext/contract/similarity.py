@@ -11,6 +11,8 @@ import hashlib
 import io
 import json
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, Self
@@ -87,9 +89,26 @@ def read_meta(path: str | Path) -> SimilarityMeta:
     Raises:
         SimilarityError: missing, truncated, not safetensors, no `sere` metadata, or another schema version.
     """
+    with _readable(path), Path(path).open("rb") as file:
+        return _header(file, Path(path).stat().st_size, str(path)).meta
+
+
+def read_content(path: str | Path) -> tuple[bytes, SimilarityMeta]:
+    """The whole file, for a process elsewhere, with its header, which is checked as in `read_meta`."""
+    with _readable(path):
+        content = Path(path).read_bytes()
+    return content, meta_of(content, str(path))
+
+
+def meta_of(content: bytes, where: str) -> SimilarityMeta:
+    """The header of a file in memory, checked as in `read_meta`; `where` names the file in messages."""
+    return _header(io.BytesIO(content), len(content), where).meta
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
     try:
-        with Path(path).open("rb") as file:
-            return _header(file, Path(path).stat().st_size, str(path)).meta
+        yield
     except FileNotFoundError as error:
         raise SimilarityError(f"no similarity file at {path}; make one with `sere calibrate MODEL --data FILE`") from error
     except OSError as error:

@@ -10,6 +10,7 @@ A reader ignores fields that it does not know, so that an engine of a newer rele
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import Enum
 from typing import Annotated, Any, Self
 
 from pydantic import ConfigDict, Field, ValidationError, field_serializer, field_validator
@@ -178,9 +179,29 @@ class PolicyChange(Record):
     """Body of `PUT /sere/policy`."""
 
     policy: Policy
-    similarity: Annotated[str | None, Field(min_length=1, description="path of a similarity file that workers can read")] = None
+    similarity: Annotated[
+        str | None,
+        Field(min_length=1, description="path of a similarity file where the API server runs, which hands it to workers"),
+    ] = None
     generation: Annotated[int | None, Field(le=2**53, description="number of the change, above the one in force")] = None
     clean: Annotated[bool, Field(description="drain and drop the prefix cache first")] = False
+
+
+class Readiness(Enum):
+    """How far a worker is with a change that it does not refuse."""
+
+    READY = "ready"
+    LACKS_FILE = "lacksFile"  # hand it the similarity file
+    AT_WORK = "atWork"  # on the file that it was handed
+
+    def answer(self) -> dict[str, Any]:
+        """The worker's answer."""
+        return {"readiness": self.value}
+
+    @classmethod
+    def read(cls, answer: dict[str, Any]) -> Readiness:
+        """What a worker answered that did not refuse."""
+        return cls(answer["readiness"])
 
 
 class Refusal(Record):

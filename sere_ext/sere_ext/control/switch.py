@@ -9,15 +9,19 @@ ranks of an engine switch, between the same two steps. Data-parallel engines ste
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from sere_ext.contract.errors import ConflictError, UnsupportedError
 from sere_ext.contract.policy import EXACT_POLICY, Policy
-from sere_ext.contract.state import CounterRow, Note, RankState, Refusal, total
+from sere_ext.contract.similarity import read_content
+from sere_ext.contract.state import CounterRow, Note, RankState, Readiness, Refusal, total
 
 States = list[RankState]
+POLL_SECONDS = 0.05  # between two questions whether all ranks have prepared a similarity file
 _ASK_ALL = "call_utility_all_async"  # of vLLM's engine client; absent in 0.26
 
 
@@ -35,7 +39,8 @@ async def switch(
     Args:
         engine: has `collective_rpc`, and `pause_generation` and `resume_generation` if `clean` or data-parallel.
         generation: see `WorkerState.check`; None takes the next.
-        similarity: path that every worker can read; None keeps the matrices in force.
+        similarity: path of a file that this process can read; None keeps the matrices in force. Its bytes go to workers that do
+            not have its matrices in force, and the change waits until all have sorted them; the engine goes on meanwhile.
         clean: drain and drop the prefix cache first.
         note: what the source of the change says of it; None keeps what was noted before.
 
@@ -47,16 +52,26 @@ async def switch(
     """
     if why := unreachable(engine):
         raise UnsupportedError(why)
-    text = policy.to_json()
-    _raise_refusals(await ask_ranks(engine, "sere_check", (text, generation, similarity)))
+    content, digest = await asyncio.to_thread(_read, similarity)
+    change = policy.to_json(), generation, digest
+    while (readiness := _least(await ask_ranks(engine, "sere_check", change))) is not Readiness.READY:
+        if readiness is Readiness.LACKS_FILE:
+            await ask_ranks(engine, "sere_offer", (digest, content, similarity))
+        await asyncio.sleep(POLL_SECONDS)
     async with _held(engine, clean):
-        return await _apply_everywhere(engine, (text, generation, similarity, note.to_json_dict() if note else None))
+        return await _apply_everywhere(engine, (*change, note.to_json_dict() if note else None))
 
 
 def switch_llm(llm: Any, policy: Policy, *, generation: int | None = None, similarity: str | None = None) -> States:
     """Switch an `LLM` between two `generate` calls, when nothing runs: only the prefix cache must be dropped first."""
+    content, digest = _read(similarity)
+    change = policy.to_json(), generation, digest
+    while (readiness := _least(llm.collective_rpc("sere_check", args=change))) is not Readiness.READY:
+        if readiness is Readiness.LACKS_FILE:
+            llm.collective_rpc("sere_offer", args=(digest, content, similarity))
+        time.sleep(POLL_SECONDS)
     llm.reset_prefix_cache()
-    return _states(llm.collective_rpc("sere_apply", args=(policy.to_json(), generation, similarity)))
+    return _states(llm.collective_rpc("sere_apply", args=change))
 
 
 def llm_states(llm: Any) -> States:
@@ -153,6 +168,21 @@ async def _apply_everywhere(engine: Any, args: tuple[Any, ...]) -> States:
         )
     _raise_refusals(answers)
     return states
+
+
+def _read(similarity: str | None) -> tuple[bytes | None, str | None]:
+    """Content and digest of the similarity file at this path, if there is one."""
+    if similarity is None:
+        return None, None
+    content, meta = read_content(similarity)
+    return content, meta.digest
+
+
+def _least(answers: list[dict[str, Any]]) -> Readiness:
+    """How far the rank is that is least far; raises the first refusal."""
+    _raise_refusals(answers)
+    found = {Readiness.read(answer) for answer in answers}
+    return next(state for state in (Readiness.LACKS_FILE, Readiness.AT_WORK, Readiness.READY) if state in found)
 
 
 def _states(answers: list[dict[str, Any]]) -> States:

@@ -11,10 +11,12 @@ import logging
 from typing import Any
 
 from sere_ext import __version__
-from sere_ext.contract.errors import SereError, UnsupportedError
+from sere_ext.contract.errors import SereError, SimilarityError, UnsupportedError
 from sere_ext.contract.policy import EXACT_POLICY, Policy
 from sere_ext.contract.profile import ProfileKey
-from sere_ext.contract.state import ModelShape, Note, RankState, Refusal
+from sere_ext.contract.similarity import read_content
+from sere_ext.contract.state import ModelShape, Note, RankState, Readiness, Refusal
+from sere_ext.engine.offer import Offer
 from sere_ext.engine.settings import Settings, resolve
 
 logger = logging.getLogger("vllm.sere")
@@ -40,6 +42,7 @@ def patch_worker_base() -> None:
 
     WorkerBase.__init__ = init
     WorkerBase.sere_check = SereWorker.sere_check
+    WorkerBase.sere_offer = SereWorker.sere_offer
     WorkerBase.sere_apply = SereWorker.sere_apply
     WorkerBase.sere_note = SereWorker.sere_note
     WorkerBase.sere_state = SereWorker.sere_state
@@ -106,7 +109,10 @@ def _install(worker: Any, vllm_config: Any, device: str, settings: Settings) -> 
     stale = settings.key.mismatch(running_key(vllm_config)) if settings.key else None
     if stale:
         policy = EXACT_POLICY
-    similarity = _read_similarity(worker, state, settings.similarity) if settings.similarity and not stale else None
+    similarity = None
+    if settings.similarity and not stale:
+        content, _ = read_content(settings.similarity)
+        similarity = _neighbours_of(worker, state, content, settings.similarity)
     state.apply(policy, 0, similarity)
     state.set_real(0)  # what runs before the first request is a profile run or a capture
     if stale:
@@ -116,16 +122,17 @@ def _install(worker: Any, vllm_config: Any, device: str, settings: Settings) -> 
     return state
 
 
-def _read_similarity(worker: Any, state: Any, path: str) -> Any:
+def _neighbours_of(worker: Any, state: Any, content: bytes, where: str) -> Any:
+    """Parse a whole similarity file, check that it fits the model, and sort its matrices. Takes seconds for large models."""
     from sere_ext.routing.state import Neighbours
-    from sere_ext.similarity.file import check_fits, read_similarity
+    from sere_ext.similarity.file import check_fits, parse_similarity
     from sere_ext.similarity.hub import model_config_dict
 
-    similarity = read_similarity(path)
+    similarity = parse_similarity(content, where)
     model = worker.vllm_config.model_config
     numbers = tuple(layer.number for layer in state.layers)
     config = model_config_dict(model.model, model.revision)
-    check_fits(similarity, path, config=config, layers=numbers, experts=state.layers[0].experts)
+    check_fits(similarity, where, config=config, layers=numbers, experts=state.layers[0].experts)
     return Neighbours.of(similarity, numbers)
 
 
@@ -160,42 +167,60 @@ def _state_of(worker: Any) -> Any:
     return state
 
 
-def _similarity_for(worker: Any, state: Any, policy: Policy, path: str | None) -> Any:
-    """The matrices that a change brings, None where it keeps those in force. Reads the file at most once a change."""
-    if not path or (policy.similarity_digest and policy.similarity_digest == state.similarity_digest):
-        return None  # what is loaded has the digest already: its content is the same
-    if state.checked and state.checked[0] == path:
-        return state.checked[1]
-    return _read_similarity(worker, state, path)
+def _offer_of(state: Any, digest: str | None) -> Any:
+    """The `Offer` that a change brings; None where its matrices are in force already, or it brings none.
+
+    Raises:
+        SimilarityError: nobody handed the file over.
+    """
+    if digest is None or digest == state.similarity_digest:
+        return None
+    if state.offer is None or state.offer.digest != digest:
+        raise SimilarityError(f"the similarity {digest} was not handed to this worker; use `sere_ext.control.switch`")
+    return state.offer
 
 
 class SereWorker:
     """Methods that `collective_rpc` finds on every worker. `self` is vLLM's worker; answers are plain JSON values."""
 
-    def sere_check(self, policy_json: str, generation: int | None = None, similarity_path: str | None = None) -> dict[str, Any]:
-        """Whether `sere_apply` would refuse this change here; changes nothing, and keeps what it had to read for `sere_apply`.
+    def sere_check(self, policy_json: str, generation: int | None = None, similarity_digest: str | None = None) -> dict[str, Any]:
+        """Whether `sere_apply` would refuse this change here; changes nothing.
 
-        All ranks are asked first, so that a change which one rank must refuse is made on none.
+        All ranks are asked first, so that a change which one rank must refuse is made on none. They are asked again until
+        none of them lacks the similarity file or is still at work on it.
 
         Returns:
-            an empty object, or the `Refusal`.
+            the `Readiness`, or the `Refusal`.
         """
         try:
             state = _state_of(self)
-            state.checked = None  # an earlier change that came to nothing; its file may have been replaced since
-            policy = Policy.parse(policy_json)
-            similarity = _similarity_for(self, state, policy, similarity_path)
-            state.check(policy, generation, similarity)
+            state.check(Policy.parse(policy_json), generation, similarity_digest)
+            if similarity_digest in (None, state.similarity_digest):
+                return Readiness.READY.answer()
+            if state.offer is None or state.offer.digest != similarity_digest:
+                return Readiness.LACKS_FILE.answer()
+            if not state.offer.ready:
+                return Readiness.AT_WORK.answer()
+            state.offer.neighbours()
         except SereError as error:
             return Refusal.of(error)
-        state.checked = (similarity_path, similarity) if similarity else None
-        return {}
+        return Readiness.READY.answer()
+
+    def sere_offer(self, similarity_digest: str, content: bytes, where: str) -> None:
+        """Take a similarity file and begin to prepare it for `sere_apply`. Returns at once.
+
+        Args:
+            content: the whole file; a worker on another node cannot read the path that the change names.
+            where: names the file in messages.
+        """
+        state = _state_of(self)
+        state.offer = Offer(similarity_digest, functools.partial(_neighbours_of, self, state, bytes(content), where))
 
     def sere_apply(
         self,
         policy_json: str,
         generation: int | None = None,
-        similarity_path: str | None = None,
+        similarity_digest: str | None = None,
         note: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Put a policy in force between two steps. `sere_ext.control.switch` calls this in the right order on every rank.
@@ -203,7 +228,7 @@ class SereWorker:
         Args:
             policy_json: `sere_ext.contract.policy.Policy` as JSON text.
             generation: number of the change, not below the one in force; None takes the next.
-            similarity_path: file to load the matrices from, visible to the worker; None keeps those in force.
+            similarity_digest: of the matrices to use, which are in force or were offered; None keeps those in force.
             note: what the source of the change says of it (`Note`); None keeps what was noted before.
 
         Returns:
@@ -212,12 +237,12 @@ class SereWorker:
         try:
             state = _state_of(self)
             policy = Policy.parse(policy_json)
-            similarity = _similarity_for(self, state, policy, similarity_path)
+            offer = _offer_of(state, similarity_digest)
             replaced = state.policy.digest
-            state.apply(policy, generation, similarity)
+            state.apply(policy, generation, offer.neighbours() if offer else None)
         except SereError as error:
             return Refusal.of(error)
-        state.checked = None
+        state.offer = None
         if note is not None:
             state.note = note
         return {**SereWorker.sere_state(self), "replaced": replaced}

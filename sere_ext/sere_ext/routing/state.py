@@ -151,8 +151,8 @@ class WorkerState:
         self.generation = -1  # nothing was applied yet; what an engine starts with is generation 0
         self.switches = 0
         self.error: str | None = None  # why the configured policy is not in force
+        self.offer: Any = None  # similarity file (`engine.offer.Offer`) that is being prepared for a change
         self.note: dict[str, Any] = {}  # what the source of the policy says of it; kept here for all API servers
-        self.checked: tuple[str, Neighbours] | None = None  # path and neighbours of a change that was checked, not yet applied
         self._folded: OrderedDict[RowKey, Any] = OrderedDict()
         self._asked = np.zeros(len(layers), np.int64)  # folded calls of each layer
         for layer in layers:
@@ -171,13 +171,13 @@ class WorkerState:
         else:
             self.layers[0].real[0] = tokens
 
-    def check(self, policy: Policy, generation: int | None, similarity: Neighbours | None) -> int:
+    def check(self, policy: Policy, generation: int | None, similarity_digest: str | None) -> int:
         """Whether a change could be applied now; changes nothing.
 
         Args:
             generation: of the change; None takes the next one. The same generation may be applied again only with
                 the same policy.
-            similarity: neighbours to use from now on; None keeps those in force.
+            similarity_digest: of the neighbours to use from now on; None keeps those in force.
 
         Returns:
             the generation that the change would have.
@@ -195,7 +195,7 @@ class WorkerState:
             )
         policy.check_model(self.top_k)
         policy.check_layers([layer.number for layer in self.layers])
-        digest = similarity.digest if similarity else self.similarity_digest
+        digest = similarity_digest or self.similarity_digest
         if policy.needs_similarity():
             if digest is None:
                 raise PolicyError(
@@ -213,8 +213,8 @@ class WorkerState:
         return generation
 
     def apply(self, policy: Policy, generation: int | None, similarity: Neighbours | None) -> None:
-        """Put a policy in force in all layers, if `check` allows it."""
-        generation = self.check(policy, generation, similarity)
+        """Put a policy in force in all layers, if `check` allows it. `similarity` is None where the neighbours in force stay."""
+        generation = self.check(policy, generation, similarity.digest if similarity else None)
         self._fold(wait=True)  # what was counted so far belongs to the policy that ends here
         fresh = similarity if similarity and similarity.digest != self.similarity_digest else None
         for layer in self.layers:

@@ -15,7 +15,7 @@ import numpy as np
 from sere_ext.contract.errors import SimilarityError
 from sere_ext.contract.files import write_whole
 from sere_ext.contract.model_config import model_config_digest
-from sere_ext.contract.similarity import Packing, SimilarityMeta, read_meta, similarity_digest
+from sere_ext.contract.similarity import Packing, SimilarityMeta, meta_of, read_content, similarity_digest
 from sere_ext.similarity.packing import Matrix, pack, unpack
 
 _ASYMMETRY = 1e-5  # rounding of whoever made the file
@@ -59,14 +59,27 @@ def read_similarity(path: str | Path) -> Similarity:
     """Read header and matrices, packed or not, and check shapes, digest and symmetry.
 
     Raises:
+        SimilarityError: see `contract.similarity.read_meta`, and `parse_similarity`.
+    """
+    content, _ = read_content(path)
+    return parse_similarity(content, str(path))
+
+
+def parse_similarity(content: bytes, path: str) -> Similarity:
+    """Check and unpack a whole similarity file in memory.
+
+    Args:
+        path: names the file in messages.
+
+    Raises:
         SimilarityError: see `contract.similarity.read_meta`; also a wrong shape, content that its digest does not match, a matrix
             that is not symmetric or whose diagonal is not a number.
     """
     from safetensors.numpy import load
 
-    meta = read_meta(path)
+    meta = meta_of(content, path)
     try:
-        tensors = load(Path(path).read_bytes())
+        tensors = load(content)
     except Exception as error:  # safetensors raises its own type for each kind of damage
         raise SimilarityError(f"{path} is damaged ({error}); make it again with `sere calibrate`") from error
     experts, packed = meta.num_experts, meta.packing is not None
@@ -85,7 +98,7 @@ def read_similarity(path: str | Path) -> Similarity:
     scales = meta.packing.scales if meta.packing is not None else ()
     matrices = {n: unpack(stored[n], s, experts) for n, s in zip(meta.layers, scales, strict=True)} if packed else stored
     for layer, matrix in matrices.items():
-        _check_matrix(str(path), layer, matrix)
+        _check_matrix(path, layer, matrix)
     return Similarity(meta, matrices)
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.profile import ProfileKey
 from sere_ext.contract.shards import split
+from sere_ext.contract.similarity import SimilarityMeta
+from sere_ext.contract.state import Readiness
 from sere_ext.contract.tuning import LatencyLimits, LatencySlo
 from sere_ext.contract.volume import desired, piece_name, policy_files
 from sere_ext.control.live import LiveControl
 from sere_ext.control.watch import Watcher, read_directory
+from sere_ext.similarity.file import write_similarity
 
 TOPK = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 2}]})
 SERE = Policy.parse({"buckets": [{"minTokens": 8, "kind": "sere", "S": 2}], "similarityDigest": "sha256:" + "ab" * 32})
@@ -114,18 +118,23 @@ class Worker:
         self.note: dict[str, Any] = {}
         self.refusing = False
         self.applied: list[tuple[str, str | None]] = []
-        self.read: list[bytes] = []  # artefacts, as the engine finds them while it changes over
+        self.offered: dict[str, bytes] = {}  # similarity files by digest, as they were handed over
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
         replaced = self.policy.digest
         if method in ("sere_check", "sere_apply") and self.refusing:
             return [{"refused": {"type": "SimilarityError", "message": "the file is truncated"}}]
+        if method == "sere_check":
+            there = args[2] is None or args[2] in self.offered
+            return [(Readiness.READY if there else Readiness.LACKS_FILE).answer()]
+        if method == "sere_offer":
+            self.offered[args[0]] = args[1]
+            return [None]  # type: ignore[list-item]
         if method == "sere_note":
             self.note |= args[0]
         if method == "sere_apply":
             self.policy, self.generation, self.note = Policy.parse(args[0]), self.generation + 1, args[3]
             self.applied.append((self.policy.digest, args[2]))
-            self.read += map(Path.read_bytes, map(Path, filter(None, args[2:3])))
         return [
             {
                 "rank": 0, "policy": self.policy.to_json_dict(), "policyDigest": self.policy.digest, "similarityDigest": None,
@@ -212,7 +221,7 @@ async def test_what_the_engine_refuses_is_said_and_tried_again(tmp_path: Path, m
     worker = Worker()
     control = LiveControl(worker, None, str(tmp_path))
     watcher = Watcher(control, tmp_path)
-    project(tmp_path, files(SERE, stable=SERE.digest) | {SIMILARITY_FILE: b""}, "1")
+    project(tmp_path, files(SERE, stable=SERE.digest) | {SIMILARITY_FILE: CONTENT}, "1")
     worker.refusing = True
     await watcher.once()
     assert (await control.state()).error == "the file is truncated"
@@ -223,10 +232,21 @@ async def test_what_the_engine_refuses_is_said_and_tried_again(tmp_path: Path, m
     await watcher.once()
     state = await control.state()
     assert (state.policy_digest, state.error, state.ready) == (SERE.digest, None, True)
-    assert worker.applied == [(SERE.digest, os.path.join(tmp_path, SIMILARITY_FILE))]
+    assert worker.applied == [(SERE.digest, CONTENT_DIGEST)]
 
 
-CONTENT = bytes(range(256)) * 20
+def artefact() -> tuple[bytes, str]:
+    """A similarity file of 32 experts, and its digest."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / SIMILARITY_FILE
+        meta = SimilarityMeta(
+            model_type="m", model_name="m", config_digest="c", data_digest="d", tokens=1, layers=(0,), num_experts=32
+        )
+        written = write_similarity(path, meta, {0: np.eye(32, dtype=np.float32)})
+        return path.read_bytes(), written.digest
+
+
+CONTENT, CONTENT_DIGEST = artefact()
 SHARDS = {piece_name(SIMILARITY_FILE, i, 4): shard for i, shard in enumerate(split(CONTENT, 2000), 1)}
 
 
@@ -254,7 +274,7 @@ async def test_an_artefact_in_shards_is_joined_once_all_are_there(tmp_path: Path
     await watcher.once()
     state = await control.state()
     assert (state.error, state.policy_digest) == (None, SERE.digest)
-    assert worker.read == [CONTENT]
+    assert worker.offered == {CONTENT_DIGEST: CONTENT}, "the bytes, since another node's workers cannot read a path of this one"
     assert list(scratch.iterdir()) == [], "it is read by now"
     await watcher.once()
     assert len(worker.applied) == 1
@@ -292,4 +312,4 @@ async def test_shards_that_do_not_make_the_file_are_refused(tmp_path: Path, monk
     project(tmp_path, files(SERE, stable=SERE.digest) | SHARDS, "2")
     await watcher.once()
     assert (await control.state()).policy_digest == SERE.digest
-    assert worker.read == [CONTENT]
+    assert worker.offered == {CONTENT_DIGEST: CONTENT}
