@@ -121,7 +121,7 @@ def apply_command(
     url: Annotated[str, typer.Argument(help="The engine, e.g. http://127.0.0.1:8000.")],
     policy: Annotated[str, typer.Argument(help="A policy or SereProfile file, or `exact`.")],
     similarity: Annotated[
-        str | None, typer.Option(help="Similarity file, as the engine's workers see it.", show_default="the one it has")
+        str | None, typer.Option(help="Similarity file, as the API server sees it.", show_default="the one it has")
     ] = None,
     clean: Annotated[bool, typer.Option(help="Drain and drop the prefix cache first, for measuring.")] = False,
 ) -> None:
