@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -71,6 +72,7 @@ class Engine:
 
 
 def doctor_command(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Model name or folder.", show_default="that of --file")] = None,
     file: Annotated[
         Path | None,
@@ -112,6 +114,7 @@ def doctor_command(
     if (model is None) == (file is None):
         raise UsageError("name a model, or a tuning file with -f, and not both")
     if file is not None:
+        _refuse_beside_a_file(context)
         prepared = prepare(load_spec(file, {}))
         work = prepared.work(Traffic(prepared.spec.workload, prepared.items))
     else:
@@ -128,6 +131,14 @@ def doctor_command(
         raise typer.Exit(ExitCode.INFEASIBLE)
 
 
+def _refuse_beside_a_file(context: typer.Context) -> None:
+    """Raise UsageError for an option that the tuning file has a field for."""
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if source is not None and source.name == "COMMANDLINE" and option.name not in ("file", "seconds", "as_json"):
+            raise UsageError(f"{option.opts[0]} stands in the tuning file; leave it out with -f, or change it there")
+
+
 def look(work: Work, seconds: float = SECONDS) -> Finding:
     """Start the engine, find the ceiling, stop the engine. Its log lies in a temporary folder, which stays where it failed.
 
@@ -139,6 +150,7 @@ def look(work: Work, seconds: float = SECONDS) -> Finding:
     console = Console(stderr=True, highlight=False)
     folder = tempfile.mkdtemp(prefix="sere-doctor-")
     engine = warm.WarmEngine(Engine.of(work.spec, folder), None)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill stops the engine as Ctrl-C does
     try:
         console.print("starting the engine")
         facts = engine.start()
@@ -147,6 +159,7 @@ def look(work: Work, seconds: float = SECONDS) -> Finding:
     finally:
         engine.stop()
         warm.shut_ray()
+        signal.signal(signal.SIGTERM, before)
     shutil.rmtree(folder, ignore_errors=True)
     return finding
 

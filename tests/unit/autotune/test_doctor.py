@@ -263,5 +263,7 @@ def test_the_command_ends_with_a_sentence_json_and_exit_code(
         raise sere("doctor", str(model)).exception
     with pytest.raises(UsageError, match="name a model, or a tuning file"):
         raise sere("doctor").exception
+    with pytest.raises(UsageError, match="--concurrency stands in the tuning file"):
+        raise sere("doctor", "-f", "tuning.yaml", "--concurrency", "4").exception
     with pytest.raises(UsageError, match="both --prompt-tokens and --answer-tokens"):
         raise sere("doctor", str(model), "--prompt-tokens", "10").exception
