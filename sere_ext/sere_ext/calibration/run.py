@@ -8,7 +8,6 @@ that reach the layer under exact routing), unweighted. The outputs of all expert
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from sere_ext import __version__
 from sere_ext.calibration.capture import collecting, run_batch
 from sere_ext.calibration.checkpoint import Checkpoint, Origin
 from sere_ext.calibration.experts import ExpertLayer, claims_experts, find_experts
+from sere_ext.calibration.loading import load
 from sere_ext.calibration.moments import HALVES, make_moments, moments_bytes
 from sere_ext.contract.errors import UnsupportedError, UsageError
 from sere_ext.contract.model_config import model_config_digest
@@ -29,8 +29,6 @@ from sere_ext.similarity.packing import Matrix
 from sere_ext.similarity.stability import changes
 
 _GIB = 1024**3
-_OF_EXPERTS = re.compile(r"expert|router|\.gate\.")
-_MESSAGE = 400  # characters of another library's message that are shown
 
 Progress = Callable[[int, int], None]  # texts done, texts in all
 Note = Callable[[str], None]  # a sentence for the user
@@ -106,7 +104,7 @@ def calibrate(
     config = asked_model_config(model, revision)
     meta = described(model, revision, config, data, options)
     before = _partial(out, meta) if options.layers else None
-    tokenizer, network = _load(model, revision, options.device, trust_remote_code)
+    tokenizer, network = load(model, revision, options.device, trust_remote_code)
     layers = _chosen(find_experts(network), config, options.layers, model)
     _check_memory(layers, network, options)
     sums = {n: make_moments(options.metric, layer.num_experts, network.device) for n, layer in layers.items()}
@@ -132,47 +130,6 @@ def calibrate(
     written = write_similarity(out, meta, matrices)
     checkpoint.remove()
     return written
-
-
-def _load(model: str, revision: str | None, device: str, trust: bool) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}; use cpu") from error
-    try:
-        # Said explicitly, since transformers asks on standard input where it is left open.
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust)
-        network, loaded = AutoModelForCausalLM.from_pretrained(
-            model, revision=revision, dtype="auto", trust_remote_code=trust, output_loading_info=True
-        )
-    except Exception as error:  # damaged files raise whatever their reader does
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        first = (lines or [type(error).__name__])[0]
-        advice = "; add --trust-remote-code if you trust its code" if "trust_remote_code" in str(error) and not trust else ""
-        raise UsageError(f"cannot load the model {model}: {first[:_MESSAGE]}{advice}") from error
-    _check_loaded(model, loaded)
-    return tokenizer, network.eval().to(place)
-
-
-def _check_loaded(model: str, loaded: dict[str, Any]) -> None:
-    """Raise UsageError if weights of experts or routers were left out or made up, which transformers only logs.
-
-    Args:
-        loaded: what transformers says of the loading: `missing_keys`, `unexpected_keys` and `mismatched_keys`.
-    """
-    keys = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loaded.get(kind) or ()]
-    names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
-    wrong = [name for name in names if _OF_EXPERTS.search(name)]
-    if wrong:
-        raise UsageError(
-            f"cannot calibrate {model}: {len(wrong)} weights of experts or routers are not those that transformers loads (first "
-            f"{wrong[0]}), as in a form of quantisation that it does not know; calibrate the unquantised model, whose artefact fits "
-            "this one too"
-        )
 
 
 def _tokens(tokenizer: Any, texts: list[Text], options: Options) -> list[list[int]]:

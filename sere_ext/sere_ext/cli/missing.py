@@ -10,7 +10,7 @@ from sere_ext.contract.errors import UsageError
 EXTRA = {
     "numpy": "similarity", "safetensors": "similarity", "optuna": "autotune", "ray": "autotune", "scipy": "autotune",
     "kopf": "operator", "kubernetes": "operator", "aiohttp": "operator", "structlog": "operator", "httpx2": "operator",
-    "vllm": "vllm", "torch": "vllm", "transformers": "vllm", "fastapi": "vllm", "prometheus_client": "vllm",
+    "vllm": "vllm", "torch": "vllm", "transformers": "vllm", "huggingface_hub": "vllm", "fastapi": "vllm", "prometheus_client": "vllm",
 }  # fmt: skip
 
 

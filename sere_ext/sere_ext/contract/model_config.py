@@ -18,9 +18,14 @@ def names_folder(model: str) -> bool:
 
 
 def language_config(config: dict[str, object]) -> dict[str, object]:
-    """A decoded config.json with the settings of its language model on top, which multimodal models nest."""
-    text = config.get("text_config")
-    return {**config, **text} if isinstance(text, dict) else config
+    """A decoded config.json with the settings of its language model on top, which multimodal models nest.
+
+    Models that also speak nest them twice, below the part that writes text (`thinker_config`).
+    """
+    for name in ("thinker_config", "text_config"):
+        if isinstance(inner := config.get(name), dict):
+            return language_config({**{key: value for key, value in config.items() if key != name}, **inner})
+    return config
 
 
 def model_config_digest(config: dict[str, object]) -> str:
