@@ -118,7 +118,7 @@ def prepare(args: argparse.Namespace) -> Path:
             "sValues": list(S_VALUES),
             "trials": args.trials,
             "rungs": 1,
-            "deviceHours": 0.3,
+            "deviceHours": 0.25,
             "itemsPerTrial": 64,
         },
         # A request lasts two seconds here, so that 15 of them (the default) would make blocks of half a minute at least.
@@ -275,7 +275,7 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("--max-drop-points", type=float, default=1.0, help="accuracy budget of stage 1 in points")
     parser.add_argument("--tpot-p95-ms", type=float, default=200.0, help="latency limit of stage 1 in ms")
-    parser.add_argument("--trials", type=int, default=4, help="trials of stage 1")
+    parser.add_argument("--trials", type=int, default=3, help="trials of stage 1")
     parser.add_argument("--items", type=int, default=1160, help=f"items that stage 1 makes; {SEARCH_ITEMS} are searched on")
     parser.add_argument(
         "--policies",
@@ -338,5 +338,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        console.print("\nStopped; nothing is left running here. `make demo` starts again.")
+        console.print("\nStopped; nothing is left running here. `make demo` starts again, and ARGS=--resume goes on with what was measured.")
         sys.exit(130)
