@@ -338,5 +338,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        console.print("\nStopped; nothing is left running here. `make demo` starts again, and ARGS=--resume goes on with what was measured.")
+        console.print(
+            "\nStopped; nothing is left running here. `make demo` starts again, and ARGS=--resume goes on with what was measured."
+        )
         sys.exit(130)

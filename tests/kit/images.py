@@ -20,6 +20,7 @@ import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -58,6 +59,7 @@ def main() -> int:
     if options.out is None:
         parser.error("name the archive with -o FILE.tar")
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder below goes too
     with tempfile.TemporaryDirectory(dir=options.out.parent) as folder:
         root = Path(folder) / "root"
         stage(root, options.kind)
