@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.timeout(400)
 SERE = Policy.parse({"buckets": [{"minTokens": 1, "kind": "sere", "S": 2, "rho": 0.3}]})
 LENGTHS = (33, 38, 41)  # more than a cache block, less than the longest request
 BLOCK = 32
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+NGRAM: dict[str, Any] = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 COMBINATIONS: dict[str, dict[str, Any]] = {
     "chunked-prefill": {"enable_chunked_prefill": True, "max_num_batched_tokens": 16, "enable_prefix_caching": False},
     "prefix-caching": {"enable_prefix_caching": True, "block_size": BLOCK},
@@ -82,6 +84,31 @@ def test_a_feature_with_routing_off_and_on(name: str, model: Path, recorder: Rec
         assert len(LENGTHS) < max(widths[len(widths) // 2 :]) <= sum(LENGTHS) - BLOCK * len(LENGTHS), "blocks were found again"
     else:
         assert any(width > len(LENGTHS) for width in widths[1 : len(widths) // 2]), "drafts were verified in decode steps"
+
+
+def test_buckets_hold_the_steps_that_drafts_make_larger() -> None:
+    """The tuner's own engine, exact routing: three requests at a time, each with up to three drafts a step."""
+    from sere_autotune.trial.host import EngineHost
+    from sere_autotune.trial.load import Load, Request
+    from sere_autotune.tuning.space import auto_buckets
+
+    async def measured() -> float | None:
+        host = EngineHost()
+        await host.start([str(TINY), "--max-model-len", "256", "--speculative-config", json.dumps(NGRAM)], None)
+        try:
+            await host.apply("{}")
+            request = Request("one two one two one two", 60, ignore_eos=True)
+            return (await host.block([request] * 6, Load(concurrency=3), [], None, None)).step_tokens
+        finally:
+            await host.stop()
+
+    tokens = asyncio.run(measured())
+    assert tokens is not None
+    assert 3 < tokens <= 3 * (1 + NGRAM["num_speculative_tokens"]), "a step has its requests' tokens and their drafts"
+    lower, upper = auto_buckets([3, 12], [3, 12], [tokens, None])
+    assert lower.min_tokens <= 3
+    assert lower.max_tokens >= round(tokens), "the steps of three requests are in the range of three requests"
+    assert upper.min_tokens == lower.max_tokens + 1
 
 
 def test_a_refused_feature_stops_the_start(model: Path, recorder: Recorder) -> None:

@@ -72,6 +72,7 @@ def measure(run: Run, policy: Policy, items: Sequence[Item], *, number: int, sec
         report = _block(run, policy, requests, load, run.traffic.requests(items[: max(level * 2, 8)]), seconds, against)
         result = summarise(index, report.block, exact, run.traffic.timed)
         result.active_before, result.active_after = report.active_before, report.active_after
+        result.step_tokens = report.step_tokens
         found.append(result)
         if policy == EXACT_POLICY and not exact:
             run.study.put_exact_answers(index, answers(report.block.sent))
@@ -256,14 +257,15 @@ def _check_baseline(run: Run) -> None:
 
 
 def _after_exact(run: Run) -> None:
-    """What the first trial teaches: pace, bucket edges of an open loop, and how far exact differs from exact."""
+    """What the first trial teaches: pace, bucket edges from the sizes of its steps, and how far exact differs from exact."""
     study = run.study
     first = study.levels(study.complete()[0])
     if study.get(PACE) is None:
         study.put(PACE, Pace(first[0].rate, first[0].residence_s, run.engine.start_seconds))
     levels = run.spec.workload.load.levels
     if study.get(EDGES) is None:
-        edges = run.spec.search.buckets or auto_buckets(levels, [level.batch for level in first])
+        sizes = [level.step_tokens for level in first]
+        edges = run.spec.search.buckets or auto_buckets(levels, [level.batch for level in first], sizes)
         study.put(EDGES, list(edges))
     if study.get(NOISE) is None:
         run.report.step("noise floor: exact against exact", time_left_s(run))

@@ -97,9 +97,9 @@ class Run:
         elif self.spec.search.buckets:
             edges = self.spec.search.buckets
         elif all(levels):
-            edges = auto_buckets(levels, levels)
+            edges = auto_buckets(levels, levels)  # until exact routing has shown how many tokens its steps have; so below
         else:
-            edges = tuple(BucketEdges(min_tokens=1) for _ in levels)  # until exact routing has shown the batch sizes
+            edges = tuple(BucketEdges(min_tokens=1) for _ in levels)
         layers = self.facts.layers if self.spec.search.layer_groups else ()
         return Space(
             edges,

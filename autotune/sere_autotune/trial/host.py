@@ -11,7 +11,7 @@ from typing import Any
 
 from sere_autotune.trial import logs
 from sere_autotune.trial.chat import ChatTemplate
-from sere_autotune.trial.engine import BlockReport, Reject
+from sere_autotune.trial.engine import EXACT_BY_SIZE, BlockReport, Reject, median_step
 from sere_autotune.trial.load import Block, EngineGoneError, Load, Request, Sent, run_block
 from sere_autotune.trial.stats import DropRejector
 from sere_autotune.trial.wave import Trace, Wave, timed
@@ -88,13 +88,16 @@ class EngineHost:
     async def apply(self, policy_json: str) -> None:
         """Switch every engine cleanly: drain, set, read back from every rank, drop the prefix cache, go on.
 
+        Under exact routing steps are counted by their size.
+
         Raises:
             EngineCrashError: an engine is dead, ranks differ afterwards, or answers would mix two policies.
             SereError: the engine refuses the policy; it would refuse it again.
         """
         wanted = Policy.parse(policy_json)
         try:
-            states = await switch(self.engine, wanted, similarity=self.similarity, clean=True)
+            policy = EXACT_BY_SIZE if wanted.digest == EXACT else wanted
+            states = await switch(self.engine, policy, similarity=self.similarity, clean=True)
         except SereError as error:
             if self.engine.errored:
                 raise EngineCrashError(f"the engine died: {error}") from error
@@ -149,6 +152,7 @@ class EngineHost:
             active_before=sum(row.active_before for row in inside) / routed,
             active_after=sum(row.active_after for row in inside) / routed,
             covered=routed / calls,
+            step_tokens=median_step(rows) if self.digest == EXACT else None,
         )
 
     async def record(self, on: bool) -> list[Any]:

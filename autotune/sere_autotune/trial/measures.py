@@ -43,6 +43,7 @@ class LevelResult:
     latency_ms: dict[str, dict[str, float]]
     accuracy: float  # share right of the labelled that were answered
     items: int  # labelled items answered here and by exact routing: those that can be compared
+    step_tokens: float | None = None  # tokens of the median step; counted under exact routing alone
     losses: int = 0
     gains: int = 0
     differ: int = 0  # items whose answer text differs from exact routing's

@@ -46,17 +46,24 @@ EXACT = Choice(Kind.EXACT)
 Table = tuple[Choice, ...]  # one per bucket
 
 
-def auto_buckets(levels: Sequence[int], batches: Sequence[float]) -> tuple[BucketEdges, ...]:
-    """One range of batch sizes for each load level: from half of its batch to four times it, with neighbours meeting in between.
+def auto_buckets(levels: Sequence[int], batches: Sequence[float], steps: Sequence[float | None] = ()) -> tuple[BucketEdges, ...]:
+    """One range of step sizes for each load level: up to four times what its steps have, with neighbours meeting in between.
+
+    A step has a token for every request, and one more for every draft that is verified, so it may have several times as many
+    tokens as requests. The lowest range begins at half of the requests, since a step may be without drafts.
 
     Args:
         levels: concurrencies; 0 stands for the open loop.
         batches: mean requests in flight that exact routing had at each level (used for the open loop).
+        steps: tokens of its median step at each level; None, or nothing at all, where that was not counted.
     """
-    sizes = [level or max(1, round(batch)) for level, batch in zip(levels, batches, strict=True)]
+    requests = [level or max(1, round(batch)) for level, batch in zip(levels, batches, strict=True)]
+    sizes: list[int] = []
+    for count, tokens in zip(requests, steps or [None] * len(requests), strict=True):
+        sizes.append(max(count, round(tokens or 0), sizes[-1] + 1 if sizes else 1))
     edges: list[BucketEdges] = []
     for index, size in enumerate(sizes):
-        low = max(1, size // 2) if index == 0 else edges[-1].max_tokens + 1
+        low = max(1, requests[0] // 2) if index == 0 else edges[-1].max_tokens + 1
         last = index + 1 == len(sizes)
         high = max(size * 4, 64) if last else max(size, round((size * sizes[index + 1]) ** 0.5))
         # A step that also prefills sees more tokens; past the last edge the union of a batch covers nearly all experts.

@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from sere_autotune.search.ladder import best_ladder, pick_ladder, worth
 from sere_autotune.search.posterior import Observation, PolicyModel, best_table
 from sere_autotune.search.replay import Counts, count
+from sere_autotune.trial.engine import EXACT_BY_SIZE, median_step
 from sere_autotune.trial.routing import Routing
 from sere_autotune.trial.stats import power, rough_power
 from sere_autotune.tuning.space import EXACT, Choice, Space, auto_buckets
 from sere_autotune.tuning.spec import BucketEdges
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.policy import Kind
+from sere_ext.contract.state import CounterRow
 
 TOP_K = 4
 
@@ -242,6 +244,31 @@ def test_buckets_meet_between_the_levels() -> None:
     assert auto_buckets([16], [0]) == (BucketEdges(min_tokens=8, max_tokens=64),)
     assert [(e.min_tokens, e.max_tokens) for e in auto_buckets([4, 16, 64], [0, 0, 0])] == [(2, 8), (9, 32), (33, 256)]
     assert auto_buckets([0], [14.7])[0].min_tokens == 7  # an open loop's bucket comes from its measured batch
+
+
+def test_buckets_come_from_the_sizes_of_steps_where_requests_bring_drafts() -> None:
+    """Three drafts for each of 4, 16 and 64 requests: steps of 16, 64 and 256 tokens, which no bucket may miss."""
+    assert auto_buckets([16], [16], [62.5]) == (BucketEdges(min_tokens=8, max_tokens=248),)
+    edges = auto_buckets([4, 16, 64], [4, 16, 64], [15.8, 63.1, None])
+    assert [(e.min_tokens, e.max_tokens) for e in edges] == [(2, 32), (33, 63), (64, 256)]
+    edges = auto_buckets([4, 16, 64], [4, 16, 64], [15.8, 63.1, 250.0])
+    assert [(e.min_tokens, e.max_tokens) for e in edges] == [(2, 32), (33, 125), (126, 1000)]
+    assert auto_buckets([4, 16], [4, 16], [40.0, 40.0])[1].min_tokens == 41, (
+        "steps that prefills fill alike still make two ranges"
+    )
+
+
+def test_the_median_step_comes_from_counts_by_size() -> None:
+    rows = [
+        CounterRow(digest="exact", bucket="other", calls=50),  # steps of idle ranks
+        CounterRow(digest="exact", bucket="16-31", calls=300, tokens=300 * 17),
+        CounterRow(digest="exact", bucket="32-63", calls=500, tokens=500 * 60),
+        CounterRow(digest="exact", bucket="512-1023", calls=20, tokens=20 * 900),  # prefills
+    ]
+    assert median_step(rows) == 60
+    assert median_step(rows[:1]) is None
+    assert EXACT_BY_SIZE.digest == "exact"
+    assert EXACT_BY_SIZE.buckets[5].label == "32-63"
 
 
 def test_params_and_tables_are_the_same_thing() -> None:
