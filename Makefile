@@ -51,11 +51,13 @@ coverage: setup ## Lines and branches that the unit tests run, by module; HTML i
 test-unit test-emulated test-engine test-apiserver test-cluster test-chart test-gpu: setup ## One rung alone
 	tests/run $(@:test-%=%)
 
-bench-tune: setup ## Trials per 10 minutes and the time of a certificate, as JSON
-	$(PY) -m benchmarks.tune
+bench-tune: setup ## Trials per 10 minutes and the time of a certificate; renews docs/results.md
+	$(PY) -m benchmarks.tune $(ARGS)
+	$(PY) -m benchmarks.render
 
-bench-speedup: setup ## A certified speed-up on the real engine at concurrency 16, as JSON
-	$(PY) -m benchmarks.speedup
+bench-speedup: setup ## A certified speed-up on the real engine at concurrency 16; renews docs/results.md
+	$(PY) -m benchmarks.speedup $(ARGS)
+	$(PY) -m benchmarks.render
 
 bench-verdicts: setup ## How often a certificate is false, over simulated studies in adverse worlds; benchmarks/results/verdicts.json
 	$(PY) -m benchmarks.verdicts
@@ -65,10 +67,13 @@ bench-tuner: setup ## What whole studies leave of the best policy's speed, in ma
 
 bench-policies: setup ## Accuracy against active experts of every kind of policy; renews docs/policies.md
 	$(PY) -m benchmarks.policies
+	$(PY) -m benchmarks.policies --engine
+	$(PY) -m benchmarks.policies --model tests/assets/tiny_moe --items 2000
 	$(PY) -m benchmarks.render
 
-bench-telemetry: setup ## What counters, polling and latency metrics cost of a step's time, as JSON
-	$(PY) -m benchmarks.telemetry
+bench-telemetry: setup ## What counters, polling and latency metrics cost of a step's time; renews docs/results.md
+	$(PY) -m benchmarks.telemetry $(ARGS)
+	$(PY) -m benchmarks.render
 
 bench-share: setup ## What part of a decode step experts take, and the memory of an engine, as JSON
 	$(PY) -m benchmarks.share $(ARGS)
@@ -76,8 +81,9 @@ bench-share: setup ## What part of a decode step experts take, and the memory of
 soak-switches: setup ## A thousand policy switches on a real server under load, as JSON
 	$(PY) -m benchmarks.soak_switches $(ARGS)
 
-bench-ext: setup ## Time of the operators, of decode steps and of calibration, as JSON (needs a quiet machine)
-	$(PY) -m benchmarks.ext
+bench-ext: setup ## Time of the operators, of decode steps and of calibration (needs a quiet machine); renews docs/speed.md
+	$(PY) -m benchmarks.ext $(ARGS)
+	$(PY) -m benchmarks.render
 
 retrain-model: MODEL ?= rows_moe
 retrain-model: setup ## Train a small model anew into build/retrained; its accuracy may differ by a point (15 quiet minutes)

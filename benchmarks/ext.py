@@ -20,12 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ground import machine, widened
+from benchmarks.ground import RESULTS, machine, shape, widened
 from sere_autotune.trial.stats import ratio_interval
 from tests.assets.make.models import ROWS_MOE
 from tests.kit import ROOT
 
-RESULT = ROOT / "benchmarks" / "results" / "ext.json"
+RESULT = RESULTS / "ext.json"
 PARTS = ("ops", "widened", "calibration")
 CONCURRENCY = (1, 4, 16, 64)
 WAVES = {1: 4, 4: 2, 16: 1, 64: 1}  # per turn
@@ -35,9 +35,10 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "off": {"kind": "exact"},
     "sere S=2": {"kind": "sere", "S": 2},
     "sere S=1": {"kind": "sere", "S": 1},
-    "topk 2": {"kind": "topk", "S": 2},
-    "oea k0=2": {"kind": "oea", "S": 2},
-    "oea k0=3": {"kind": "oea", "S": 3},
+    "topk S=2": {"kind": "topk", "S": 2},
+    "oea S=2": {"kind": "oea", "S": 2},
+    "oea S=2 share=0.50": {"kind": "oea", "S": 2, "minShare": 0.5},
+    "oea S=3": {"kind": "oea", "S": 3},
     "budget N=20": {"kind": "budget", "maxExperts": 20},
     "hybrid S=1 rho=0.50 N=20": {"kind": "hybrid", "S": 1, "rho": 0.5, "maxExperts": 20},
 }
@@ -129,6 +130,7 @@ def _arm(concurrency: int, arm: str, taken: dict[str, list[dict[str, Any]]]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=list(CONCURRENCY), choices=CONCURRENCY)
     parser.add_argument("--factor", type=int, default=ROWS_MOE.widening, help="of the widening")
     parser.add_argument(
         "--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run; the others stay as they were"
@@ -145,10 +147,7 @@ def main() -> None:
             found: dict[str, Any] = {"rows": operators.measure()}
         elif part == "widened":
             model, similarity = widened(ROWS_MOE, args.folder.resolve(), args.factor)
-            found = {
-                "model": ROWS_MOE.name, "experts": ROWS_MOE.experts, "topK": ROWS_MOE.top_k, "factor": args.factor, "dtype": ROWS_MOE.widened_dtype,
-                **decode(model, similarity, CONCURRENCY, args.rounds),
-            }  # fmt: skip
+            found = {**shape(ROWS_MOE, args.factor), **decode(model, similarity, tuple(args.concurrency), args.rounds)}
         else:
             from benchmarks import calibration
 

@@ -17,7 +17,9 @@ from tests.assets.make.models import ROWS_MOE, Recipe
 from tests.assets.make.tasks import Split
 from tests.assets.make.widen import widen
 from tests.assets.make.widen_similarity import widen_similarity
+from tests.kit import ROOT
 
+RESULTS = ROOT / "benchmarks" / "results"
 CALIBRATION_ITEMS = 600
 SERE = (sys.executable, "-m", "sere_ext.cli.main")
 
@@ -55,6 +57,21 @@ def widened(recipe: Recipe, folder: Path, factor: int = 0) -> tuple[Path, Path]:
     if not similarity.exists():
         widen_similarity(calibrated(recipe, recipe.directory, folder), model, similarity)
     return model, similarity
+
+
+def shape(recipe: Recipe, factor: int = 0) -> dict[str, Any]:
+    """What stands beside every figure of a widened form; ``factor`` as in `widened`."""
+    return {
+        "model": recipe.name, "experts": recipe.experts, "topK": recipe.top_k, "factor": factor or recipe.widening,
+        "dtype": recipe.widened_dtype,
+    }  # fmt: skip
+
+
+def keep(out: Path, result: dict[str, Any]) -> None:
+    """Write a benchmark's JSON, and its path to standard output."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(out)
 
 
 def tuner_flags(folder: Path, out: str, limit_points: float) -> dict[str, Any]:

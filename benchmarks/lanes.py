@@ -1,9 +1,10 @@
 """The small model in plain torch under continuous batching, with the routing of decode steps replaceable.
 
 Many batches run side by side in one forward pass ("lanes"), each with its own union of experts, which is what makes
-thousands of items under dozens of policies take minutes on two cores. Prompts are computed once, with exact routing. A lane
-takes the next item as soon as it has finished one, and items that are not counted follow the counted ones, so that every
-counted token was decoded in a full batch.
+hundreds of items under dozens of policies take minutes on one core. Prompts are computed once, with exact routing. A lane
+takes the next item as soon as it has finished one. Items that are not counted come before the counted ones, cut off at places spread
+evenly over an answer, and after them: so every counted token was decoded in a full batch whose sequences were at different places
+of their answers, as in a server that requests reach one by one.
 
 Shapes: L lanes, B sequences per batch, E experts, k experts per token.
 """
@@ -22,13 +23,21 @@ from tests.assets.make.reference import Cache, Reference
 from tests.assets.make.tasks import Item
 
 LANES = 512
+GOLDEN = 0.6180339887  # multiples of it are spread evenly between 0 and 1, modulo 1
 
-# (layer, router logits [L, E]) -> weight of every expert [L, E], 0 where a token does not use it
+# (layer, router logits [L, E]) -> weight of every expert [L, E], 0 where a token does not use it; or [L, 2E], where the right half
+# is the weight of every expert's mean output
 Mix = Callable[[int, Tensor], Tensor]
 
 
 class Lanes(Reference):
-    """A `Reference` whose router is a `Mix`."""
+    """A `Reference` whose router is a `Mix`.
+
+    Attributes:
+        means: [layers, E, H], every expert's mean output, for a `Mix` that uses it.
+    """
+
+    means: Tensor | None = None
 
     def exact(self, _layer: int, logits: Tensor) -> Tensor:
         """The routing the model was trained with."""
@@ -43,6 +52,14 @@ class Lanes(Reference):
     def moe(self, layer: int, x: Tensor, route: Mix) -> Tensor:
         mix = route(layer, functional.linear(x, self.weights[f"model.layers.{layer}.mlp.gate.weight"]))
         return self.mixed(layer, x, mix)
+
+    def mixed(self, layer: int, x: Tensor, mix: Tensor) -> Tensor:
+        own = mix[:, : self.experts]
+        made = super().mixed(layer, x, own) if own.any() else torch.zeros_like(x)  # all experts in use may be removed ones
+        if mix.shape[1] == self.experts:
+            return made
+        assert self.means is not None
+        return made + mix[:, self.experts :] @ self.means[layer]
 
 
 @dataclass
@@ -85,8 +102,11 @@ def answers(model: Lanes, asked: Prompted, route: Mix, *, refill: bool = True, b
     owner = torch.full((lanes,), -1)  # item of each lane
     counted = torch.zeros(lanes, dtype=torch.bool)
     last, position = torch.zeros(lanes, dtype=torch.int64), torch.zeros(lanes, dtype=torch.int64)
-    taken, open_items = 0, len(asked.items)
+    taken, open_items, began = 0, len(asked.items), False
     everywhere = torch.arange(lanes)
+    most = torch.full((lanes,), asked.longest - 1)  # tokens after the first one, at which a lane is through with its item
+    if refill:
+        most = (1 + GOLDEN * everywhere % 1 * (asked.longest - 2)).long()
 
     def masked(layer: int, logits: Tensor) -> Tensor:
         idle = owner < 0
@@ -99,10 +119,12 @@ def answers(model: Lanes, asked: Prompted, route: Mix, *, refill: bool = True, b
             free = free[(owner.view(-1, batch) < 0).all(1).repeat_interleave(batch)[free]]
             free = free[: len(asked.items) - taken]
         if len(free):
-            number = taken + torch.arange(len(free))
+            first = refill and not began
+            number = torch.arange(len(free)) + (0 if first else taken)
             item = number % len(asked.items)
-            owner[free], counted[free] = item, number < len(asked.items)
-            taken += len(free)
+            owner[free], counted[free] = item, (number < len(asked.items)) & (not first)
+            taken += 0 if first else len(free)
+            began = True
             cache.keys[:, free], cache.values[:, free] = asked.cache.keys[:, item], asked.cache.values[:, item]
             last[free], position[free] = asked.first[item], asked.position[item]
             # Items that are not counted have an answer of their own length: it is kept apart.
@@ -113,8 +135,9 @@ def answers(model: Lanes, asked: Prompted, route: Mix, *, refill: bool = True, b
         mine = (live & counted).nonzero().flatten()
         tokens[owner[mine], length[owner[mine]]] = last[mine]
         length[owner[mine]] += 1
-        over = live & ((last == tokenizer.EOS_ID) | (position - asked.position[owner.clamp(min=0)] >= asked.longest - 1))
+        over = live & ((last == tokenizer.EOS_ID) | (position - asked.position[owner.clamp(min=0)] >= most))
         open_items -= int((over & counted).sum())
+        most[over] = asked.longest - 1
         owner[over] = -1
         position[over] = 0
     characters = {index: character for character, index in tokenizer.IDS.items()}

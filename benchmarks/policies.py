@@ -1,8 +1,9 @@
 """`make bench-policies`: accuracy against active experts of every kind of policy, on the small trained model. Writes JSON.
 
     python -m benchmarks.policies [--model DIR] [--items N] [--seed N] [--batch N ...] [--out FILE]
+    python -m benchmarks.policies --engine [--model DIR]
 
-Every cell decodes the same items in full batches of 1, 4, 16 or 64 sequences (`lanes.py`) under one policy, which the plug-in's
+Beside the product's kinds stand `novice` (`novices.py`) and the model with experts removed (`pruned.py`). Every cell decodes the same items in full batches of 1, 4, 16 or 64 sequences (`lanes.py`) under one policy, which the plug-in's
 CPU kernel applies (`rerouted.py`); prompts are routed exactly. Drops are paired with exact routing at the same batch size: the two-sided 95 %
 score interval for a difference of paired proportions (T. Tango, Statistics in Medicine 17 (1998) 891), items taken as independent.
 One cell is decoded by vLLM as well, waves of requests at a time, and both must give the same answers.
@@ -11,30 +12,33 @@ One cell is decoded by vLLM as well, waves of requests at a time, and both must 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.ground import calibrated, machine
+from benchmarks import novices
+from benchmarks.experts import observed
+from benchmarks.ground import CALIBRATION_ITEMS, RESULTS, calibrated, machine
 from benchmarks.lanes import Lanes, Prompted, answers, prompted
+from benchmarks.novices import Novices
+from benchmarks.pruned import Pruned, Remaining, prune
 from benchmarks.rerouted import Rerouted, describe, grid
 from sere_ext.similarity.file import read_similarity
 from tests.assets.make import models
 from tests.assets.make.tasks import Item
 from tests.kit import ROOT
 
+Route = Rerouted | Novices | Remaining
 FOLDER = ROOT / "build" / "bench-policies"
-RESULT = ROOT / "benchmarks" / "results" / "policies.json"
 BATCHES = (1, 4, 16, 64)
 CONFIDENCE = 0.95
 Z = 1.959964  # of CONFIDENCE, two-sided
@@ -44,9 +48,15 @@ ENGINE_BATCH, ENGINE_ITEMS = 16, 512
 ENGINE_BUCKET: dict[str, Any] = {"kind": "sere", "S": 1}
 # By model: what `rerouted.grid` is asked for.
 GRIDS: dict[str, dict[str, Any]] = {
-    "tiny_moe": {"slots": (1, 2, 3), "rhos": (0.3, 0.5), "budgets": (2, 3, 4, 5, 6, 8, 10, 12)},
-    "rows_moe": {"slots": (1, 2, 3, 4), "rhos": (0.3, 0.5), "budgets": (8, 12, 16, 20, 24, 28, 32)},
+    "tiny_moe": {"slots": (1, 2, 3), "rhos": (0.3,), "budgets": (2, 6, 8)},
+    "rows_moe": {"slots": (1, 2, 3, 4), "rhos": (0.3,), "budgets": (8, 16, 24)},
 }
+NOVICES = (1, 2, 3)  # values of S
+# Removed for good: share of every layer's experts that stays, at which batch size; the methods; the policies on what is left.
+KEPT, PRUNED_AT = (0.75, 0.5), 16
+NAMES = {"reap": "REAP", "mone": "MoNE"}
+ON_PRUNED: list[dict[str, Any]] = [{"kind": "exact"}, {"kind": "oea", "S": 2}, {"kind": "oea", "S": 2, "minShare": 0.5}]
+RIVALS = ("oea", "sere", "topk", "budget")  # the product's kinds that are compared with the others
 
 
 @dataclass
@@ -57,6 +67,8 @@ class Cell:
     bucket: dict[str, Any]
     policy: str
     right: list[bool]
+    texts: list[str]
+    pruned: bool = False
     row: dict[str, Any] = field(default_factory=dict)
 
 
@@ -93,32 +105,52 @@ def compare(first: list[bool], second: list[bool]) -> tuple[float, float, float]
     return 100 * (losses - gains) / len(first), 100 * low, 100 * high
 
 
+def routed(model: Lanes, similarity: Tensor, bucket: dict[str, Any], batch: int) -> Route:
+    """What applies a policy to this model."""
+    if bucket["kind"] == "novice":
+        return Novices(model, bucket, batch)
+    route = Rerouted(model, similarity, bucket, batch)
+    return Remaining(route, model.removed, batch) if isinstance(model, Pruned) and model.means is not None else route
+
+
 def measure(
-    model: Lanes, asked: Prompted, similarity: Tensor, batch: int, buckets: list[dict[str, Any]], seconds: float = math.inf
+    model: Lanes,
+    asked: Prompted,
+    similarity: Tensor,
+    batch: int,
+    buckets: list[dict[str, Any]],
+    seconds: float = math.inf,
+    against: Cell | None = None,
+    label: dict[str, Any] | None = None,
 ) -> list[Cell]:
-    """All policies at one batch size; the first one is what the others are paired with. None is begun after so many seconds."""
+    """All policies at one batch size. None is begun after so many seconds.
+
+    Args:
+        against: what the others are paired with; the first policy when not given.
+        label: what the model is where it is not the whole one: `method` and `kept`, kept in the row and in front of the policy's name.
+    """
     cells: list[Cell] = []
-    exact: list[str] = []
+    prefix = f"{NAMES[label['method']]} {100 * label['kept']:.0f} % " if label else ""
     until = time.monotonic() + seconds
     for bucket in buckets:
         if time.monotonic() > until:
             print(f"batch {batch:2d}: out of time before {describe(bucket)}", file=sys.stderr)
             break
-        policy, began = describe(bucket), time.monotonic()
-        route = Rerouted(model, similarity, bucket, batch)
+        policy, began = prefix + describe(bucket), time.monotonic()
+        route = routed(model, similarity, bucket, batch)
         texts = answers(model, asked, route)
-        exact = exact or texts
         right = [text == item.answer for text, item in zip(texts, asked.items, strict=True)]
-        cell = Cell(batch, bucket, policy, right)
-        drop, low, high = compare((cells or [cell])[0].right, right)
+        cell = Cell(batch, bucket, policy, right, texts, pruned=label is not None)
+        first = against or (cells or [cell])[0]
+        drop, low, high = compare(first.right, right)
         cell.row = {
-            "batch": batch, "policy": policy, **bucket, "correctPercent": 100 * sum(right) / len(right),
+            "batch": batch, "policy": policy, **bucket, **(label or {}), "correctPercent": 100 * sum(right) / len(right),
             "dropPoints": drop, "dropLow": low, "dropHigh": high,
-            "differPercent": 100 * sum(a != b for a, b in zip(texts, exact, strict=True)) / len(texts),
+            "differPercent": 100 * sum(a != b for a, b in zip(texts, first.texts, strict=True)) / len(texts),
             **route.counts(), "seconds": time.monotonic() - began,
         }  # fmt: skip
         cells.append(cell)
-        print(f"batch {batch:2d}  {policy:26s} {drop:7.3f} [{low:.3f}, {high:.3f}]  {cell.row['active']:.2f}", file=sys.stderr)
+        print(f"batch {batch:2d}  {policy:34s} {drop:7.3f} [{low:.3f}, {high:.3f}]  {cell.row['active']:.2f}", file=sys.stderr)
     return cells
 
 
@@ -132,22 +164,29 @@ def mark_front(cells: list[Cell]) -> None:
         )
 
 
-def duels(cells: list[Cell], kind: str) -> list[dict[str, Any]]:
-    """Each policy of `kind` against the best other kind that needs no more experts (within 2 %): points gained, with limits."""
+def duels(cells: list[Cell]) -> list[dict[str, Any]]:
+    """Each policy that is not one of RIVALS, and each pruned model, against every kind of RIVALS: points gained, with limits.
+
+    The rival is the policy of its kind on the whole model with most active experts of those that need no more than the challenger
+    (within 2 %). It is picked by what it costs and never by how it answers, so that the interval is as good as for two policies named
+    beforehand.
+    """
     found = []
-    for cell in (c for c in cells if c.bucket["kind"] == kind):
-        rivals = [c for c in cells if c.bucket["kind"] != kind and c.row["active"] <= cell.row["active"] * EQUAL_ACTIVE]
-        if not rivals:
-            continue
-        best = min(rivals, key=lambda c: c.row["dropPoints"])
-        gain, low, high = compare(cell.right, best.right)
-        verdict = "wins" if low > 0 else "loses" if high < 0 else "level"
-        found.append(
-            {
-                "batch": cell.batch, "policy": cell.policy, "active": cell.row["active"], "rival": best.policy,
-                "rivalActive": best.row["active"], "gainPoints": gain, "gainLow": low, "gainHigh": high, "verdict": verdict,
-            }
-        )  # fmt: skip
+    for cell in (c for c in cells if c.pruned or c.bucket["kind"] in ("novice", "hybrid")):
+        for kind in RIVALS:
+            rivals = [c for c in cells if c.bucket["kind"] == kind and not c.pruned]
+            rivals = [c for c in rivals if c.row["active"] <= cell.row["active"] * EQUAL_ACTIVE]
+            if not rivals:
+                continue
+            rival = max(rivals, key=lambda c: c.row["active"])
+            gain, low, high = compare(cell.right, rival.right)
+            found.append(
+                {
+                    "batch": cell.batch, "policy": cell.policy, "active": cell.row["active"], "kind": kind, "rival": rival.policy,
+                    "rivalActive": rival.row["active"], "gainPoints": gain, "gainLow": low, "gainHigh": high,
+                    "verdict": "wins" if low > 0 else "loses" if high < 0 else "level",
+                }
+            )  # fmt: skip
     return found
 
 
@@ -193,43 +232,55 @@ def load(similarity: Path) -> Tensor:
 def table(
     directory: Path, similarity: Path, count: int, seed: int, batch: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows and duels of one batch size, in a process of its own."""
-    torch.set_num_threads(1)
-    recipe, model = models.of(directory), Lanes(directory)
-    asked = prompted(model, recipe.tasks.items("eval", count, seed))
-    buckets = grid(**GRIDS[recipe.name], most=min(model.experts, batch * model.top_k))
-    cells = measure(model, asked, load(similarity), batch, buckets)
+    """Rows and duels of one batch size."""
+    recipe, model, matrices = models.of(directory), Lanes(directory), load(similarity)
+    items = recipe.tasks.items("eval", count, seed)
+    experts = observed(model, recipe.tasks.items("calibration", CALIBRATION_ITEMS, 0))
+    model.means = experts.means
+    buckets = grid(**GRIDS[recipe.name], most=min(model.experts, batch * model.top_k)) + novices.grid(NOVICES)
+    cells = measure(model, prompted(model, items), matrices, batch, buckets)
+    if batch == PRUNED_AT:
+        for method, kept in itertools.product(NAMES, KEPT):
+            smaller, label = prune(directory, experts, method, kept), {"method": method, "kept": kept}
+            cells += measure(smaller, prompted(smaller, items), matrices, batch, ON_PRUNED, against=cells[0], label=label)
     mark_front(cells)
-    return [cell.row for cell in cells], duels(cells, "hybrid")
+    return [cell.row for cell in cells], duels(cells)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", type=Path, default=models.ROWS_MOE.directory)
-    parser.add_argument("--items", type=int, default=1024)
+    parser.add_argument("--items", type=int, default=512)
     parser.add_argument("--seed", type=int, default=2)
-    parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--skip-engine", action="store_true")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=list(BATCHES), help="batch sizes to decode; the others stay as they were"
+    )
+    parser.add_argument("--out", type=Path, help="JSON; policies-MODEL.json in benchmarks/results when not given")
+    parser.add_argument("--engine", action="store_true", help="the check against vLLM alone")
     args = parser.parse_args()
-    began = time.monotonic()
+    torch.set_num_threads(1)  # torch's own threads gain little on tensors this small
     recipe, directory = models.of(args.model), args.model.resolve()
+    out = args.out or RESULTS / f"policies-{recipe.name}.json"
     similarity = calibrated(recipe, directory, FOLDER / directory.name)
-    # Two processes of one thread each: torch's own threads gain little on tensors this small.
-    jobs = [(directory, similarity, args.items, args.seed, batch) for batch in sorted(args.batch, reverse=True)]
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        tables = dict(zip(sorted(args.batch, reverse=True), pool.map(table, *zip(*jobs, strict=True)), strict=True))
-    rows = [row for batch in args.batch for row in tables[batch][0]]
-    fights = [fight for batch in args.batch for fight in tables[batch][1]]
-    check = None if args.skip_engine else engine_check(recipe, directory, similarity, args.seed)
-    result = {
-        "machine": machine(), "model": recipe.name, "items": args.items, "seed": args.seed, "experts": recipe.experts,
-        "topK": recipe.top_k,
-        "engineCheck": check, "rows": rows, "hybridDuels": fights, "seconds": time.monotonic() - began,
-    }  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(args.out)
+    asked = {"model": recipe.name, "items": args.items, "seed": args.seed, "experts": recipe.experts, "topK": recipe.top_k}
+    result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    if any(result.get(name) != value for name, value in asked.items()):
+        result = {**asked, "engineCheck": None, "batches": {}}
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep() -> None:
+        out.write_text(json.dumps({**result, "machine": machine()}, indent=1) + "\n")
+
+    if args.engine:
+        result["engineCheck"] = engine_check(recipe, directory, similarity, args.seed)
+        keep()
+        return
+    for batch in sorted(args.batch):
+        began = time.process_time()
+        rows, fights = table(directory, similarity, args.items, args.seed, batch)
+        result["batches"][str(batch)] = {"processorSeconds": time.process_time() - began, "rows": rows, "duels": fights}
+        keep()
+    print(out)
 
 
 if __name__ == "__main__":

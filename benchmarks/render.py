@@ -12,11 +12,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from benchmarks.ground import RESULTS
+from sere_ext.contract.policy import Policy
 from tests.kit import ROOT
 
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "policies.md", ROOT / "docs" / "speed.md")
-SHORT = ("sere S=1 rho=0.00", "oea S=1", "budget N=6", "topk S=2", "sere S=2 rho=0.00", "oea S=2", "oea S=2 share=0.50")
+SHORT = (
+    "topk S=1", "sere S=1", "oea S=1", "topk S=2", "sere S=2", "oea S=2", "oea S=2 share=0.50", "novice S=2 active", "sere S=3", "oea S=3",
+)  # fmt: skip
 BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 
 
@@ -34,8 +37,16 @@ def _interval(value: float, low: float, high: float, digits: int) -> str:
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def policies(result: dict[str, Any]) -> str:
-    """One table per batch size, by active experts."""
+def _rows(result: dict[str, Any], batch: int | None = None) -> list[dict[str, Any]]:
+    return [row for key, part in result["batches"].items() if batch in (None, int(key)) for row in part["rows"]]
+
+
+def _duels(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [duel for part in result["batches"].values() for duel in part["duels"]]
+
+
+def policies_run(result: dict[str, Any]) -> str:
+    """What was run, and whether the engine agrees."""
     check = result["engineCheck"]
     engine = (
         f"vLLM itself, `{check['policy']}` at batch {check['batch']}: {check['equal']} of {check['items']} answers are the same, "
@@ -43,13 +54,19 @@ def policies(result: dict[str, Any]) -> str:
         if check
         else "vLLM itself was not asked in this run."
     )
-    text = [
-        f"{result['items']:,} items (seed {result['seed']}), {result['experts']} experts, top-{result['topK']}; "
-        f"{_where(result['machine'])}; {result['seconds'] / 60:.0f} minutes. {engine}\n"
-    ]
-    for batch in sorted({row["batch"] for row in result["rows"]}):
+    minutes = sum(part["processorSeconds"] for part in result["batches"].values()) / 60
+    return (
+        f"`{result['model']}`: {result['items']:,} items (seed {result['seed']}), {result['experts']} experts, top-{result['topK']}; one of "
+        f"{_where(result['machine'])}; {minutes:.0f} minutes of processor time. {engine}\n"
+    )
+
+
+def policies(result: dict[str, Any]) -> str:
+    """One table per batch size, by active experts."""
+    text = [policies_run(result)]
+    for batch in sorted(map(int, result["batches"])):
         rows = sorted(
-            (row for row in result["rows"] if row["batch"] == batch), key=lambda row: (row["active"], row["dropPoints"])
+            (row for row in _rows(result, batch) if "method" not in row), key=lambda row: (row["active"], row["dropPoints"])
         )
         exact = next(row for row in rows if row["kind"] == "exact")
         text.append(f"\n### Batch {batch}: exact routing is right on {exact['correctPercent']:.2f} %\n\n")
@@ -74,31 +91,74 @@ def policies(result: dict[str, Any]) -> str:
 
 def policies_short(result: dict[str, Any]) -> str:
     """Points lost and active experts of what matters most, a column per batch size."""
-    batches = sorted({row["batch"] for row in result["rows"]} - {1})
-    cells = {(row["policy"], row["batch"]): row for row in result["rows"]}
+    batches = sorted(map(int, result["batches"]))
+    cells = {(row["policy"], row["batch"]): row for row in _rows(result)}
 
     def cell(policy: str, batch: int) -> str:
         row = cells[policy, batch]
-        return f"{_interval(row['dropPoints'], row['dropLow'], row['dropHigh'], 2)}, {row['activeBefore']:.1f} -> {row['active']:.1f}"
+        return f"{_interval(row['dropPoints'], row['dropLow'], row['dropHigh'], 2)}, {row['active']:.1f}"
 
+    exact = ["`exact`: active experts", *(f"{cells['exact', batch]['active']:.1f}" for batch in batches)]
+    named = [policy for policy in SHORT if (policy, batches[0]) in cells]
     return _table(
         ["points lost with 95 % limits, active experts", *(f"batch {batch}" for batch in batches)],
-        [[f"`{policy}`", *(cell(policy, batch) for batch in batches)] for policy in SHORT],
+        [exact, *([f"`{policy}`", *(cell(policy, batch) for batch in batches)] for policy in named)],
     )
 
 
-def hybrid(result: dict[str, Any]) -> str:
-    """Each hybrid against the best other kind that needs no more experts."""
+def _challengers(result: dict[str, Any], chosen: Callable[[dict[str, Any]], bool]) -> str:
+    """A row per challenger, a column per kind: points that the challenger gains on it, in bold where that is beyond noise."""
+    kinds = list(dict.fromkeys(duel["kind"] for duel in _duels(result)))
+    lines: dict[tuple[int, str], dict[str, Any]] = {}
+    for duel in filter(chosen, _duels(result)):
+        line = lines.setdefault((duel["batch"], duel["policy"]), {"active": duel["active"]})
+        text = _interval(duel["gainPoints"], duel["gainLow"], duel["gainHigh"], 2)
+        beyond = duel["verdict"] != "level"
+        line[duel["kind"]] = f"{f'**{text}**' if beyond else text} `{duel['rival']}` {duel['rivalActive']:.1f}"
+    head = ["batch", "challenger", "active experts", *(f"against `{kind}`" for kind in kinds)]
     return _table(
-        ["batch", "hybrid", "active", "best other kind", "active", "points gained, 95 %", "verdict"],
+        head,
+        [
+            [str(batch), f"`{policy}`", f"{line['active']:.1f}", *(line.get(kind, "") for kind in kinds)]
+            for (batch, policy), line in lines.items()
+        ],
+    )
+
+
+def novice(result: dict[str, Any]) -> str:
+    """Kind `novice` against the product's kinds, and how often it wins and loses."""
+    mine = [duel for duel in _duels(result) if duel["policy"].startswith("novice")]
+    text = []
+    for kind in dict.fromkeys(duel["kind"] for duel in mine):
+        verdicts = [duel["verdict"] for duel in mine if duel["kind"] == kind]
+        text.append(f"against `{kind}` it wins {verdicts.count('wins')} of {len(verdicts)} and loses {verdicts.count('loses')}")
+    return f"`{result['model']}`: " + "; ".join(text) + ".\n\n" + _challengers(result, lambda duel: duel in mine)
+
+
+def hybrid(result: dict[str, Any]) -> str:
+    """Kind `hybrid` against the other kinds."""
+    return _challengers(result, lambda duel: duel["policy"].startswith("hybrid"))
+
+
+def pruned(result: dict[str, Any]) -> str:
+    """Models with experts removed: alone and re-routed, and against re-routing of the whole model at equal weight traffic."""
+    found = [row for row in _rows(result) if "method" in row]
+    table = _table(
+        ["pruned model and policy", "batch", "experts in memory", "active experts", "right %", "points lost, 95 %"],
         [
             [
-                str(duel["batch"]), f"`{duel['policy']}`", f"{duel['active']:.2f}", f"`{duel['rival']}`", f"{duel['rivalActive']:.2f}",
-                _interval(duel["gainPoints"], duel["gainLow"], duel["gainHigh"], 2), duel["verdict"],
+                f"`{row['policy']}`", str(row["batch"]), f"{100 * row['kept']:.0f} %", f"{row['active']:.1f}", f"{row['correctPercent']:.2f}",
+                _interval(row["dropPoints"], row["dropLow"], row["dropHigh"], 2),
             ]
-            for duel in result["hybridDuels"]
+            for row in found
         ],
     )  # fmt: skip
+    names = {row["policy"] for row in found}
+    return (
+        table
+        + "\nPoints gained on a policy of the whole model that needs no more active experts:\n\n"
+        + _challengers(result, lambda duel: duel["policy"] in names)
+    )
 
 
 def ext_ops(result: dict[str, Any]) -> str:
@@ -127,7 +187,8 @@ def ext_decode(name: str, result: dict[str, Any]) -> str:
         rows.append([str(arm["concurrency"]), f"`{arm['arm']}`", f"{arm['tpotMs']:.1f}", ratio, active, slots])
     return (
         _table(["concurrency", "arm", "TPOT ms", "stock / arm, 95 %", "active experts", "experts per token"], rows)
-        + f"\n{part['rounds']} rounds in which the arms take turns; `stock` has no plug-in loaded; {_where(part['machine'])}.\n"
+        + f"\n`{part['model']}`, {_shape(part)}; {part['rounds']} rounds in which the arms take turns; `stock` has no plug-in loaded; "
+        f"{_where(part['machine'])}.\n"
     )
 
 
@@ -177,15 +238,70 @@ def ext_calibration(result: dict[str, Any]) -> str:
     return _table(head, rows) + f"\n{part['experts']} experts, one layer; {_where(part['machine'])}.\n"
 
 
-BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "policies": ("policies", policies),
-    "policies-short": ("policies", policies_short),
-    "hybrid": ("policies", hybrid),
-    "ext-short": ("ext", ext_short),
-    "ext-ops": ("ext", ext_ops),
-    "ext-decode": ("ext", partial(ext_decode, "widened")),
-    "ext-parts": ("ext", partial(ext_parts, "widened")),
-    "ext-calibration": ("ext", ext_calibration),
+def _widened(result: dict[str, Any]) -> str:
+    """Which model an engine ran."""
+    times = f", widened {result['factor']} times, {result['dtype']}" if "factor" in result else ", widened"
+    return f"`{result['model']}` ({result['experts']} experts, top-{result['topK']}){times}"
+
+
+def engine_runs(speedup: dict[str, Any], tune: dict[str, Any], telemetry: dict[str, Any]) -> str:
+    """A row for each benchmark that runs the tuner or the engine's telemetry once."""
+    evidence = speedup["evidence"]
+    accuracy, mean = evidence["accuracy"], evidence["speedupMean"]
+    tpot, active = evidence["tpotMeanMs"], evidence["activeExperts"]
+    policy = Policy.parse(json.dumps(speedup["policy"])).describe()
+    gain = _interval(mean["value"], mean["low"], mean["high"], 2).replace(" [", "x [")
+    ranking, certification, chosen = tune["ranking"], tune["certification"], tune["speedup"]["meanTpot"]
+    verdict = certification["verdict"] or "no candidate"
+    found = f"{certification['policy']}: {_interval(chosen['value'], chosen['low'], chosen['high'], 2).replace(' [', 'x [')} mean TPOT" if chosen else "nothing chosen"  # fmt: skip
+    shares = telemetry["shareOfStepTime"]
+    parts = {"operator with nothing to re-route": "operatorUnderExactRouting", "hook": "hookPerStep", "poll": "pollPerSecond"}
+    rows = [
+        [
+            f"{_widened(speedup)}, concurrency 16: {policy}",
+            f"mean TPOT {tpot['exact']:.1f} -> {tpot['chosen']:.1f} ms, {gain} at equal concurrency, {mean['pairs']} pairs; "
+            f"{-accuracy['dropPoints']:.2f} points, at most {accuracy['upperBoundPoints']:.2f} lost at 95 % on {accuracy['items']:,} held-out "
+            f"items; {active['exact']:.1f} -> {active['chosen']:.1f} active experts",
+            _source("speedup"),
+        ],
+        [
+            f"{_widened(tune)}: {ranking['trials']} ranking trials of {ranking['itemsPerTrial']} items, then a limit of "
+            f"{certification['limitPoints']} point tried ({certification['pairs']} pairs of {certification['blockSeconds']:.0f} s)",
+            f"{ranking['trialsIn10Minutes']:.0f} trials in 10 minutes, certificate {verdict} in {certification['seconds'] / 60:.1f} minutes on "
+            f"{certification['items']:,} items; {found} at {tune['speedup']['condition']}; a restart per trial would cost "
+            f"{tune['restartPerTrial']['ratio']:.1f} times as much",
+            _source("tune"),
+        ],
+        [
+            f"{_widened(telemetry)}, concurrency {telemetry['concurrency']}: counters, polling and latency metrics",
+            f"{shares['total']:.1%} of a step's {telemetry['stepMs']:.1f} ms at most: ".replace("%", " %")
+            + ", ".join(f"{name} {100 * shares[key]:.2f} %" for name, key in parts.items()),
+            _source("telemetry"),
+        ],
+    ]
+    return _table(["what", "figure", "how"], rows)
+
+
+def _source(name: str) -> str:
+    return f"`make bench-{name}`, [{name}.json](../benchmarks/results/{name}.json)"
+
+
+# By name of a block: the results that it is made of, and what makes it.
+BLOCKS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "policies": (("policies-rows_moe",), policies),
+    "policies-short": (("policies-rows_moe",), policies_short),
+    "policies-tiny-run": (("policies-tiny_moe",), policies_run),
+    "policies-tiny": (("policies-tiny_moe",), policies_short),
+    "novice": (("policies-rows_moe",), novice),
+    "novice-tiny": (("policies-tiny_moe",), novice),
+    "hybrid": (("policies-rows_moe",), hybrid),
+    "pruned": (("policies-rows_moe",), pruned),
+    "ext-short": (("ext",), ext_short),
+    "ext-ops": (("ext",), ext_ops),
+    "ext-decode": (("ext",), partial(ext_decode, "widened")),
+    "ext-parts": (("ext",), partial(ext_parts, "widened")),
+    "ext-calibration": (("ext",), ext_calibration),
+    "engine-runs": (("speedup", "tune", "telemetry"), engine_runs),
 }
 
 
@@ -193,8 +309,8 @@ def rendered(text: str) -> str:
     """A page with every block replaced by what the committed results say."""
 
     def block(match: re.Match[str]) -> str:
-        source, make = BLOCKS[match[2]]
-        return match[1] + make(json.loads((RESULTS / f"{source}.json").read_text())) + match[4]
+        sources, make = BLOCKS[match[2]]
+        return match[1] + make(*(json.loads((RESULTS / f"{source}.json").read_text()) for source in sources)) + match[4]
 
     return BLOCK.sub(block, text)
 

@@ -17,6 +17,8 @@ from sere_ext.routing import kernel, ops
 from sere_ext.routing.state import LayerState
 from sere_ext.similarity.file import sorted_neighbours
 
+SHARES = (0.5, 0.7)  # values of minShare, at S = 2
+
 
 class Rerouted:
     """One bucket of a policy as a `lanes.Mix` for batches of `batch` sequences; counts active experts and slots.
@@ -63,25 +65,25 @@ class Rerouted:
 
 def describe(bucket: dict[str, Any]) -> str:
     """As people read it."""
-    named = {"S": "S={}", "minShare": "share={:.2f}", "rho": "rho={:.2f}", "maxExperts": "N={}"}
+    named = {"S": "S={}", "minShare": "share={:.2f}", "rho": "rho={:.2f}", "maxExperts": "N={}", "keepActive": "active"}
     return " ".join([bucket["kind"], *(named[key].format(value) for key, value in bucket.items() if key in named)])
 
 
-def grid(slots: Sequence[int], rhos: Iterable[float], budgets: Iterable[int], most: int) -> list[dict[str, Any]]:
+def grid(slots: Sequence[int], rhos: Iterable[float], budgets: Sequence[int], most: int) -> list[dict[str, Any]]:
     """Policies of every kind as buckets without edges, exact first.
 
     Args:
         slots: numbers of top experts that a token keeps (S).
         rhos: least similarities of a stand-in, beside 0.
-        budgets: numbers of active experts that a policy of kind budget, or a hybrid one, fills up to.
+        budgets: numbers of active experts that a policy of kind budget fills up to; a hybrid one takes the second of them.
         most: experts that a batch can use; a budget of so many limits nothing and is left out.
     """
     found: list[dict[str, Any]] = [{"kind": "exact"}]
     found += [{"kind": kind, "S": S} for kind in ("topk", "sere", "oea") for S in slots]
-    found += [{"kind": "sere", "S": S, "rho": rho} for S in slots[:3] for rho in rhos]
+    found += [{"kind": "sere", "S": 2, "rho": rho} for rho in rhos]
+    found += [{"kind": kind, "S": 2, "minShare": SHARES[0]} for kind in ("topk", "sere", "oea")]
+    found += [{"kind": "oea", "S": 2, "minShare": share} for share in SHARES[1:]]
     found += [{"kind": "budget", "maxExperts": N} for N in budgets]
-    found += [{"kind": "hybrid", "S": S, "rho": rho} for S in slots[:2] for rho in rhos]
-    found += [{"kind": "hybrid", "S": slots[0], "rho": 0.5, "maxExperts": N} for N in budgets]
-    found += [{"kind": kind, "S": 2, "minShare": 0.5} for kind in ("sere", "oea")]
-    found += [{"kind": "hybrid", "S": 2, "minShare": 0.5, "rho": 0.5}]
+    found += [{"kind": "hybrid", "S": slots[0], "rho": 0.5, "maxExperts": budgets[1]}]
+    found += [{"kind": "hybrid", "S": 2, "minShare": SHARES[0], "rho": 0.5}]
     return [bucket for bucket in found if bucket.get("maxExperts", 0) < most]

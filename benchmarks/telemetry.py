@@ -1,8 +1,8 @@
-"""`make bench-telemetry`: what counters, polling and latency metrics cost, as a share of step time. Prints JSON.
+"""`make bench-telemetry`: what counters, polling and latency metrics cost, as a share of step time. Writes JSON.
 
-    python -m benchmarks.telemetry [--pairs N] [--block-seconds S]
+    python -m benchmarks.telemetry [--pairs N] [--block-seconds S] [--out FILE]
 
-On the small widened model at 16 concurrent requests, two ways in one run: the parts are timed where they run (the re-routing
+On the widened `rows_moe` at 16 concurrent requests, two ways in one run: the parts are timed where they run (the re-routing
 operator with nothing to re-route, which leaves counting; the hook called each step; what the engine does for a poll), and blocks
 with and without telemetry alternate on one engine. The operator always counts, so the blocks differ by polling and hook alone.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import math
 import os
 import statistics
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ground import machine, widened
+from benchmarks.ground import RESULTS, keep, machine, shape, widened
 from tests.assets.make.models import ROWS_MOE
 from tests.kit import ROOT
 
@@ -49,7 +48,6 @@ def operator_us(experts: int, top_k: int) -> float:
 
 async def measure(model: Path, pairs: int, block_s: float) -> dict[str, Any]:
     os.environ["VLLM_PLUGINS"] = "sere,sere_control"
-    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # JSON stands alone on stdout
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -153,10 +151,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--block-seconds", type=float, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS / "telemetry.json")
     args = parser.parse_args()
     model, _ = widened(ROWS_MOE, ROOT / "build" / "bench-tune")
     result = asyncio.run(measure(model, args.pairs, args.block_seconds))
-    print(json.dumps({"machine": machine(), "concurrency": CONCURRENCY, **result}, indent=2))
+    keep(args.out, {"machine": machine(), **shape(ROWS_MOE), "concurrency": CONCURRENCY, **result})
 
 
 if __name__ == "__main__":

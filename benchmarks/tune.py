@@ -1,6 +1,6 @@
-"""`make bench-tune`: how fast the tuner ranks and certifies, on the small widened model. Prints JSON.
+"""`make bench-tune`: how fast the tuner ranks and certifies, on the widened `rows_moe`. Writes JSON.
 
-    python -m benchmarks.tune [--trials N] [--folder DIR]
+    python -m benchmarks.tune [--trials N] [--pairs N] [--block-seconds S] [--out FILE] [--folder DIR]
 
 Runs `sere tune` once: ranking trials of 200 items at concurrency 16, then one rung certified at a limit of 1 point with
 10 pairs of blocks of at least 10 s and 15 residences. Both sides of each ratio are in the output, with the machine and versions.
@@ -9,11 +9,11 @@ Runs `sere tune` once: ranking trials of 200 items at concurrency 16, then one r
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
-from benchmarks.ground import machine, sere, tuner_flags
+from benchmarks.ground import RESULTS, keep, machine, sere, shape, tuner_flags
+from tests.assets.make.models import ROWS_MOE
 from tests.kit import ROOT
 
 TARGET_TRIALS, TARGET_CERTIFY_S = 40, 240.0
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench-tune")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--block-seconds", type=float, default=10)
+    parser.add_argument("--out", type=Path, default=RESULTS / "tune.json")
     args = parser.parse_args()
     flags = {
         **tuner_flags(args.folder.resolve(), "run", limit_points=1),
@@ -38,8 +39,8 @@ def main() -> None:
     per_trial = seconds["search"] / trials
     candidate = summary["ladder"][0] if summary["ladder"] else {}
     result = candidate.get("result") or {}
-    print(json.dumps({
-        "machine": machine(),
+    keep(args.out, {
+        "machine": machine(), **shape(ROWS_MOE),
         "ranking": {"trials": trials, "seconds": seconds["search"], "trialsIn10Minutes": 600 / per_trial, "target": TARGET_TRIALS,
                     "itemsPerTrial": ITEMS_PER_TRIAL, "condition": summary["condition"]},
         "certification": {"seconds": seconds.get("certification"), "targetSeconds": TARGET_CERTIFY_S, "limitPoints": 1,
@@ -51,7 +52,7 @@ def main() -> None:
         "restartPerTrial": {"startSeconds": summary["pace"]["startSeconds"] if summary["pace"] else None, "trialSeconds": per_trial,
                             "ratio": (summary["pace"]["startSeconds"] + per_trial) / per_trial if summary["pace"] else None},
         "noiseFloor": summary["noiseFloor"], "totalSeconds": time.monotonic() - began, "outcome": summary["outcome"],
-    }, indent=2))  # fmt: skip
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

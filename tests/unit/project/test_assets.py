@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -399,3 +400,16 @@ class TestTraining:
         assert not (tmp_path / "stopped.checkpoint").exists()
         whole, again = (safetensors_torch.load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
         assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+    def test_a_run_repeats_itself_and_writes_the_committed_architecture(self, recipe: Recipe, tmp_path: Path):
+        """What `make retrain-model` rests on; on two steps of four items, so that the weights are worth nothing."""
+        from tests.assets.make import train
+
+        short = dataclasses.replace(recipe, batch=4)
+        for name in ("one", "other"):
+            train.train(short, tmp_path / name, steps=2, threads=1, seed=train.SEED)
+        assert (tmp_path / "one" / "model.safetensors").read_bytes() == (tmp_path / "other" / "model.safetensors").read_bytes()
+        committed = json.loads((recipe.directory / "config.json").read_text())
+        written = json.loads((tmp_path / "one" / "config.json").read_text())
+        assert written | {"transformers_version": ""} == committed | {"transformers_version": ""}
+        assert (tmp_path / "one" / "tokenizer.json").read_text() == (recipe.directory / "tokenizer.json").read_text()
