@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from demo import __main__ as demo
-from demo import cluster
+from demo import cluster, runs
 from demo.watch import Watch, active_experts
 from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.profile import Profile
@@ -122,3 +122,36 @@ def test_answers_per_minute_are_those_of_so_many_requests_in_flight() -> None:
     latency = {"exact": {"e2el": {"mean": 2400.0}}, "chosen": {"e2el": {"mean": 1200.0}}}
     summary = {"chosen": 1, "ladder": [{"result": {"latency_ms": latency}}]}
     assert demo.answers_per_minute(summary) == {"exact": 400.0, "tuned": 800.0}
+
+
+RUN = {
+    "tpot_ms": {"exact": 35.0, "tuned": 20.0},
+    "speedup_mean": {"value": 1.75, "low": 1.66, "high": 1.84, "pairs": 4},
+    "accuracy": {"exact": 0.999, "tuned": 0.998, "certified": True},
+    "active_experts": {"exact": 48.5, "tuned": 22.2},
+    "seconds": {"tune": 402, "cluster": 162},
+    "rollout": {"requests": 400, "errors": 0, "pod_restarts": 0, "seconds": 61.4},
+}
+
+
+def test_several_runs_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "1.json").write_text(json.dumps(RUN))
+    assert runs.main([str(tmp_path / "1.json")]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == "| 1 | 6.7 + 2.7 | 35.0 -> 20.0 ms | 1.75x [1.66, 1.84] | 0.10 | 48.5 -> 22.2 | 61 s, 0 of 400 failed |"
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"speedup_mean": {"value": 1.59, "low": 1.5, "high": 1.7}}, "less than 1.6x"),
+        ({"speedup_mean": {"value": 1.7, "low": 1.4, "high": 1.9}}, "lower limit not above 1.4x"),
+        ({"accuracy": {"exact": 0.999, "tuned": 0.98, "certified": True}}, "more than 1 point lost"),
+        ({"accuracy": {"exact": 0.999, "tuned": 0.999, "certified": False}}, "not certified"),
+        ({"seconds": {"tune": 500, "cluster": 101}}, "more than 10 minutes"),
+        ({"rollout": None}, "no rollout"),
+        ({"rollout": {"requests": 400, "errors": 1, "seconds": 60.0}}, "failed requests"),
+    ],
+)
+def test_a_run_that_breaks_the_promise_is_named(changed: dict[str, object], word: str) -> None:
+    assert runs.broken({**RUN, **changed}) == [word]
