@@ -15,10 +15,9 @@ from sere_autotune.trial.load import Request
 from sere_autotune.trial.traffic import dataset_requests
 from sere_autotune.tuning.spec import TuningSpec, flag_value
 from sere_ext.contract.errors import UsageError
-from sere_ext.contract.model_config import language_config
+from sere_ext.contract.model_config import WEIGHT_FILES, language_config
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json", "*.tiktoken")
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 _SPECIAL_TOKENS = 16  # that a tokenizer may add to a text
 
 Count = Callable[[Request], int]  # tokens of what is sent for a request
@@ -52,7 +51,7 @@ def check_folder(model: Path) -> None:
     """Raise UsageError if a model's folder lacks a tokenizer or weights. What is no folder is a name on the hub."""
     if not model.is_dir():
         return
-    for what, patterns in (("tokenizer", _TOKENIZER_FILES), ("weights", _WEIGHT_FILES)):
+    for what, patterns in (("tokenizer", _TOKENIZER_FILES), ("weights", WEIGHT_FILES)):
         if not any(path.stat().st_size for pattern in patterns for path in model.glob(pattern)):
             raise UsageError(f"model: {model} has no {what} (none of {', '.join(patterns)}); copy the whole folder")
 

@@ -10,6 +10,7 @@ from sere_autotune import calibration, planner, preflight
 from sere_autotune.doctor.measure import Work
 from sere_autotune.study.ledger import Ledger, Shared
 from sere_autotune.study.study import study_id
+from sere_autotune.study.weights import model_key
 from sere_autotune.trial.duplicates import near_duplicates
 from sere_autotune.trial.items import Item, load_items, split
 from sere_autotune.trial.traffic import Traffic
@@ -79,7 +80,7 @@ def prepare(spec: TuningSpec, only: Policy | None = None, shared: Shared | None 
             f"{spec.similarity} was made for {similarity.model_name} ({similarity.model_type}, {similarity.num_experts} experts), "
             f"not for {spec.model}; make one with `sere calibrate {spec.model} --data FILE`"
         )
-    ledger = Ledger(digest, Path(spec.out), shared)
+    ledger = Ledger(model_key(spec.model, digest), Path(spec.out), shared)
     noise, pace = ledger.known()
     openings = ledger.openings(opened_items(spec, held_out), study_id(Path(spec.out)))
     source = calibration.find(spec, digest, only)

@@ -5,7 +5,7 @@ each study on items that were opened before may spend less of the significance l
 spend is the level that is claimed. The ledger counts items, not files, folders or sets: another `out`, `--fresh`,
 `sere certify` after `sere tune` and a file with one line more all open the same items again.
 
-There is one ledger per user and model, in `$XDG_STATE_HOME/sere` (`~/.local/state/sere`). Where no such folder can be
+There is one ledger per user and model (`weights.model_key`: fine-tunes of one base are models of their own), in `$XDG_STATE_HOME/sere` (`~/.local/state/sere`). Where no such folder can be
 written, as in some containers, it lies beside `out`. In a cluster the openings are published as well, and read back there.
 """
 
@@ -52,7 +52,7 @@ class Ledger:
     """One JSON file for a model, changed under an advisory lock and replaced as a whole.
 
     Args:
-        model: digest of the model's configuration.
+        model: digest of the model's configuration and weights.
         out: the study's folder, beside which the ledger lies if the user's own folder cannot be written.
         shared: also read from and written to; an opening that cannot be written there raises before any item is opened.
     """

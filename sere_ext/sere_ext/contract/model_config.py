@@ -11,6 +11,8 @@ _CONFIG_KEYS = (
     "decoder_sparse_step", "mlp_only_layers",
 )  # fmt: skip
 
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")  # of a model's folder
+
 
 def names_folder(model: str) -> bool:
     """Whether a model's name is meant as a local folder: a name of the hub has one slash at most."""

@@ -21,6 +21,7 @@ from sere_ext.contract.errors import UsageError
 Message = dict[str, str]  # {"role", "content"}
 
 PROMPT_COLUMNS: Final = ("prompt", "question", "instruction", "messages", "conversations")
+CONVERSATION_COLUMNS: Final = ("messages", "conversations")
 ANSWER_COLUMN: Final = "answer"
 _ROLES: Final = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 _MARKED_ANSWER: Final = re.compile(r"^#### *(.+?) *$", re.MULTILINE)  # how GSM8K ends a worked answer
@@ -32,6 +33,19 @@ _MARKS: Final = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+
+
+def described() -> str:
+    """The forms in which items are read, as a paragraph for the documentation, which a test compares with this."""
+    texts = [f"`{name}`" for name in PROMPT_COLUMNS if name not in CONVERSATION_COLUMNS]
+    return (
+        "A file of items is JSON lines, one JSON array, or either in gzip; UTF-8, or UTF-16 and UTF-32 with a byte order mark. "
+        f"The prompt is the first column that is there of {', '.join(texts)}, else the conversation in {' or '.join(f'`{name}`' for name in CONVERSATION_COLUMNS)} "
+        "(`role` and `content` as OpenAI has them, or `from` and `value` as ShareGPT has them) up to its last answer. The right "
+        f"answer is the column `{ANSWER_COLUMN}`, else that last answer; of an answer that ends in `#### 42`, as GSM8K's do, it is "
+        "what stands behind the mark. Other columns are named by `fields: {prompt: ..., answer: ...}` of the task. "
+        f"Roles of ShareGPT are read as {', '.join(f'`{theirs}`: {ours}' for theirs, ours in _ROLES.items())}."
+    )
 
 
 @dataclass(frozen=True)
@@ -194,7 +208,7 @@ def answer_of(row: Row, where: str, column: str | None = None) -> str:
     """
     value = row.values.get(column or ANSWER_COLUMN)
     if value is None and column is None:
-        for name in ("messages", "conversations"):
+        for name in CONVERSATION_COLUMNS:
             if isinstance(row.values.get(name), list):
                 messages = _conversation(row.values[name], row, where)
                 value = next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), None)
@@ -208,9 +222,7 @@ def answer_of(row: Row, where: str, column: str | None = None) -> str:
 
 def conversation_of(row: Row, where: str) -> tuple[Message, ...]:
     """The whole conversation of a row, answers included; () where it has none."""
-    value: list[Any] = next(
-        (row.values[name] for name in ("messages", "conversations") if isinstance(row.values.get(name), list)), []
-    )
+    value: list[Any] = next((row.values[name] for name in CONVERSATION_COLUMNS if isinstance(row.values.get(name), list)), [])
     return tuple(_conversation(value, row, where))
 
 

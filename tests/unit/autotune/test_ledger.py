@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sere_autotune.study.ledger import Ledger, spent_alpha, state_folder
+from sere_autotune.study.weights import model_key
 from sere_autotune.trial.duplicates import near_duplicates
 from sere_autotune.trial.items import load_items, normalised
 from sere_autotune.tuning.spec import AccuracySpec
@@ -91,3 +93,41 @@ def test_many_items_that_share_thirteen_words_are_warned_of(tmp_path: Path) -> N
     assert warning([template + story(i) for i in range(200)]) is None, "a template is no text of an item"
     found = warning([f"{story(i // 2)} variant {i}" for i in range(200)])
     assert found is not None and found.startswith("200 of 200 items share 13 words in a row") and '"group"' in found
+
+
+def test_a_fine_tune_is_a_model_of_its_own_and_a_copy_is_not(tmp_path: Path) -> None:
+    """Its configuration is the base's; its level on the same items is whole, since none of its answers was ever seen."""
+    from safetensors.numpy import save_file
+
+    base = {f"model.layers.{i}.w": np.arange(4096, dtype=np.float32).reshape(64, 64) + i for i in range(3)}
+
+    def key(name: str, *files: dict[str, np.ndarray], config: str = "sha256:c") -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        for number, tensors in enumerate(files):
+            save_file(tensors, folder / f"model-{number}.safetensors", {"format": "pt"})
+        return model_key(str(folder), config)
+
+    first = key("base", base)
+    assert key("copy", base) == first, "another folder"
+    names = list(base)
+    assert key("cut", {names[2]: base[names[2]]}, {name: base[name] for name in names[:2]}) == first, "cut into other files"
+    assert key("tuned", {**base, names[1]: base[names[1]] + 1e-3}) != first, "one tensor differs"
+    assert key("shaped", base, config="sha256:d") != first
+    assert model_key("owner/name", "sha256:c") != model_key("owner/name-tuned", "sha256:c")
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.bin").write_bytes(bytes(200_000))
+    plain = model_key(str(tmp_path / "other"), "sha256:c")
+    (tmp_path / "other" / "model.bin").write_bytes(bytes(199_999) + b"1")
+    assert model_key(str(tmp_path / "other"), "sha256:c") != plain
+
+
+def test_a_fine_tune_on_the_items_of_its_base_has_the_whole_level(tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 3000)
+    found = []
+    for out, weights in (("a", "{}"), ("b", "{}"), ("c", "{ }")):
+        spec = spec_for(tmp_path / out, items, accuracy__maxDropPoints=5, search__rungs=1)
+        (Path(spec.model) / "model.safetensors").write_text(weights)
+        found.append(run(spec, PlantedEngine(), only=GOOD).summary["accuracy"]["alpha"])
+    assert found == pytest.approx([spent_alpha(0.05, j) for j in (0, 1, 0)])

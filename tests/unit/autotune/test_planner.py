@@ -11,6 +11,7 @@ from sere_autotune.outcome import Ending, nearest_miss
 from sere_autotune.prepare import Prepared, prepare
 from sere_autotune.study.ledger import Ledger
 from sere_autotune.study.schema import Pace
+from sere_autotune.study.weights import model_key
 from sere_autotune.trial.items import Item, load_items, search_count, split
 from sere_autotune.tuning.spec import AccuracySpec, TaskSpec
 from sere_ext.contract.errors import CannotCertifyError, PolicyError, UsageError
@@ -35,7 +36,7 @@ def test_the_dry_run_says_items_limit_and_time(tmp_path: Path) -> None:
 
 def test_a_stored_noise_floor_and_pace_are_used(tmp_path: Path) -> None:
     ready = prepared(tmp_path, 4000)
-    Ledger(ready.config_digest, ready.out).note(0.009, Pace(50.0, 0.3, 31.0))
+    Ledger(model_key(ready.spec.model, ready.config_digest), ready.out).note(0.009, Pace(50.0, 0.3, 31.0))
     again = prepare(ready.spec)
     text = planner.describe(again.plan, again.spec)
     assert "exact against exact is taken to differ on 0.90% of items, from last time" in text

@@ -11,6 +11,7 @@ import yaml
 
 from sere_autotune.tuning.file import load_spec
 from sere_ext import __version__
+from sere_ext.contract import records
 from sere_operator.plan.objects.children import Defaults
 from tests.kit import ROOT
 
@@ -112,6 +113,41 @@ def test_the_page_of_environment_variables_is_whole_and_names_no_dead_one() -> N
     used = {name for text in texts for name in re.findall(r"\bSERE_[A-Z_]*[A-Z]\b", text)}
     assert used - described == set(), "describe it in docs/environment.md"
     assert described - used == set(), "nothing reads it any more"
+
+
+def test_the_reference_tells_the_forms_of_items_as_the_reader_has_them() -> None:
+    assert records.described() in (ROOT / "docs/reference.md").read_text(), "paste the words of records.described()"
+    for name in (*records.PROMPT_COLUMNS, records.ANSWER_COLUMN):
+        assert f"`{name}`" in records.described()
+
+
+def test_the_page_of_environment_variables_names_those_of_other_programs_too() -> None:
+    """Every name that the product or the demo looks up or sets in its process's environment by a literal."""
+    page = (ROOT / "docs/environment.md").read_text()
+    used: set[str] = set()
+    for folder in ("sere_ext", "autotune", "operator", "demo"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                used |= _variables(node)
+    assert "XDG_STATE_HOME" in used and "CXX" in used
+    described = set(re.findall(r"`([A-Z][A-Za-z_]*_[A-Za-z_]+|[A-Z]{3,})`", page))
+    assert used - described - {"SERE_PROFILE"} == set(), "describe it in docs/environment.md"
+
+
+def _variables(node: ast.AST) -> set[str]:
+    """Literals by which a piece of syntax asks a mapping named `environ` for a value or sets one."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "setdefault", "pop"):
+        asked, keys = node.func.value, node.args[:1]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "getenv":
+        return {key.value for key in node.args[:1] if isinstance(key, ast.Constant)}
+    elif isinstance(node, ast.Subscript):
+        asked, keys = node.value, [node.slice]
+    elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
+        asked, keys = node.comparators[0], [node.left]
+    else:
+        return set()
+    name = asked.attr if isinstance(asked, ast.Attribute) else asked.id if isinstance(asked, ast.Name) else ""
+    return {str(key.value) for key in keys if isinstance(key, ast.Constant)} if name == "environ" else set()
 
 
 def test_each_folder_says_in_one_sentence_what_it_is_for_and_architecture_repeats_it() -> None:
