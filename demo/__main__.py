@@ -38,7 +38,8 @@ SEARCH_ITEMS = 160
 PAIRS = 4  # of blocks
 CONCURRENCY = 16
 LONGEST_ANSWER = 72  # tokens: 55 of a right answer and some room
-MINUTES = 10  # that stage 1 and 2 take together on two cores
+TUNE_MINUTES, CLUSTER_MINUTES = 7, 3  # on two quiet cores
+MINUTES = TUNE_MINUTES + CLUSTER_MINUTES
 TAKE_DOWN_S = 420  # helm uninstall and the end of a namespace, both within their own limits
 console = Console(stderr=True, highlight=False)
 
@@ -132,7 +133,7 @@ def prepare(args: argparse.Namespace) -> Path:
 
 def stage_engine(args: argparse.Namespace) -> dict[str, Any]:
     """Calibrate and tune; returns the profile's spec. Ends the program with the tuner's exit code if it chose nothing."""
-    heading("1/2  Tune: a real MoE model on a live vLLM engine, about 7 minutes on two quiet cores")
+    heading(f"1/2  Tune: a real MoE model on a live vLLM engine, about {TUNE_MINUTES} minutes on two quiet cores")
     tuning = prepare(args)
     if needs_similarity(args):
         calibrate()
@@ -144,7 +145,7 @@ def stage_engine(args: argparse.Namespace) -> dict[str, Any]:
     os.environ["XDG_STATE_HOME"] = str(BUILD / "run" / "state")
     run_folder = BUILD / "run"
     console.print(f"[dim]logs and the study: {run_folder.relative_to(ROOT)}; Ctrl-C stops and leaves nothing running[/dim]")
-    watch = Watch(console, run_folder / "study.journal", EXPERTS, MINUTES)
+    watch = Watch(console, run_folder / "study.journal", EXPERTS, TUNE_MINUTES if args.no_cluster else MINUTES)
     status = run("sere", "tune", "-f", tuning, check=False, watch=watch)
     if status:
         report = BUILD / "run" / "report.html"
@@ -158,10 +159,11 @@ def stage_engine(args: argparse.Namespace) -> dict[str, Any]:
 def stage_cluster(args: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
     """The rollout's figures, or None and one sentence on why no cluster could run."""
     heading(
-        f"2/2  Roll out: {args.kubeconfig or 'a one-node Kubernetes cluster'}, the operator, a SereDeployment, about 3 minutes"
+        f"2/2  Roll out: {args.kubeconfig or 'a one-node Kubernetes cluster'}, the operator, a SereDeployment, about {CLUSTER_MINUTES} minutes"
     )
     if args.no_cluster:
         return None, "left out with --no-cluster"
+    console.print("[dim]logs after a failure: build/demo/cluster; Ctrl-C removes the cluster, or what was made in yours[/dim]")
     out = BUILD / "rollout.json"
     out.unlink(missing_ok=True)
     tune = ("--tune",) if args.tune_in_cluster else ()

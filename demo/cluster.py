@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from demo import kube, site
 from demo.preflight import RefusedError
@@ -49,7 +51,7 @@ console = Console(stderr=True, highlight=False)
 def show(*command: str) -> None:
     """Print a kubectl command and what it says, as a newcomer would type and see it."""
     command = (*command, *(() if "-n" in command else SITE.flags))
-    console.print("[dim]$ kubectl " + " ".join(command) + "[/dim]")
+    console.print(f"[dim]$ kubectl {escape(shlex.join(command))}[/dim]", soft_wrap=True)
     console.print(kube.kubectl(*command).rstrip(), soft_wrap=True)
 
 
