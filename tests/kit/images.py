@@ -3,7 +3,7 @@
     python -m tests.kit.images operator -o build/images/operator.tar
     python -m tests.kit.images engine   -o build/images/engine.tar
 
-Tests and the demo use it; images for any other use come from the Dockerfiles.
+Tests and the demo use it; images for any other use come from the Dockerfiles. An archive that was made from the same is kept.
 
 Run it with the interpreter of an environment that holds the part's dependencies. The interpreter goes to its own
 absolute path in the image, so that the environment's links, scripts and `pyvenv.cfg` hold there too.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from pathlib import Path
 
 from tests.kit import ROOT
@@ -60,11 +61,32 @@ def main() -> int:
         parser.error("name the archive with -o FILE.tar")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder below goes too
+    name = options.name or f"sere-{options.kind}:dev"
+    mark, made_from = options.out.with_name(options.out.name + ".of"), content(name)
+    if options.out.exists() and mark.exists() and mark.read_text() == made_from:
+        return 0
+    mark.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out.parent) as folder:
         root = Path(folder) / "root"
         stage(root, options.kind)
-        pack(root, options.kind, options.name or f"sere-{options.kind}:dev", options.out)
+        pack(root, options.kind, name, options.out)
+    mark.write_text(made_from)
     return 0
+
+
+def content(name: str) -> str:
+    """Digest of what an image is made from: this tree's packages, this module, and what is installed. The same digest, the same image.
+
+    Args:
+        name: of the image.
+    """
+    found = hashlib.sha256(f"{name} {sys.version} {sys.prefix} {sys.base_prefix}".encode())
+    for file in sorted([Path(__file__), PACK, *(path for package in PACKAGES for path in (ROOT / package).rglob("*"))]):
+        if file.is_file() and not {"__pycache__", "built"} & set(file.parts):
+            found.update(f"{file}\n".encode() + file.read_bytes())
+    for installed in sorted(f"{one.name} {one.version}" for one in distributions()):
+        found.update(installed.encode())
+    return found.hexdigest()
 
 
 def stage(root: Path, kind: str) -> None:

@@ -69,3 +69,26 @@ def test_engine_image_brings_its_kernel(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "sere_ext/sere_ext", package, ignore=shutil.ignore_patterns("__pycache__", "built"))
     images.build_kernels(tmp_path)
     assert [path.name for path in (package / "built").iterdir()] == [kernels._name("cpu")]
+
+
+def test_an_archive_is_kept_as_long_as_what_it_was_made_from_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(images, "ROOT", tmp_path)
+    monkeypatch.setattr(images, "PACKAGES", ("package",))
+    monkeypatch.setattr(images, "stage", lambda root, kind: made.append(kind))
+    monkeypatch.setattr(images, "pack", lambda root, kind, name, out: out.write_text(name))
+    monkeypatch.setattr(images.signal, "signal", lambda *_: None)
+    source = tmp_path / "package" / "module.py"
+    source.parent.mkdir()
+    source.write_text("a = 1\n")
+
+    def build() -> int:
+        monkeypatch.setattr("sys.argv", ["images", "operator", "-o", str(tmp_path / "out.tar")])
+        images.main()
+        return len(made)
+
+    assert [build(), build()] == [1, 1]
+    source.write_text("a = 2\n")
+    assert [build(), build()] == [2, 2]
+    (tmp_path / "out.tar").unlink()
+    assert build() == 3
