@@ -68,7 +68,7 @@ bench-tuner: setup ## What whole studies leave of the best policy's speed, in ma
 bench-policies: setup ## Accuracy against active experts of every kind of policy; renews docs/policies.md
 	$(PY) -m benchmarks.policies
 	$(PY) -m benchmarks.policies --engine
-	$(PY) -m benchmarks.policies --model tests/assets/tiny_moe --items 2000
+	$(PY) -m benchmarks.policies --model tests/assets/tiny_moe --items 1000
 	$(PY) -m benchmarks.render
 
 bench-telemetry: setup ## What counters, polling and latency metrics cost of a step's time; renews docs/results.md

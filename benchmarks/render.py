@@ -252,8 +252,14 @@ def engine_runs(speedup: dict[str, Any], tune: dict[str, Any], telemetry: dict[s
     policy = Policy.parse(json.dumps(speedup["policy"])).describe()
     gain = _interval(mean["value"], mean["low"], mean["high"], 2).replace(" [", "x [")
     ranking, certification, chosen = tune["ranking"], tune["certification"], tune["speedup"]["meanTpot"]
-    verdict = certification["verdict"] or "no candidate"
-    found = f"{certification['policy']}: {_interval(chosen['value'], chosen['low'], chosen['high'], 2).replace(' [', 'x [')} mean TPOT" if chosen else "nothing chosen"  # fmt: skip
+    if chosen:
+        gained = _interval(chosen["value"], chosen["low"], chosen["high"], 2).replace(" [", "x [")
+        found = (
+            f"certificate {certification['verdict']} in {certification['seconds'] / 60:.1f} minutes on {certification['items']:,} items; "
+            f"{certification['policy']}: {gained} mean TPOT at {tune['speedup']['condition']}"
+        )
+    else:
+        found = f"nothing was certified ({tune['outcome']})"
     shares = telemetry["shareOfStepTime"]
     parts = {"operator with nothing to re-route": "operatorUnderExactRouting", "hook": "hookPerStep", "poll": "pollPerSecond"}
     rows = [
@@ -267,8 +273,7 @@ def engine_runs(speedup: dict[str, Any], tune: dict[str, Any], telemetry: dict[s
         [
             f"{_widened(tune)}: {ranking['trials']} ranking trials of {ranking['itemsPerTrial']} items, then a limit of "
             f"{certification['limitPoints']} point tried ({certification['pairs']} pairs of {certification['blockSeconds']:.0f} s)",
-            f"{ranking['trialsIn10Minutes']:.0f} trials in 10 minutes, certificate {verdict} in {certification['seconds'] / 60:.1f} minutes on "
-            f"{certification['items']:,} items; {found} at {tune['speedup']['condition']}; a restart per trial would cost "
+            f"{ranking['trialsIn10Minutes']:.0f} trials in 10 minutes, {found}; a restart per trial would cost "
             f"{tune['restartPerTrial']['ratio']:.1f} times as much",
             _source("tune"),
         ],

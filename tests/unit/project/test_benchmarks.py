@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,52 @@ def test_a_model_trained_anew_may_differ_by_a_point_and_no_more(
     assert ended.value.code == code
     assert compared == [ROWS_MOE.directory, Path("build/retrained/rows_moe")]
     assert '"exactApartPoints"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("chosen", [True, False], ids=["certified", "nothing found"])
+def test_what_the_engine_benchmarks_write_is_what_the_page_reads(
+    chosen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of half an hour must not end in a row that cannot be made; `sere` is replaced by the form of what it leaves."""
+    from benchmarks import speedup, tune
+
+    committed = {name: json.loads((render.RESULTS / f"{name}.json").read_text()) for name in ("speedup", "tune", "telemetry")}
+    asked: dict[str, list[Any]] = {}
+
+    def certify(command: list[Any], flags: dict[str, Any]) -> dict[str, Any]:
+        asked["certify"] = [json.loads(Path(command[1]).read_text()), flags]
+        (tmp_path / "speedup").mkdir()
+        (tmp_path / "speedup" / "profile.json").write_text(json.dumps({"spec": {"evidence": committed["speedup"]["evidence"]}}))
+        return {}
+
+    def search(command: list[Any], flags: dict[str, Any], accept: tuple[int, ...]) -> dict[str, Any]:
+        asked["tune"] = [command, flags]
+        result = {
+            "items": 900,
+            "p_value": 0.01,
+            "speedup": {"mean": {"value": 1.5, "low": 1.4, "high": 1.6, "pairs": 4}, "p95": None},
+        }
+        found = {
+            "seconds": {"search": 60.0, "certification": 90.0},
+            "trials": [{}] * 6,
+            "pace": {"startSeconds": 30.0},
+            "outcome": "Chosen",
+        }
+        rung = {"result": result, "verdict": "passed", "describe": "oea 2 for 8-64 tokens"}
+        return found | {"ladder": [rung] if chosen else [], "condition": "equal concurrency 16", "noiseFloor": None}
+
+    for module, name in ((speedup, certify), (tune, search)):
+        monkeypatch.setattr(module, "sere", name)
+        monkeypatch.setattr(module, "tuner_flags", lambda *_, **__: {})
+        out = tmp_path / f"{module.__name__}.json"
+        monkeypatch.setattr("sys.argv", ["benchmark", "--folder", str(tmp_path), "--out", str(out)])
+        module.main()
+    made = [json.loads((tmp_path / f"benchmarks.{name}.json").read_text()) for name in ("speedup", "tune")]
+    text = render.engine_runs(*made, committed["telemetry"])
+    assert asked["certify"][0] == {"buckets": [{"minTokens": 8, "maxTokens": 128, "kind": "oea", "S": 2}]}
+    assert f"`rows_moe` (64 experts, top-8), widened {ROWS_MOE.widening} times, bfloat16, concurrency 16: oea" in text
+    certified = "certificate passed in 1.5 minutes on 900 items; oea 2 for 8-64 tokens: 1.50x [1.40, 1.60]"
+    assert f"60 trials in 10 minutes, {certified if chosen else 'nothing was certified (Chosen)'}" in text
 
 
 @pytest.mark.parametrize("page", render.PAGES, ids=lambda page: page.name)
