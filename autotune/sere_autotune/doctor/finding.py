@@ -43,6 +43,10 @@ class Estimate:
         """As a speed-up: `1.74x [1.66, 1.83]`."""
         return f"{self.value:.2f}x [{self.low:.2f}, {self.high:.2f}]"
 
+    def share(self) -> str:
+        """As a share: `82% [79%, 85%]`."""
+        return f"{self.value:.0%} [{self.low:.0%}, {self.high:.0%}]"
+
     def to_list(self) -> list[float]:
         return [self.value, self.low, self.high]
 
@@ -180,14 +184,14 @@ def _gain(ceilings: Sequence[Ceiling]) -> str:
     if little:
         parts.append(f"{'' if good else 'at most '}{_listed(little)}: do not tune for that")
     main = next(c for c in ordered if c.asked)
-    shares = f"experts take {percent(round(main.experts.value, 2))} of a decode step at {_requests(main.batch)}"
+    shares = f"experts take {main.experts.share()} of a decode step at {_requests(main.batch)}"
     if main.prompts is not None:
         shares += f", prompts {percent(round(main.prompts, 2))} of this workload's time"
     return "; ".join([*parts, shares])
 
 
 def _nothing(asked: Sequence[Ceiling], least: float) -> str:
-    shares = ", ".join(f"{percent(round(c.experts.value, 2))} at {_requests(c.batch)}" for c in asked)
+    shares = ", ".join(f"{c.experts.share()} at {_requests(c.batch)}" for c in asked)
     return (
         f"nothing is to be had here: at most {_listed(asked)}, less than the {least:g}x that is worth having, since experts take "
         f"{shares} of a decode step; serve exact routing"

@@ -6,7 +6,7 @@ expert's weights and a slot's arithmetic cost what they cost.
 
 Waves come in rounds that hold every cell, a cell being one size under one S. How much faster or slower the machine was in one
 round than in another is taken out, and relative deviations of what is left are taken for normal: least squares with weights
-1 / T^2, whose coefficients are drawn from a multivariate t distribution with the residuals' degrees of freedom.
+1 / T^2, whose coefficients are drawn from a multivariate t distribution with the residuals' degrees of freedom, none below zero.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Cell = tuple[int, int]  # requests of a wave, S
 
-_DRAWS = 4000
+_DRAWS = 8000
+_LEAST_DRAWS = 400
 _SEED = 0
 _LEAST_ROUNDS = 2
 _LEAST_SCATTER = 1e-4  # relative; no clock is better
@@ -141,7 +142,7 @@ def fit(samples: Sequence[Sample]) -> StepFit:
     if freedom < 1:
         raise CannotTellError("too few waves could be timed; give it more time, or a smaller load")
     scatter = max(float(np.sqrt(((y[:, 0] - x / scale @ best) ** 2).sum() / freedom)), _LEAST_SCATTER)
-    draws = (best + _t_draws(inverse * scatter**2, freedom)) / scale
+    draws = _of_costs((best + _t_draws(inverse * scatter**2, freedom)) / scale)
 
     apart = np.log(prompts) - np.log(prompts).mean(axis=0)
     prompt_scatter = float(np.sqrt((apart**2).sum() / max(apart.size - len(cells), 1)))
@@ -151,6 +152,12 @@ def fit(samples: Sequence[Sample]) -> StepFit:
     return StepFit(
         tuple(sizes), means, draws[:, :-2], draws[:, -2], draws[:, -1], scatter, max(prompt_scatter, _LEAST_SCATTER), len(rounds)
     )
+
+
+def _of_costs(draws: Floats) -> Floats:
+    """The draws in which nothing costs less than nothing; all of them where the waves leave next to none of those."""
+    possible = draws[(draws >= 0).all(axis=1)]
+    return possible if len(possible) >= _LEAST_DRAWS else draws
 
 
 def foretold(samples: Sequence[Sample]) -> dict[int, Floats]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 
 from sere_ext.contract.state import CounterRow, total
 
@@ -29,7 +31,8 @@ class Wave:
     Attributes:
         prompt_tokens: of a request, mean.
         prompt_s: seconds from the wave's begin until every request had its first token.
-        step_s: mean seconds of a decode step with all requests and no prompt; None where no such stretch was long enough.
+        step_s: median seconds of a decode step with all requests and no prompt (the median, since a machine that is shared
+            stalls now and then); None where no such stretch was long enough.
         active: mean active experts of a router call in the steps that were counted; None where none was.
         slots: mean experts that compute a token in such a call; None where none was counted.
     """
@@ -51,13 +54,16 @@ def timed(began: float, traces: Sequence[Trace], counted: Iterable[CounterRow]) 
     last = max(traces, key=lambda trace: trace.arrivals[0][0])  # of all requests the one whose first token came last
     first_end = min(trace.arrivals[-1][0] for trace in traces)
     within = [arrival for arrival in last.arrivals if arrival[0] <= first_end]
-    steps = within[-1][1] - within[0][1] if within else 0
+    # Tokens that arrived together share the time since the ones before.
+    gaps = [
+        (later[0] - sooner[0]) / (later[1] - sooner[1]) for sooner, later in pairwise(within) for _ in range(later[1] - sooner[1])
+    ]
     rows = total(row.model_copy(update={"digest": "", "layers": None, "bucket": ""}) for row in counted)
     row = rows[0] if rows and rows[0].calls and rows[0].tokens else None
     return Wave(
         prompt_tokens=sum(trace.prompt_tokens for trace in traces) / len(traces),
         prompt_s=last.arrivals[0][0] - began,
-        step_s=(within[-1][0] - within[0][0]) / steps if steps >= LEAST_STEPS else None,
+        step_s=median(gaps) if len(gaps) >= LEAST_STEPS else None,
         active=row.active_after / row.calls if row else None,
         slots=(row.slots - row.merged) / row.tokens if row else None,
     )

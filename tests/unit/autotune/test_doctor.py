@@ -150,6 +150,10 @@ def test_a_wave_is_timed_between_the_last_first_token_and_the_first_end() -> Non
     wave = timed(0.5, [longer, late], [row, row])
     assert (wave.prompt_tokens, wave.prompt_s, wave.active, wave.slots) == (12, pytest.approx(1.0), 5.0, 2.0)
     assert wave.step_s == pytest.approx(0.2)
+    stalled = Trace(
+        10, tuple((1.5 + 0.2 * i + 0.7 * (i > 3), i + 1 + (i > 4)) for i in range(7))
+    )  # two tokens at once after a stall
+    assert timed(0.5, [replace(longer, arrivals=(*longer.arrivals, (9.0, 30))), stalled], []).step_s == pytest.approx(0.2)
 
 
 def test_sizes_policies_and_bytes() -> None:
