@@ -40,7 +40,8 @@ CONCURRENCY = 16
 LONGEST_ANSWER = 72  # tokens: 55 of a right answer and some room
 TUNE_MINUTES, CLUSTER_MINUTES = 7, 3  # on two quiet cores
 MINUTES = TUNE_MINUTES + CLUSTER_MINUTES
-TAKE_DOWN_S = 420  # helm uninstall and the end of a namespace, both within their own limits
+# Helm uninstall and the end of a namespace, both within their own limits; or the end of a node and of its folder, of a gigabyte.
+TAKE_DOWN_S = 420
 console = Console(stderr=True, highlight=False)
 
 
@@ -57,6 +58,7 @@ def run(*command: str | Path, check: bool = True, patience_s: float = 20, watch:
     try:
         status = watch.follow(process) if watch else process.wait()
     except BaseException:
+        console.print("[dim]stopping what was started; Ctrl-C once more ends it at once[/dim]")
         for number, wait_s in ((signal.SIGINT, patience_s), (signal.SIGTERM, 10), (signal.SIGKILL, 5)):
             try:
                 os.killpg(process.pid, number)
@@ -174,7 +176,7 @@ def stage_cluster(args: argparse.Namespace) -> tuple[dict[str, Any] | None, str]
             found = subprocess.run([ROOT / "tests" / "kit" / probe], capture_output=True, text=True, cwd=ROOT, check=False)
             if found.returncode:
                 return None, found.stdout.strip() or found.stderr.strip()
-        status = run(ROOT / "demo" / "cluster", out, *tune, check=False)
+        status = run(ROOT / "demo" / "cluster", out, *tune, check=False, patience_s=TAKE_DOWN_S)
     if status or not out.exists():
         console.print(f"The cluster stage failed (exit code {status}); its logs are in build/demo/cluster.")
         raise SystemExit(status or 1)
