@@ -6,7 +6,7 @@ Each batch is filled once per kind of routing, and the policy changes under it: 
 times, `--steps` timed decode steps each, so that drift and growing context fall on all alike. Beside each cell stands the bound:
 everything a step must read, with the active experts that were counted, at the bandwidth that a copy reached. T = a + b * (active
 experts) is fitted through the exact cells alone, and its speed-up for an arm's active experts is what the arm is held against.
-`--stock` runs the same without the plug-in: what switched-off re-routing costs. `--shape tiny` tries it all on a CPU.
+`--stock` runs the same without the plug-in: what switched-off re-routing costs. `--tiny` runs all of it on a CPU.
 """
 
 from __future__ import annotations
@@ -209,7 +209,12 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="no compilation and no CUDA graphs")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench-gpu")
     parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--tiny", action="store_true", help="a small shape, one batch, few steps, for a CPU; its times say nothing"
+    )
     args = parser.parse_args()
+    if args.tiny:
+        args.shape, args.batch, args.rounds, args.steps, args.eager = "tiny", [8], 2, 12, True
     shape, batches = SHAPES[args.shape], tuple(sorted(args.batch))
     folder = (args.folder / args.shape).resolve()
     report = Report("serve", args.out or RESULTS / f"serve-{args.shape}{'-stock' if args.stock else ''}.json")

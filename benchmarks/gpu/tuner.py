@@ -1,13 +1,13 @@
 """Stage 4: `sere tune` end to end on the GPU's engine, with a latency limit between exact routing and the best policy.
 
-    python -m benchmarks.gpu.tuner [--factor 1024] [--trials 14] [--out FILE]
+    python3 -m benchmarks.gpu.tuner [--tiny] [--factor 1024] [--trials 14] [--out FILE]
 
 The model is the small trained one, widened so that expert weights rule a step; it keeps its accuracy. A first, short run under a
 limit that binds nobody finds what exact routing and the best policy that keeps the accuracy take; the second has the geometric mean
 of the two as its limit, so exact routing breaks it and the tuner must find a policy that does not. Needs vLLM, Ray and Optuna.
 Each run is told how long it may take and keeps what its certificate needs; after `--time-limit` seconds one that is still running is
 stopped, and the table is made of what there is (`"timedOut": true` in the JSON).
-Try it on a CPU with `--factor 64 --trials 4 --pairs 2`.
+`--tiny` runs all of it on a CPU, in minutes; its figures say nothing.
 """
 
 from __future__ import annotations
@@ -156,7 +156,10 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S, help="seconds after which it stops with what there is")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench-gpu" / "tuner")
     parser.add_argument("--out", type=Path, default=RESULTS / "tuner.json")
+    parser.add_argument("--tiny", action="store_true", help="few trials on a model that is hardly widened, for a CPU")
     args = parser.parse_args()
+    if args.tiny:
+        args.factor, args.trials, args.pairs, args.time_limit = 4, 3, 2, 240.0
     report = Report("tuner", args.out)
     import torch
 

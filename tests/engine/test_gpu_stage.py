@@ -13,20 +13,7 @@ from tests.kit import ROOT
 def test_decode_steps_with_known_routing(tmp_path: Path) -> None:
     """Half the tokens route evenly, half with the skew; the policy changes under a running batch and exact answers return."""
     out = tmp_path / "serve.json"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu.serve",
-        "--shape",
-        "tiny",
-        "--batch",
-        "8",
-        "--rounds",
-        "2",
-        "--steps",
-        "12",
-        "--eager",
-    ]
+    command = [sys.executable, "-m", "benchmarks.gpu.serve", "--tiny"]
     done = subprocess.run(
         [*command, "--folder", str(tmp_path), "--out", str(out)],
         cwd=ROOT,
@@ -50,4 +37,15 @@ def test_decode_steps_with_known_routing(tmp_path: Path) -> None:
         assert exact["slots"] == 4
         assert exact["boundMs"] > least["boundMs"] > 0
     assert cells["skewed", "exact"]["active"] < cells["uniform", "exact"]["active"]
+    assert done.stdout.rstrip().endswith(str(out)), "the table is the last thing it prints"
+
+
+def test_the_tuners_stage_runs_to_its_end(tmp_path: Path) -> None:
+    """Two tuning runs, or one where it finds no policy that is faster; on a machine without a GPU either is an answer."""
+    out = tmp_path / "tuner.json"
+    command = [sys.executable, "-m", "benchmarks.gpu.tuner", "--tiny", "--folder", str(tmp_path / "work"), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=390)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(out.read_text())
+    assert result["probe"]["trials"][0]["policy"] == "exact"
     assert done.stdout.rstrip().endswith(str(out)), "the table is the last thing it prints"

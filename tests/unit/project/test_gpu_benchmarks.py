@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from benchmarks.gpu import bound, page, quality, report, routing, serve, three_l
 from benchmarks.gpu import kernel as kernel_stage
 from benchmarks.gpu.shapes import DEEPSEEK_V2_LITE, QWEN3_30B, QWEN15_MOE, TINY, Shape
 from sere_ext.routing import build
+from tests.kit import ROOT
 from tests.kit.planted import PlantedEngine, run, spec_for, write_items
 
 
@@ -325,3 +328,37 @@ def test_the_page_is_made_of_results(tmp_path: Path) -> None:
     drawn = page.figure(result, "skewed")
     assert drawn.count("<polyline") == 3
     assert "nan" not in drawn
+
+
+@pytest.mark.parametrize(("stage", "rows"), [("kernel", 2), ("quality", 1)])
+def test_a_stage_runs_to_its_end_without_a_gpu(stage: str, rows: int, tmp_path: Path) -> None:
+    """`--tiny`, as the runbook asks for before a machine is lent; `layer` and those that need an engine have tests of their own."""
+    out = tmp_path / f"{stage}.json"
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.gpu.{stage}", "--tiny", "--out", str(out)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(out.read_text())
+    assert len(result["rows"]) >= rows
+    if stage == "kernel":
+        assert set(result["rows"][0]["coldUs"]) == set(kernel_stage.POLICIES)
+    assert done.stdout.rstrip().endswith(str(out)), "the table is the last thing it prints"
+
+
+def test_rows_are_kept_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that goes away in the middle leaves the rows that it had measured."""
+    out = tmp_path / "kernel.json"
+    sizes = iter((1, 2))
+
+    def row(*_: Any, **__: Any) -> dict[str, Any]:
+        if next(sizes) == 2:
+            raise KeyboardInterrupt
+        return {"experts": 16, "tokens": 1}
+
+    monkeypatch.setattr(kernel_stage, "row", row)
+    monkeypatch.setattr(kernel_stage, "cold", lambda *_, **__: {})
+    monkeypatch.setattr(sys, "argv", ["kernel", "--tiny", "--out", str(out)])
+    with pytest.raises(KeyboardInterrupt):
+        kernel_stage.main()
+    assert json.loads(out.read_text())["rows"] == [{"experts": 16, "tokens": 1, "coldUs": {}}]
