@@ -142,7 +142,7 @@ def test_kill_switch_and_back(world: World) -> None:
     eventually(lambda: world.digests() == [digest, digest], 10)
 
 
-def test_quiet_time_writes_nothing_but_the_lease(world: World) -> None:
+def test_quiet_time_writes_nothing_but_the_lease_and_reads_next_to_nothing(world: World) -> None:
     for name in ("a", "b"):
         world.apply(manifest(name, routing={"mode": "Static", "policy": STATIC}))
     for name in ("a", "b"):
@@ -157,11 +157,13 @@ def test_quiet_time_writes_nothing_but_the_lease(world: World) -> None:
             for item in world.items(kind)
         }
 
-    before, lease = versions(), _lease(world)
+    before, lease, reads = versions(), _lease(world), world.operator.metric("sere_operator_reads_total")
     time.sleep(50)  # longer than the idle poll, so that pods were asked again
     after = versions()
     assert {key for key in {*before, *after} if before.get(key) != after.get(key)} == set()
     assert _lease(world) != lease
+    # Both were looked at, and the watch was held against a list of each kind once.
+    assert world.operator.metric("sere_operator_reads_total") - reads <= 4
 
 
 def _lease(world: World) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,12 @@ class OperatorProcess:
         assert self._process is not None
         self._process.terminate()
         return self._process.wait(timeout=20)
+
+    def metric(self, name: str) -> float:
+        """A gauge of the running process's /metrics."""
+        (*_, started) = (line for line in self.log().splitlines() if '"event": "started"' in line)
+        page = urllib.request.urlopen(f"http://127.0.0.1:{json.loads(started)['port']}/metrics", timeout=10).read().decode()
+        return float(next(line.split()[1] for line in page.splitlines() if line.startswith(f"{name} ")))
 
     def log(self) -> str:
         return self.path.read_text()

@@ -23,6 +23,7 @@ class Client:
     def __init__(self, api: Api, threads: int = 16) -> None:
         self._api = api
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kube")
+        self.reads = 0  # requests since the start that only read
         self.writes = 0  # writes since the start that the API server took, for the operator's own metrics
 
     async def _run(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
@@ -34,9 +35,11 @@ class Client:
         return answer
 
     async def get(self, kind: str, namespace: str, name: str) -> Object | None:
+        self.reads += 1
         return await self._run(self._api.get, kind, namespace, name)
 
     async def list(self, kind: str, namespace: str | None, selector: str = "", fields: str = "") -> list[Object]:
+        self.reads += 1
         return await self._run(self._api.list, kind, namespace, selector, fields)
 
     async def apply(self, body: Object, *, subresource: str | None = None, manager: str | None = None) -> Object:

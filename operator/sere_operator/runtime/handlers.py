@@ -9,20 +9,21 @@ import structlog
 from kopf._core.intents.registries import SmartOperatorRegistry
 
 from sere_operator.api import meta
+from sere_operator.runtime.cache import Cache
 from sere_operator.runtime.reconciler import Key, Reconciler
 from sere_operator.runtime.switch import pulled
 
 log = structlog.get_logger(__name__)
 
 # Kinds whose objects are children: watched by label on the server's side.
-CHILDREN = (
-    ("apps", "v1", "deployments"),
-    ("", "v1", "services"),
-    ("", "v1", "configmaps"),
-    ("", "v1", "pods"),
-    ("policy", "v1", "poddisruptionbudgets"),
-    ("batch", "v1", "jobs"),
-)
+CHILDREN = {
+    "Deployment": ("apps", "v1", "deployments"),
+    "Service": ("", "v1", "services"),
+    "ConfigMap": ("", "v1", "configmaps"),
+    "Pod": ("", "v1", "pods"),
+    "PodDisruptionBudget": ("policy", "v1", "poddisruptionbudgets"),
+    "Job": ("batch", "v1", "jobs"),
+}
 
 
 class Wakes:
@@ -80,30 +81,33 @@ class Wakes:
             self._reconciler.wake(key)
 
 
-def registry(wakes: Wakes) -> kopf.OperatorRegistry:
-    """All handlers: each only wakes."""
+def registry(wakes: Wakes, cache: Cache) -> kopf.OperatorRegistry:
+    """All handlers: each only remembers what it was shown, and wakes."""
     handlers = SmartOperatorRegistry()  # "smart": brings kopf's own logins (service account, KUBECONFIG)
     plurals = {meta.DEPLOYMENT_KIND: meta.DEPLOYMENTS, meta.TUNING_JOB_KIND: meta.TUNING_JOBS}
 
     def watch_resource(kind: str, plural: str) -> None:
         @kopf.on.event(meta.GROUP, meta.VERSION, plural, id=f"wake-{plural}", registry=handlers)
         async def resource(event: Any, body: Any, **_: Any) -> None:
+            cache.shown(kind, event["object"], gone=event["type"] == "DELETED")
             wakes.resource(kind, body, event["type"] == "DELETED")
 
-    def watch_child(group: str, version: str, plural: str) -> None:
+    def watch_child(kind: str, group: str, version: str, plural: str) -> None:
         @kopf.on.event(
             group, version, plural, labels={meta.MANAGED_BY_LABEL: meta.FIELD_MANAGER}, id=f"wake-{plural}", registry=handlers
         )
-        async def child(body: Any, **_: Any) -> None:
+        async def child(event: Any, body: Any, **_: Any) -> None:
+            cache.shown(kind, event["object"], gone=event["type"] == "DELETED")
             wakes.child(body["metadata"].get("labels") or {}, body["metadata"]["namespace"])
 
     for kind, plural in plurals.items():
         watch_resource(kind, plural)
-    for group, version, plural in CHILDREN:
-        watch_child(group, version, plural)
+    for kind, (group, version, plural) in CHILDREN.items():
+        watch_child(kind, group, version, plural)
 
     @kopf.on.event(meta.GROUP, meta.VERSION, meta.PROFILES, id="wake-profiles", registry=handlers)
-    async def profile(body: Any, **_: Any) -> None:
+    async def profile(event: Any, body: Any, **_: Any) -> None:
+        cache.shown(meta.PROFILE_KIND, event["object"], gone=event["type"] == "DELETED")
         wakes.profile(body["metadata"]["namespace"])
 
     return handlers
@@ -123,6 +127,6 @@ def kopf_settings(namespaced: bool) -> kopf.OperatorSettings:
     settings.networking.request_timeout = 60  # 300 by default
     settings.networking.connect_timeout = 10
     selector = f"{meta.MANAGED_BY_LABEL}={meta.FIELD_MANAGER}"
-    for group, version, plural in CHILDREN:
+    for group, version, plural in CHILDREN.values():
         settings.watching.label_selectors[group, version, plural] = selector  # else filtered only after the download
     return settings

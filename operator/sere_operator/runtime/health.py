@@ -34,6 +34,7 @@ class Health:
             ("sere_operator_resources", "resources known", lambda: float(len(self.reconciler.entries))),
             ("sere_operator_reconciliations_total", "reconciliations that succeeded", lambda: float(self.reconciler.reconciled)),
             ("sere_operator_reconciliation_errors_total", "reconciliations that failed", lambda: float(self.reconciler.failed)),
+            ("sere_operator_reads_total", "reads of the API server, but for the Lease", lambda: float(self.clients[0].reads)),
             (
                 "sere_operator_writes_total",
                 "writes to the API server",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import math
 import os
 import random
 import signal
@@ -24,15 +25,16 @@ from sere_operator.api import meta
 from sere_operator.kube import Api, in_cluster_or_kubeconfig
 from sere_operator.plan.decide import decide
 from sere_operator.plan.ownership import YIELD_S, marked, yielded
-from sere_operator.plan.snapshot import Event, Plan, Resource
+from sere_operator.plan.snapshot import Event, Plan, Resource, Snapshot
 from sere_operator.plan.tuning.decide import decide_tuning
 from sere_operator.runtime import handlers
 from sere_operator.runtime.attention import Attention
+from sere_operator.runtime.cache import Cache, FreshReads, RememberedReads
 from sere_operator.runtime.client import Client
 from sere_operator.runtime.enact import enact
 from sere_operator.runtime.health import Health
 from sere_operator.runtime.lease import Elector, LeaseSettings, lead
-from sere_operator.runtime.observe import observe, observe_tuning
+from sere_operator.runtime.observe import Reads, Told, observe, observe_tuning
 from sere_operator.runtime.pacing import Rollouts
 from sere_operator.runtime.probe import Prober
 from sere_operator.runtime.reconciler import Key, Place, Reconciler
@@ -76,6 +78,8 @@ class Operator:
         self.attention = Attention()
         self._token_problems: dict[Key, str] = {}  # the last Warning about refused tokens, by resource
         self.rollouts = Rollouts(settings.engine_rollouts)
+        self.cache = Cache()
+        self._read_at: dict[Key, float] = {}  # when a resource was last read from the API server, monotonic seconds
         self._challenged: dict[str, float] = {}  # by uid: when another operator's ownership was last asked about
         self.wakes = handlers.Wakes(self.reconciler, self.switch)
         self.health = Health(self.reconciler, (self.client, self.urgent))
@@ -91,26 +95,24 @@ class Operator:
         return next_s
 
     async def _reconcile(self, key: Key, watched_s: float, place: Place) -> float | None:
+        """Decide by what the watches have shown; where that is not to be trusted, or something is to be written, by new reads."""
         kind, namespace, name = key
         api_key, problem = await self._api_key(key)
         prober = self.prober.for_resource(partial(self.reconciler.wake, key), place.aside, api_key)
-        defaults = self.settings.defaults
-        if kind == meta.TUNING_JOB_KIND:
-            run = await observe_tuning(self.client, prober, namespace, name, defaults)
-            if run is None:
-                return None
-            seen: Resource = run
-            plan = decide_tuning(run, defaults)
-        else:
-            snapshot = await observe(self.client, prober, namespace, name, defaults)
-            if snapshot is None:
-                self.rollouts.forget(key)
-                self._token_problems.pop(key, None)
-                return None
-            refused = problem or "; ".join(prober.refusals)
-            plan = decide(replace(snapshot, watched_s=watched_s, tokens_refused=refused), defaults)
-            seen, plan = snapshot, self.rollouts.paced(key, snapshot, plan)
-            self._warn_of_tokens(key, plan, refused)
+        told: Told = {}
+        if time.monotonic() - self._read_at.get(key, -math.inf) < self.settings.resync_s:
+            remembered = await self._decided(key, RememberedReads(self.client, self.cache), prober, watched_s, told, problem)
+            if remembered is not None and self._quiet(key, *remembered):
+                return remembered[1].requeue_after
+        found = await self._decided(key, FreshReads(self.client, self.cache), prober, watched_s, told, problem)
+        if found is None:
+            self._forget(key)
+            return None
+        self._read_at[key] = time.monotonic()
+        seen, plan = found
+        if isinstance(seen, Snapshot):
+            plan = self.rollouts.paced(key, seen, plan)
+            self._warn_of_tokens(key, plan, seen.tokens_refused)
         plan = self._claimed(seen, plan) or marked(seen, plan, self.settings.instance)
         if plan.writes:
             log.info(
@@ -122,6 +124,36 @@ class Operator:
             )  # fmt: skip
         written = await enact(self.client, seen, plan, lambda: self.elector.leads)
         return written.requeue_after
+
+    async def _decided(
+        self, key: Key, reads: Reads, prober: Prober, watched_s: float, told: Told, problem: str
+    ) -> tuple[Resource, Plan] | None:
+        """What these reads show of a resource, and what is to be done for it; None where it is gone."""
+        kind, namespace, name = key
+        defaults = self.settings.defaults
+        if kind == meta.TUNING_JOB_KIND:
+            run = await observe_tuning(reads, prober, namespace, name, defaults)
+            return None if run is None else (run, decide_tuning(run, defaults))
+        snapshot = await observe(reads, prober, namespace, name, defaults, told)
+        if snapshot is None:
+            return None
+        refused = problem or "; ".join(prober.refusals)
+        snapshot = replace(snapshot, watched_s=watched_s, tokens_refused=refused)
+        return snapshot, decide(snapshot, defaults)
+
+    def _quiet(self, key: Key, seen: Resource, plan: Plan) -> bool:
+        """Whether nothing is to be written or said for a resource of this operator's."""
+        if seen.status.get("operator") != self.settings.instance:
+            return False
+        plan = marked(seen, plan, self.settings.instance)  # whose patch would else take the operator's name out
+        said = not isinstance(seen, Snapshot) or seen.tokens_refused == self._token_problems.get(key, "")
+        return said and not plan.writes and not plan.events
+
+    def _forget(self, key: Key) -> None:
+        """The resource is gone."""
+        self.rollouts.forget(key)
+        self._token_problems.pop(key, None)
+        self._read_at.pop(key, None)
 
     async def _api_key(self, key: Key) -> tuple[str | None, str]:
         """The key that this resource's engines ask for, and why it cannot be had ("": nothing is wrong)."""
@@ -195,7 +227,7 @@ class Operator:
             group.create_task(self.resync())
             existing = asyncio.all_tasks()
             tasks = await kopf.spawn_tasks(
-                registry=handlers.registry(self.wakes),
+                registry=handlers.registry(self.wakes, self.cache),
                 settings=handlers.kopf_settings(namespaced),
                 clusterwide=not namespaced,
                 namespaces=list(self.settings.namespaces),

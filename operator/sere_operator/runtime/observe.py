@@ -7,7 +7,7 @@ import base64
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from sere_ext.contract.config_maps import encoded, places
 from sere_ext.contract.errors import SimilarityError
@@ -19,13 +19,26 @@ from sere_operator.plan.objects.children import Defaults
 from sere_operator.plan.reads import Artefact, Child, Events, Golden, Listed, Metrics, Read, ServiceToken, State, Token
 from sere_operator.plan.snapshot import Object, Similarity, Snapshot, TuningSnapshot
 from sere_operator.plan.tuning.needs import needs_tuning, taken_tuning
-from sere_operator.runtime.client import Client
 from sere_operator.runtime.probe import Prober
 
 
-async def observe(client: Client, prober: Prober, namespace: str, name: str, defaults: Defaults) -> Snapshot | None:
-    """Everything about one SereDeployment, None if there is none."""
-    reader = Reader(client, prober, namespace)
+class Reads(Protocol):
+    """Where objects are read: the API server, or what is remembered of it. Errors are those of `kube.Api`."""
+
+    async def get(self, kind: str, namespace: str, name: str) -> Object | None: ...
+    async def list(self, kind: str, namespace: str, selector: str = "", fields: str = "") -> list[Object]: ...
+
+
+Told = dict[Read, Any]
+
+
+async def observe(reads: Reads, prober: Prober, namespace: str, name: str, defaults: Defaults, told: Told) -> Snapshot | None:
+    """Everything about one SereDeployment, None if there is none.
+
+    Args:
+        told: what pods answered a moment ago, so that they are not asked again; their answers of now are added.
+    """
+    reader = Reader(reads, prober, namespace, told)
     found = await reader.read(Child(meta.DEPLOYMENT_KIND, name))
     if found is None:
         return None
@@ -35,9 +48,9 @@ async def observe(client: Client, prober: Prober, namespace: str, name: str, def
     return replace(snapshot, now=time.time())
 
 
-async def observe_tuning(client: Client, prober: Prober, namespace: str, name: str, defaults: Defaults) -> TuningSnapshot | None:
+async def observe_tuning(reads: Reads, prober: Prober, namespace: str, name: str, defaults: Defaults) -> TuningSnapshot | None:
     """Everything about one SereTuningJob, None if there is none."""
-    reader = Reader(client, prober, namespace)
+    reader = Reader(reads, prober, namespace, {})
     found = await reader.read(Child(meta.TUNING_JOB_KIND, name))
     if found is None:
         return None
@@ -51,9 +64,10 @@ async def observe_tuning(client: Client, prober: Prober, namespace: str, name: s
 class Reader:
     """Carries out reads in one namespace."""
 
-    client: Client
+    reads: Reads
     prober: Prober
     namespace: str
+    told: Told
 
     async def all(self, reads: Iterable[Read]) -> dict[Read, Any]:
         """The answers of reads that are done at the same time."""
@@ -67,15 +81,22 @@ class Reader:
             ApiError: the API server refused a read. What a pod answers never raises.
         """
         match read:
+            case State() | Token() | Metrics() | ServiceToken() | Golden():
+                if read not in self.told:
+                    self.told[read] = await self._ask(read)
+                return self.told[read]
             case Child(kind, name):
                 return await self._object(kind, name)
             case Listed(kind, selector):
-                return await self.client.list(kind, self.namespace, selector)
+                return await self.reads.list(kind, self.namespace, selector)
             case Events(kind, name, uid):
                 fields = f"involvedObject.kind={kind},involvedObject.name={name},involvedObject.uid={uid}"
-                return await self.client.list("Event", self.namespace, fields=fields)
+                return await self.reads.list("Event", self.namespace, fields=fields)
             case Artefact(uri):
-                return await read_similarity(self.client, self.namespace, uri)
+                return await read_similarity(self.reads, self.namespace, uri)
+
+    async def _ask(self, read: State | Token | Metrics | ServiceToken | Golden) -> Any:
+        match read:
             case State(_, base):
                 return await self.prober.state(base)
             case Token(_, base, model, container, digest):
@@ -89,29 +110,29 @@ class Reader:
 
     async def _object(self, kind: str, name: str) -> Object | None:
         """One object with its kind; of our own kinds a read leaves the type out."""
-        body = await self.client.get(kind, self.namespace, name)
+        body = await self.reads.get(kind, self.namespace, name)
         if body is None:
             return None
         ours = kind in (meta.DEPLOYMENT_KIND, meta.TUNING_JOB_KIND, meta.PROFILE_KIND)
         return {**body, **({"apiVersion": meta.API_VERSION} if ours else {}), "kind": kind}
 
 
-async def read_similarity(client: Client, namespace: str, uri: str) -> Similarity:
+async def read_similarity(reads: Reads, namespace: str, uri: str) -> Similarity:
     """The artefact behind `configmap://name/key`, checked; the key may be its first shard's. A claim cannot be read from here."""
     if not uri.startswith("configmap://"):
         return Similarity(problem=f"{uri} cannot be read by the operator; put the artefact into a ConfigMap")
     name, _, key = uri.removeprefix("configmap://").partition("/")
     try:
         sharded = places(name, key)
-        parts = await asyncio.gather(*(_binary(client, namespace, *place) for place in sharded or [(name, key)]))
+        parts = await asyncio.gather(*(_binary(reads, namespace, *place) for place in sharded or [(name, key)]))
         content = join(parts) if sharded else parts[0]
         return Similarity(encoded(content), verified_digest(content))
     except SimilarityError as error:  # never an ApiError, which is tried again
         return Similarity(problem=f"{uri}: {error}")
 
 
-async def _binary(client: Client, namespace: str, name: str, key: str) -> bytes:
-    config_map = await client.get("ConfigMap", namespace, name)
+async def _binary(reads: Reads, namespace: str, name: str, key: str) -> bytes:
+    config_map = await reads.get("ConfigMap", namespace, name)
     text = ((config_map or {}).get("binaryData") or {}).get(key)
     if text is None:
         raise SimilarityError(f"ConfigMap {name} has no binary key {key}")

@@ -76,8 +76,9 @@ class Settings:
     """
 
     resync_s: float = 300.0
-    """SERE_RESYNC_S, seconds: every resource is looked at at least this often, and whether the watch shows what a list shows is
-    checked five times as often. Default 300: a net below the watches, which find nearly all there is to find.
+    """SERE_RESYNC_S, seconds: every resource is read anew from the API server at least this often; between, what the watches have
+    shown is enough where nothing is to be written. Whether the watch shows what a list shows is checked five times as often.
+    Default 300: a net below the watches, which find nearly all there is to find.
     """
 
     identity: str = ""

@@ -38,6 +38,12 @@ def canaries(world: World) -> list[Pod]:
     return [pod for pod in world.pods if POLICY_ANNOTATION in pod.annotations]
 
 
+def until_annotated(world: World) -> World:
+    while not canaries(world):
+        world.step()
+    return world
+
+
 def replace_pod(world: World, old: Pod) -> None:
     """A drain: the pod goes, its Deployment makes another."""
     world.pods.remove(old)
@@ -110,6 +116,18 @@ def test_histograms_that_cannot_be_read_do_not_keep_a_canary_for_ever_and_write_
     assert world.condition("PolicyApplied")["reason"] == "Inconclusive"
     assert "histograms of both sides could not be read in time" in world.condition("PolicyApplied")["message"]
     assert {pod.digest for pod in world.pods} == {"exact"}
+
+
+def test_a_canary_that_shows_the_policy_and_gives_no_token_under_it_is_not_compared() -> None:
+    world = until(begun(), "Canary")
+    (canary,) = canaries(until_annotated(world))
+    world.unproven = {canary.name}
+    look_for(world, 20)
+    assert canary.digest == DIGEST
+    assert world.status["rollout"]["stage"] == "Canary"
+    assert "waiting for the canary" in world.condition("PolicyApplied")["message"]
+    world.unproven = set()
+    until(world, "Analysing")
 
 
 # ---- pods come and go --------------------------------------------------------------------------------------------

@@ -12,8 +12,11 @@ from sere_ext.contract.policy import Policy
 from sere_ext.contract.volume import POLICY_SHARDS
 from sere_operator.plan.decide import decide
 from sere_operator.plan.objects.children import Defaults
+from sere_operator.plan.rollout.aftermath import inconclusive
 from sere_operator.plan.rollout.candidate import SETTLE_S, WATCH_S, candidates_turn
+from sere_operator.plan.rollout.step import Step
 from sere_operator.plan.snapshot import Similarity
+from sere_operator.plan.times import seconds
 from tests.kit.plan_world import DIGEST, POLICY, CrashError, Pod, World, profile_body
 from tests.kit.states import engine_state
 
@@ -403,6 +406,16 @@ def test_a_quiet_night_bans_nothing_and_is_tried_again() -> None:
     world.tick(310)
     world.settle()
     assert {pod.digest for pod in world.pods} == {DIGEST}
+
+
+def test_a_policy_that_stays_inconclusive_is_tried_ever_more_seldom() -> None:
+    base, known, waits = Step(stable="exact"), {"candidate": DIGEST}, []
+    for _ in range(10):
+        step = inconclusive(base, known, 0.0, "no traffic")
+        assert step.rollout is not None
+        known = step.rollout
+        waits.append(seconds(known["nextAttemptAt"]))
+    assert waits == [300, 600, 1200, 2400, 4800, 9600, 19_200, 21_600, 21_600, 21_600], "doubled up to 6 hours"
 
 
 def test_tuning_begins_once_a_pod_answers_and_never_holds_ready() -> None:
