@@ -61,6 +61,20 @@ def test_re_routing_comes_before_capture_and_before_the_map_to_physical_experts(
     assert ids.unique().tolist() == [6]
 
 
+def test_a_wrapped_router_asks_for_its_ids_so_that_no_fused_decode_step_routes_in_its_place() -> None:
+    """DeepSeek-V4.1's fused front (vLLM 0.33) stands back where a router has a capture function; compiled routing stays one graph."""
+    router = CPURouter(top_k=2, global_num_experts=8)
+    state = LayerState(number=0, experts=8, top_k=2, renormalise=True, scoring=None)
+    assert router.capture_fn is None
+    seam._wrap(router, ops.bind([state]))
+    assert router.capture_fn is not None
+    hidden, logits = torch.zeros(3, 4), torch.randn(3, 8)
+    plain = router.select_experts(hidden, logits, torch.int32)
+    traced = torch.compile(router.select_experts, fullgraph=True, backend="eager")(hidden, logits, torch.int32)
+    assert all(map(torch.equal, plain, traced))
+    assert state.counters[:, 0].sum() == 2, "both passed the operator"
+
+
 def test_two_engines_of_one_process_keep_their_own_layers() -> None:
     layers = [LayerState(number=n, experts=8, top_k=2, renormalise=True, scoring=None) for n in range(3)]
     first, second = ops.bind(layers[:2]), ops.bind(layers[2:])

@@ -114,6 +114,12 @@ def _wrap(router: Any, slot: int) -> None:
         return weights, ids
 
     router._compute_routing = routing
+    # A model's own fused decode step that routes by itself (DeepSeek-V4.1's) stands back where somebody wants the router's ids.
+    router.set_capture_fn(_wants_ids)
+
+
+def _wants_ids(topk_ids: Any) -> None:
+    """Take a router's ids and do nothing. vLLM's own capture of routed experts puts its function in this one's place."""
 
 
 def _wrap_experts(runner: Any) -> None:

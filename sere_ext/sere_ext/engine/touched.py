@@ -67,6 +67,11 @@ LEDGER = (
          "topk_ids = self._apply_eplb_mapping(topk_ids)"),
     ),
     Touched(
+        f"{_MOE}.router.base_router:BaseRouter.set_capture_fn", "called",
+        "fused decode steps of a model's own yield to it, and are then routed by the router", _ALL, _ROUTERS,
+        ("self.capture_fn = capture_fn",),
+    ),
+    Touched(
         f"{_MOE}.router.base_router:BaseRouter.__init__", "read", "slots per token", _ALL, _ROUTERS, ("self.top_k = top_k",),
     ),
     Touched(
