@@ -187,7 +187,7 @@ def ext_decode(name: str, result: dict[str, Any]) -> str:
         rows.append([str(arm["concurrency"]), f"`{arm['arm']}`", f"{arm['tpotMs']:.1f}", ratio, active, slots])
     return (
         _table(["concurrency", "arm", "TPOT ms", "stock / arm, 95 %", "active experts", "experts per token"], rows)
-        + f"\n`{part['model']}`, {_shape(part)}; {part['rounds']} rounds in which the arms take turns; `stock` has no plug-in loaded; "
+        + f"\n{_shape(part)}; {part['rounds']} rounds in which the arms take turns; `stock` has no plug-in loaded; "
         f"{_where(part['machine'])}.\n"
     )
 
@@ -208,7 +208,7 @@ def ext_short(result: dict[str, Any]) -> str:
 
 
 def _shape(part: dict[str, Any]) -> str:
-    return f"{part['experts']} experts, top-{part['topK']}, widened {part['factor']} times"
+    return f"`{part['model']}`: {part['experts']} experts, top-{part['topK']}, widened {part['factor']} times"
 
 
 def ext_parts(name: str, result: dict[str, Any]) -> str:
