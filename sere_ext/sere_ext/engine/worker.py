@@ -26,7 +26,7 @@ GRAPH_FORM = 2
 
 
 def patch_worker_base() -> None:
-    """Give WorkerBase our methods and a look at the settings. Safe to call again."""
+    """Give WorkerBase our RPC methods, and have every worker read the settings as it is made. Safe to call again."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     if getattr(WorkerBase, "_sere_patched", False):
@@ -51,7 +51,7 @@ def patch_worker_base() -> None:
 
 
 def _attach(worker: Any, vllm_config: Any, settings: Settings) -> None:
-    """Hook this worker's model loading and warm-up; mark the compile cache as ours."""
+    """Wrap this worker's model loading, warm-up and steps, and mark the compile cache as ours."""
     from sere_ext.engine.backends import prefer_modular
     from sere_ext.engine.features import check_features
     from sere_ext.engine.proof import prove_hit

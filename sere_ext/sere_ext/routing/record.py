@@ -19,7 +19,7 @@ class Recorder:
     _seen: dict[int, int] = field(default_factory=dict)
 
     def add(self, weights: Any, ids: Any, logits: Any) -> None:
-        """Look at one call under exact routing.
+        """Keep one call under exact routing, if it is due.
 
         Args:
             weights, ids: torch tensors [T, k] on the CPU, float32 and int32 or int64.

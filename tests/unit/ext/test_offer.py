@@ -106,6 +106,15 @@ def test_workers_that_cannot_read_the_path_get_the_bytes(tmp_path: Path, monkeyp
     assert not path.exists()
 
 
+def test_a_files_bytes_pass_through_the_messages_between_vllms_processes() -> None:
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    content = bytes(range(256)) * 20_000
+    message = 0, 7, "collective_rpc", ("sere_offer", None, ("sha256:0", content, "similarity.safetensors"), None)
+    _, _, _, (_, _, args, _) = MsgpackDecoder().decode(MsgpackEncoder().encode(message))
+    assert tuple(args) == ("sha256:0", content, "similarity.safetensors")
+
+
 def test_a_file_in_force_is_not_handed_over_again(tmp_path: Path) -> None:
     engine = Engine()
     path = engine_of(tmp_path / "model", engine)
