@@ -187,6 +187,7 @@ COMBINATIONS = (
                 "routes inside the model's own layer, without a router; choose another `--moe-backend`"),
     Combination("DeepSeek-V4.1", "any", "Blackwell", "`decode_backend`", "none",
                 "decode steps pass by the router; drop it from --additional-config"),
+    Combination("Flint", "bf16, NVFP4", "Blackwell", "any", "none", "its own kernels route small batches, without the router"),
     Combination("Llama 4", "any", "any", "any", "none", "one expert per token, which is always kept"),
     Combination("any", "any", "any", "Humming, HPC, CUTLASS, MoonEP, Mori, NVLink all-to-all, ROCm and XPU kernels", "not read",
                 "nobody has read yet what they make of a freed slot; choose another `--moe-backend`"),

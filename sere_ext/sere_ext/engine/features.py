@@ -38,6 +38,8 @@ def refusals(vllm_config: Any, *, batch_invariant: bool = False) -> list[str]:
         found.append("--moe-backend with mega_moe: the model routes inside its own layers, without a router; choose another")
     if (getattr(vllm_config, "additional_config", None) or {}).get("decode_backend"):
         found.append("additional_config.decode_backend: decode steps pass by the router, so they would stay exact; drop it")
+    if getattr(getattr(model, "hf_config", None), "model_type", "") == "flint":
+        found.append("the model Flint: its own kernels route small batches, without the router; serve it without sere")
     if getattr(parallel, "use_sequence_parallel_moe", False):
         found.append(
             "sequence-parallel experts (tensor, data and expert parallel at once): a rank routes a share of the batch only; drop "

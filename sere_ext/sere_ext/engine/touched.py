@@ -211,7 +211,10 @@ LEDGER = (
     Touched("vllm.config.vllm:VllmConfig", "read", "as above", _ALL, "none needed", ("lora_config: LoRAConfig | None", "kernel_config: KernelConfig", "additional_config: dict | SupportsHash")),
     Touched("vllm.config.kernel:KernelConfig", "read", "as above", _ALL, "none needed", ("moe_backend: MoEBackend",)),
     Touched("vllm.config.model:ModelConfig", "read", "as above", _ALL, "none needed",
-            ("enable_sleep_mode: bool", "enforce_eager: bool")),
+            ("enable_sleep_mode: bool", "enforce_eager: bool", "hf_config: Pre")),
+    Touched("vllm.models.flint.configs:FlintConfig", "read", "as above", "0.33-0.33", "none needed", ("model_type = 'flint'",)),
+    Touched("vllm.models.flint.model:FlintSparseMoeBlock.forward", "read", "small batches pass by the router", "0.33-0.33",
+            "none needed", ("self.bf16_decode is not None and hidden_states.shape[0] <= BF16_DECODE_MAX_TOKENS",)),
     Touched(
         "vllm.plugins.endpoint_plugins.interface:EndpointPlugin", "read", "interface of routes", _ALL, "none needed",
         ("name: str", "required_tasks: 'tuple[SupportedTask, ...] | None'"),

@@ -18,7 +18,7 @@ def config(**changed: Any) -> SimpleNamespace:
         "tensor_parallel_size": 1, "data_parallel_size": 1, "pipeline_parallel_size": 1, "prefill_context_parallel_size": 1,
         "enable_expert_parallel": False, "use_sequence_parallel_moe": False, "enable_eplb": False, "use_ubatching": False,
     }  # fmt: skip
-    model = {"enable_sleep_mode": False, "enforce_eager": False}
+    model = {"enable_sleep_mode": False, "enforce_eager": False, "hf_config": SimpleNamespace(model_type="qwen3_moe")}
     return SimpleNamespace(
         kernel_config=SimpleNamespace(moe_backend=changed.get("moe_backend", "auto")),
         additional_config=changed.get("additional_config", {"sere": {}}),
@@ -39,6 +39,7 @@ def test_what_works_is_let_through(allowed: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("refused", "says"),
     [
+        ({"hf_config": SimpleNamespace(model_type="flint")}, "Flint: its own kernels route small batches.*serve it without sere"),
         (
             {"pipeline_parallel_size": 4},
             "--pipeline-parallel-size 4: a stage holds some of the layers.*use --tensor-parallel-size",

@@ -54,9 +54,9 @@ def test_what_is_not_in_all_releases_is_for_the_cpu_or_refused_where_it_is_missi
     late = {entry.symbol.rpartition(":")[2]: entry.span[0] for entry in LEDGER if entry.span[0] > SINCE}
     assert "AsyncMPClient.call_utility_all_async" in late, "see switch.unreachable"
     del late["AsyncMPClient.call_utility_all_async"]
-    new = [name for name in late if "Substitut" in name]
-    assert len(new) == 5
-    assert {late.pop(name) for name in new} == {(0, 33)}, "vLLM knows no constants before; see backends.constants_of"
+    new = [name for name in late if "Substitut" in name or "Flint" in name]
+    assert len(new) == 7
+    assert {late.pop(name) for name in new} == {(0, 33)}, "vLLM knows no constants and no Flint before"
     assert late.pop("FusedMoERouter.supports_monolithic_kernels") == (0, 33), "see backends.prefer_modular"
     assert set(late.values()) == {CPU_SINCE}
     assert all("cpu" in name.lower() for name in late), late
