@@ -78,6 +78,9 @@ bench-telemetry: setup ## What counters, polling and latency metrics cost of a s
 bench-share: setup ## What part of a decode step experts take, and the memory of an engine, as JSON
 	$(PY) -m benchmarks.share $(ARGS)
 
+bench-operator: setup ## What 200 SereDeployments cost the operator: time, reads, processor and memory, as JSON
+	tests/kit/one-node -k -- $(PY) -m benchmarks.operator_scale
+
 soak-switches: setup ## A thousand policy switches on a real server under load, as JSON
 	$(PY) -m benchmarks.soak_switches $(ARGS)
 
