@@ -74,6 +74,27 @@ async def test_what_the_routers_count_is_summed_over_engines() -> None:
     assert (report.active_before, report.active_after, report.covered) == (3.5, 1.5, 1.0)
 
 
+async def test_steps_under_exact_routing_are_counted_by_their_size() -> None:
+    """Two steps of 20 tokens and a prefill, on every rank of two engines: the median step has 20, whatever the concurrency."""
+    engine = Engines()
+    host = hosted(engine)
+    await host.apply("{}")
+    assert host.digest == "exact"
+
+    async def send(_: Request) -> AsyncIterator[tuple[str, int]]:
+        for state in ranks_of(engine):
+            for row, tokens in ((4, 20), (4, 20), (8, 400)):  # 16 to 31 tokens, and 256 to 511
+                state.layers[0].counters[row, kernel.CALLS] += 1
+                state.layers[0].counters[row, kernel.TOKENS] += tokens
+        yield "x", 1
+
+    host.send = send  # type: ignore[method-assign]
+    report = await host.block([Request("a", 1)], Load(concurrency=1), [], None, None)
+    assert (report.step_tokens, report.covered) == (20, 1.0)
+    await host.apply(TEXT)
+    assert (await host.block([Request("a", 1)], Load(concurrency=1), [], None, None)).step_tokens is None
+
+
 async def test_engines_that_differ_are_an_error_and_no_figure() -> None:
     engine = Engines()
     host = hosted(engine)
