@@ -65,7 +65,7 @@ bench-verdicts: setup ## How often a certificate is false, over simulated studie
 bench-tuner: setup ## What whole studies leave of the best policy's speed, in made-up models, beside simpler ways to search
 	$(PY) benchmarks/tuner.py
 
-bench-policies: setup ## Accuracy against active experts of every kind of policy; renews docs/policies.md
+bench-policies: setup ## Accuracy against active experts of every kind of policy (12 minutes on one core); renews docs/policies.md
 	$(PY) -m benchmarks.policies
 	$(PY) -m benchmarks.policies --engine
 	$(PY) -m benchmarks.policies --model tests/assets/tiny_moe --items 1000

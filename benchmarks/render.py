@@ -125,19 +125,14 @@ def _challengers(result: dict[str, Any], chosen: Callable[[dict[str, Any]], bool
     )
 
 
-def novice(result: dict[str, Any]) -> str:
-    """Kind `novice` against the product's kinds, and how often it wins and loses."""
-    mine = [duel for duel in _duels(result) if duel["policy"].startswith("novice")]
+def kind(name: str, result: dict[str, Any]) -> str:
+    """One kind against those of the product: how often it wins and loses beyond noise, and by how much each time."""
+    mine = [duel for duel in _duels(result) if duel["policy"].split()[0] == name]
     text = []
-    for kind in dict.fromkeys(duel["kind"] for duel in mine):
-        verdicts = [duel["verdict"] for duel in mine if duel["kind"] == kind]
-        text.append(f"against `{kind}` it wins {verdicts.count('wins')} of {len(verdicts)} and loses {verdicts.count('loses')}")
+    for rival in dict.fromkeys(duel["kind"] for duel in mine):
+        verdicts = [duel["verdict"] for duel in mine if duel["kind"] == rival]
+        text.append(f"against `{rival}` it wins {verdicts.count('wins')} of {len(verdicts)} and loses {verdicts.count('loses')}")
     return f"`{result['model']}`: " + "; ".join(text) + ".\n\n" + _challengers(result, lambda duel: duel in mine)
-
-
-def hybrid(result: dict[str, Any]) -> str:
-    """Kind `hybrid` against the other kinds."""
-    return _challengers(result, lambda duel: duel["policy"].startswith("hybrid"))
 
 
 def pruned(result: dict[str, Any]) -> str:
@@ -297,9 +292,9 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "policies-short": (("policies-rows_moe",), policies_short),
     "policies-tiny-run": (("policies-tiny_moe",), policies_run),
     "policies-tiny": (("policies-tiny_moe",), policies_short),
-    "novice": (("policies-rows_moe",), novice),
-    "novice-tiny": (("policies-tiny_moe",), novice),
-    "hybrid": (("policies-rows_moe",), hybrid),
+    "novice": (("policies-rows_moe",), partial(kind, "novice")),
+    "novice-tiny": (("policies-tiny_moe",), partial(kind, "novice")),
+    "hybrid": (("policies-rows_moe",), partial(kind, "hybrid")),
     "pruned": (("policies-rows_moe",), pruned),
     "ext-short": (("ext",), ext_short),
     "ext-ops": (("ext",), ext_ops),
