@@ -4,7 +4,8 @@ A study is false if it ends with a policy whose true drop is over the limit (`fa
 is not below exact routing's (`falseFaster`). Block by block the answers and latencies are drawn; pairing, tests, ladder,
 ledger and baseline check are the product's. Some whole studies run through `tuner.tune` on a planted engine as well.
 
-`make bench-verdicts` writes benchmarks/results/verdicts.json and fails where a share is not shown to be at most 5 %.
+`make bench-verdicts` writes benchmarks/results/verdicts.json and fails where a share is not shown to be at most 5 %: of all
+studies, and of false "faster" in each simulated world in which no policy is faster.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +73,23 @@ class World:
     loads: tuple[float, ...] = (1.0,)  # weight of the drop at each load level
     group: int = 1  # records that are variants of one question, and named so
     earlier: int = 0  # studies on the same items before, each with the same ladder
+    times: int = 1  # as many studies as of another world, where a limit is to be shown of this world alone
 
 
 OVER = LIMIT + 0.0001  # just over the limit, where a false certificate is likeliest
 HARMFUL = (Policy(OVER, 1.2), Policy(OVER, 1.3), Policy(OVER, 1.4))
 SAME = (Policy(0.0, 1.0), Policy(0.0, 1.0), Policy(0.0, 1.0))
+SAME_WORLD = World(SAME, items=1200, gained=0.0, times=7)  # accuracy always passes, so that speed alone decides
 WORLDS: dict[str, World] = {
     "good policies": World((Policy(0.0005, 1.1), Policy(0.0025, 1.25), Policy(0.005, 1.4))),
+    "good policies, small gains": World((Policy(0.0, 1.05), Policy(0.0005, 1.08), Policy(0.001, 1.12)), items=2000, times=3),
     "at the limit": World(HARMFUL),
     "at the limit, many answers differ": World(HARMFUL, gained=0.02),
     "half over the limit": World((Policy(0.015), Policy(0.015), Policy(0.02))),
-    "no policy is faster": World(SAME),
-    "no policy is faster, noisy machine": World(SAME, noise=0.3),
-    "policies are slower": World((Policy(0.0, 0.97), Policy(0.0, 0.95), Policy(0.0, 0.9))),
-    "drift of 2 % a block, no policy is faster": World(SAME, drift=0.02),
+    "no policy is faster": SAME_WORLD,
+    "no policy is faster, noisy machine": replace(SAME_WORLD, noise=0.3),
+    "policies are slower": World((Policy(0.0, 0.97), Policy(0.0, 0.95), Policy(0.0, 0.9)), times=3),
+    "drift of 2 % a block, no policy is faster": replace(SAME_WORLD, drift=0.02),
     "drift of 2 % a block, at the limit": World(HARMFUL, drift=0.02),
     "exact routing fails on 0.5 %": World(HARMFUL, exact_failures=0.005),
     "exact routing fails on 0.05 %": World(HARMFUL, exact_failures=0.0005),
@@ -296,13 +300,20 @@ def run(studies: int, whole_studies: int, seed: int, say: Callable[[str], None] 
     """
     rows = {}
     for name, world in WORLDS.items():
-        families = max(2, studies // (1 + world.earlier) if world.earlier else studies)
+        families = max(2, studies * world.times // (1 + world.earlier))
         rows[name] = simulate(name, world, families, seed)
         say(f"{name}: {rows[name]}")
     rows[BASELINE] = baseline(studies, seed)
     if whole_studies:
         rows |= whole(whole_studies, seed)
     return summary(rows)
+
+
+def not_shown(result: dict[str, Any]) -> list[str]:
+    """What of a result has an upper limit above ALLOWED: a share over all studies, or false "faster" in a world without any."""
+    shares = {kind: result[kind]["upperLimit"] for kind in ("falseCertificates", "falseFaster")}
+    alone = {name: result["worlds"][name]["falseFasterUpperLimit"] for name in sorted(at_risk("falseFaster") & WORLDS.keys())}
+    return [name for name, limit in (shares | alone).items() if limit > ALLOWED]
 
 
 def main() -> None:
@@ -312,13 +323,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    began = time.monotonic()
     result = run(args.studies, args.whole, args.seed, lambda text: print(text, flush=True))
-    result = {"seconds": round(time.monotonic() - began), "seed": args.seed, **result}
+    result = {"cpuSeconds": round(time.process_time()), "seed": args.seed, **result}
     args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: result[key] for key in ("seconds", "falseCertificates", "falseFaster")}, indent=2))
-    if max(result[kind]["upperLimit"] for kind in ("falseCertificates", "falseFaster")) > ALLOWED:
-        raise SystemExit(f"a share is not shown to be at most {ALLOWED:.0%}")
+    print(json.dumps({key: result[key] for key in ("cpuSeconds", "falseCertificates", "falseFaster")}, indent=2))
+    if above := not_shown(result):
+        raise SystemExit(f"not shown to be at most {ALLOWED:.0%}: {', '.join(above)}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ def check(spec: TuningSpec, config: dict[str, object], items: Sequence[Item]) ->
             f"workload.synthetic: {synthetic.input_tokens:,} and {synthetic.output_tokens:,} tokens are more than the context of "
             f"{limit:,}; give fewer, or raise engine.maxModelLen"
         )
+    if not synthetic and not spec.workload.dataset and all(task.max_tokens == 1 for task in spec.accuracy.tasks):
+        raise UsageError(
+            "accuracy.tasks: answers of maxTokens 1 have no time per output token (TPOT), by which policies are compared; raise "
+            "maxTokens, or give the timed requests by workload.dataset or workload.synthetic"
+        )
     requests = [*map(Request.of, items), *dataset_requests(spec.workload)]
     tokenizer = functools.cache(lambda: load_tokenizer(spec))
     check_lengths(requests, limit, _counter(spec, requests, limit, tokenizer))

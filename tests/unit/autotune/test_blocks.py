@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from sere_autotune.certify.stage import certify
 from sere_autotune.outcome import Ending
 from sere_autotune.trial.items import Item, load_items, split
 from sere_autotune.trial.load import Load
+from sere_ext.contract.errors import CannotCertifyError
 from sere_ext.contract.policy import EXACT_POLICY, Policy
 from tests.kit.planted import PlantedEngine, run, spec_for, write_items
 
@@ -107,3 +110,26 @@ def test_items_that_exact_routing_cannot_answer_certify_no_given_policy(hard: st
     assert outcome.message.startswith("exact routing is right on 0 of")
     opened = [asked for asked in engine.asked if {item.digest for item in held_out} & set(asked.items)]
     assert len(opened) <= 2, "the first block of exact routing ends it"
+
+
+class NoStudy:
+    """A study in which nothing was kept yet."""
+
+    def get(self, key: Any) -> None:
+        return None
+
+
+class Unopened:
+    """A ledger of which nothing may be opened."""
+
+    def open(self, items: Sequence[str], study: str) -> int:
+        raise AssertionError("the held-out items were opened")
+
+
+def test_a_ladder_that_can_hardly_certify_leaves_the_held_out_items_unopened() -> None:
+    """An opening costs level for ever, so it is not spent on a chance of one in a hundred."""
+    asked: Any = SimpleNamespace(study=NoStudy(), advisory=False, max_drop=0.01, alpha=0.05, cert_items=500)
+    hopeless: Any = SimpleNamespace(power=0.01, discordance=0.05, drop=0.005, describe="topk 1")
+    ledger: Any = Unopened()
+    with pytest.raises(CannotCertifyError, match=r"a chance of 1% only, about [\d,]+ items are needed. They were left unopened"):
+        certify(asked, [hopeless], ledger)

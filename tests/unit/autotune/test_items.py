@@ -237,6 +237,18 @@ def test_an_item_that_can_be_answered_is_taken(tmp_path: Path, answer: str, task
     assert item.correct(text)
 
 
+def test_answers_of_one_token_need_timed_requests_of_another_kind(tmp_path: Path) -> None:
+    path = str(write_items(tmp_path / "items.jsonl", 60))
+    single = {"accuracy__tasks": [{"file": path, "maxTokens": 1, "metric": "contains"}], "engine__maxModelLen": 64}
+    spec = spec_for(tmp_path / "out", Path(path), **single)
+    digits = [{"prompt": f"last digit of {i}: ", "answer": i % 10} for i in range(60)]
+    rows(Path(path), *digits)
+    with pytest.raises(UsageError, match=r"answers of maxTokens 1 have no time per output token \(TPOT\).* workload.dataset or"):
+        prepare(spec.model_copy(update={"model": str(TINY)}))
+    timed = spec_for(tmp_path / "out", Path(path), **single, workload__synthetic={"inputTokens": 8, "outputTokens": 4})
+    prepare(timed.model_copy(update={"model": str(TINY)}))
+
+
 def with_task(spec: Any, task: dict[str, Any]) -> Any:
     return spec.model_copy(
         update={"accuracy": spec.accuracy.model_copy(update={"tasks": (*spec.accuracy.tasks, TaskSpec(**task))})}

@@ -113,7 +113,7 @@ def test_the_chance_of_a_false_word_on_speed_is_shared_by_the_ladder() -> None:
     """Three candidates that are each called faster by chance in 5 % would be one in 14 % of studies."""
     one, three = rules().speed_alpha, rules(candidates=3).speed_alpha
     assert three == pytest.approx(one / 3)
-    assert 2 * one > 0.05 > one  # each of two judgements
+    assert 2 * one < 0.05, "both judgements of a candidate together stay below what is claimed"
 
 
 def test_blocks_of_one_token_answers_have_no_speed_and_do_not_pass() -> None:

@@ -29,7 +29,14 @@ def test_the_committed_result_is_of_enough_studies_and_within_what_is_promised()
     for kind in ("falseCertificates", "falseFaster"):
         assert result[kind]["studies"] >= 2000
         assert result[kind]["count"] / result[kind]["studies"] <= result[kind]["upperLimit"] <= 0.05
+    assert verdicts.not_shown(result) == [], 'false "faster" is shown to be rare in every world without a faster policy'
     assert set(verdicts.WORLDS) < set(result["worlds"])
     for kind in verdicts.WHOLE.values():
         risk = result["whereNothingTrueCanBeChosen"][kind]
         assert risk["count"] == result[kind]["count"] and risk["count"] / risk["studies"] <= 0.05
+
+
+def test_a_world_without_a_faster_policy_is_judged_by_itself() -> None:
+    result = json.loads(Path(verdicts.RESULTS).read_text())
+    result["worlds"]["no policy is faster"]["falseFasterUpperLimit"] = 0.051
+    assert verdicts.not_shown(result) == ["no policy is faster"]
