@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,12 @@ def measure(factor: int, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--factor", type=int, nargs="+", default=[ROWS_MOE.widening])
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=4)
     args = parser.parse_args()
-    found = [measure(factor, args.rounds) for factor in args.factor]
+    found = []
+    for factor in args.factor:
+        found.append(measure(factor, args.rounds))
+        print(json.dumps(found[-1]), file=sys.stderr)  # a run that is cut off has at least this
     print(json.dumps({"machine": machine(), "concurrency": CONCURRENCY, "models": found}, indent=2))
 
 
