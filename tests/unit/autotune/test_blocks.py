@@ -133,3 +133,14 @@ def test_a_ladder_that_can_hardly_certify_leaves_the_held_out_items_unopened() -
     ledger: Any = Unopened()
     with pytest.raises(CannotCertifyError, match=r"a chance of 1% only, about [\d,]+ items are needed. They were left unopened"):
         certify(asked, [hopeless], ledger)
+
+
+def test_a_speed_that_is_undecided_gets_as_many_pairs_again_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.kit.planted.truth", lambda policy: (0.0, 0.0, 1.0))
+    spec = spec_for(tmp_path / "out", write_items(tmp_path / "items.jsonl", 6000), certify__pairs=3, accuracy__maxDropPoints=5)
+    held_out = {item.digest for item in split(load_items(spec.accuracy), spec.accuracy.search_items)[1]}
+    engine = Recording()
+    finished = run(spec, engine, only=GOOD)
+    opened = [asked for asked in engine.asked if held_out & set(asked.items)]
+    assert len(opened) == 2 * (2 * 3)
+    assert "not shown to be faster" in finished.outcome.message

@@ -1,6 +1,7 @@
 """`make bench-verdicts`: a tiny run of it, and the committed result."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from sere_autotune.study.schema import SpeedVerdict, Verdict
 
 def test_a_tiny_run_counts_every_world_and_tells_false_from_true(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("good policies", "half over the limit", "policies are slower", "five studies on the same items")
-    monkeypatch.setattr(verdicts, "WORLDS", {name: verdicts.WORLDS[name] for name in names})
+    monkeypatch.setattr(verdicts, "WORLDS", {name: replace(verdicts.WORLDS[name], times=1) for name in names})
     result = verdicts.run(studies=2, whole_studies=0, seed=0)
     assert set(result["worlds"]) == {*names, "exact routing is right on 0 to 5 %"}
     assert result["worlds"]["good policies"]["chosen"] == 2
