@@ -291,3 +291,16 @@ def test_no_table_drifts_from_its_run(page: Path) -> None:
     text = page.read_text()
     assert "<!-- bench:" in text
     assert render.rendered(text) == text, f"{page.name} is out of date; run `python -m benchmarks.render`"
+
+
+@pytest.mark.parametrize("name", ["rows_moe", "tiny_moe"])
+def test_committed_comparisons_do_not_contradict_themselves(name: str) -> None:
+    """Plain top-k routes every token by itself, so its answers do not depend on the batch; exact routing keeps every slot."""
+    found = json.loads((render.RESULTS / f"policies-{name}.json").read_text())
+    right: dict[str, set[float]] = {}
+    for row in (row for part in found["batches"].values() for row in part["rows"]):
+        if row["kind"] == "topk":
+            right.setdefault(row["policy"], set()).add(row["correctPercent"])
+        if row["policy"] == "exact":
+            assert row["slots"] == found["topK"]
+    assert right and all(len(percents) == 1 for percents in right.values()), right
