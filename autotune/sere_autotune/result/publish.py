@@ -73,7 +73,7 @@ def _spent_and_tried(summary: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-class RefusedError(PublishError):
+class _RefusedError(PublishError):
     """The API server does not take a ConfigMap. `status` is the HTTP status."""
 
     def __init__(self, status: int, what: str, words: str) -> None:
@@ -168,7 +168,7 @@ class Publisher:
         body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {model: packed}}
         try:
             self._persist(body, f"sere-openings-{model}", final=(*FINAL, 409))
-        except RefusedError as error:
+        except _RefusedError as error:
             if error.status == 409:
                 return False
             if error.status in (413, 422):
@@ -203,7 +203,7 @@ class Publisher:
             except httpx2.HTTPError as error:
                 if time.monotonic() > deadline:
                     raise PublishError(f"the API server at {self.access.url} cannot be reached: {error}") from error
-            except RefusedError as error:
+            except _RefusedError as error:
                 if error.status in final or time.monotonic() > deadline:
                     raise
             time.sleep(pause)
@@ -220,7 +220,7 @@ class Publisher:
                 headers={"Content-Type": "application/apply-patch+yaml", "Authorization": f"Bearer {self.access.token()}"},
             )
         if answer.status_code >= 300:
-            raise RefusedError(answer.status_code, f"configmap {namespace}/{name}", _message(answer))
+            raise _RefusedError(answer.status_code, f"configmap {namespace}/{name}", _message(answer))
         applied: dict[str, Any] = answer.json()
         return applied
 
