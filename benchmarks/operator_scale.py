@@ -92,7 +92,18 @@ def _serve() -> None:
 def _pods(world: World, kubeconfig: str) -> subprocess.Popen[bytes]:
     """kwok, with a node."""
     world.api("Node").create(body=NODE)
-    line = ["kwok", "--kubeconfig", kubeconfig, "--manage-all-nodes", "--cidr", PODS, "--config", str(STAGES)]
+    line = [
+        "kwok",
+        "--kubeconfig",
+        kubeconfig,
+        "--manage-all-nodes",
+        "--node-lease-duration-seconds",
+        "40",
+        "--cidr",
+        PODS,
+        "--config",
+        str(STAGES),
+    ]
     return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
