@@ -32,7 +32,7 @@ def families(registry: Any, known: set[Any]) -> dict[str, tuple[list[str], set[s
 @pytest.fixture
 def exported() -> Iterator[dict[str, tuple[list[str], set[str]]]]:
     before = set(REGISTRY._collector_to_names)
-    Metrics(SimpleNamespace(policy=Policy(), engine=None, refusals=Counter()))  # type: ignore[arg-type]
+    Metrics(SimpleNamespace(policy=Policy(), engine=None, slo=None, refusals=Counter()))  # type: ignore[arg-type]
     operator = Health(SimpleNamespace(entries={}), (SimpleNamespace(writes=0),))  # type: ignore[arg-type]
     yield families(REGISTRY, before) | families(operator._registry, set())
     for collector in set(REGISTRY._collector_to_names) - before:

@@ -36,7 +36,7 @@ def orphans(result: dict[str, str] | None = None) -> Children:
     for made in build(run("old", {}), parse_spec(SereTuningJobSpec, SPEC), Defaults()):
         body = drift.stamped(copy.deepcopy(made))
         body["metadata"].pop("ownerReferences")
-        body["metadata"]["managedFields"] = APPLIED
+        body["metadata"] |= {"uid": f"uid-{body['kind']}", "managedFields": APPLIED}
         left[body["kind"], body["metadata"]["name"]] = body
     if result is not None:
         left["ConfigMap", f"{NAME}-result"]["data"] = result
