@@ -28,9 +28,14 @@ def check_answers(items: Iterable[Item], tokens: Tokens) -> None:
     """
     wrong = [(item, problem) for item in items if (problem := unanswerable(item, tokens))]
     if wrong:
-        item, problem = wrong[0]
+        item, problem = min(wrong, key=lambda found: _in_file_order(found[0]))
         others = f" ({len(wrong) - 1:,} more lines are like it)" if len(wrong) > 1 else ""
         raise UsageError(f"accuracy.tasks: {item.place} {problem}{others}")
+
+
+def _in_file_order(item: Item) -> list[tuple[str, int]]:
+    """Sorts items by file and line, where they come in the order of their hashes."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", item.place)]
 
 
 def unanswerable(item: Item, tokens: Tokens) -> str | None:

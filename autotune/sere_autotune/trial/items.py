@@ -73,7 +73,8 @@ def load_items(accuracy: AccuracySpec) -> list[Item]:
             if (group := row.values.get("group")) is not None:
                 groups.setdefault(digest, f"{index} {group}")
     if not found:
-        raise UsageError(f"accuracy.tasks: no items in {', '.join(task.file for task in accuracy.tasks)}")
+        files = ", ".join(task.file for task in accuracy.tasks)
+        raise UsageError(f'accuracy.tasks: no items in {files}; write one on each line, as {{"prompt": "...", "answer": "..."}}')
     kept: list[Item] = []
     seen: set[str] = set()
     for digest in sorted(found):

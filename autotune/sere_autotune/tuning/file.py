@@ -40,7 +40,8 @@ def load_spec(path: str | Path | None, overrides: dict[tuple[str, ...], Any] | N
     try:
         return TuningSpec.model_validate(raw)
     except ValidationError as error:
-        raise UsageError(f"{path or 'flags'}: {explain(error, TuningSpec)}") from error
+        given = f"{path} and flags" if path and overrides else path or "flags alone, without -f tuning.yaml"
+        raise UsageError(f"{given}: {explain(error, TuningSpec)}") from error
 
 
 def yaml_problem(error: yaml.YAMLError) -> str:

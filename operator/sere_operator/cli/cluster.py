@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,11 @@ class Cluster:
             config.load_kube_config(context=context, client_configuration=settings)
             contexts, active = config.list_kube_config_contexts()
         except config.ConfigException as error:
-            raise UsageError(f"no usable kubeconfig: {str(error).rstrip('.')}; set KUBECONFIG or --context") from error
+            named = os.environ.get("KUBECONFIG")
+            where = f"KUBECONFIG names {named}" if named else "KUBECONFIG is not set, and ~/.kube/config was tried"
+            raise UsageError(
+                f"no usable kubeconfig: {str(error).rstrip('.')}; {where}; set KUBECONFIG, or take a --context of that file"
+            ) from error
         chosen: Any = active if context is None else next((one for one in contexts if one["name"] == context), {})
         settings.retries = 1
         api = Api(settings, meta.KUBECTL_FIELD_MANAGER, TIMEOUT_S)

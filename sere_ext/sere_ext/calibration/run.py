@@ -60,7 +60,7 @@ def read_texts(path: Path) -> list[Text]:
     else:
         texts = [line for line in lines_of(read_text(path, where)) if line.strip()]
     if not texts:
-        raise UsageError(f"{path} holds no calibration text")
+        raise UsageError(f'{path} holds no calibration text; write lines of {{"text": "..."}}, or of {{"prompt": "..."}}')
     return texts
 
 

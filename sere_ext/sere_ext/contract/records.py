@@ -213,7 +213,11 @@ def answer_of(row: Row, where: str, column: str | None = None) -> str:
                 messages = _conversation(row.values[name], row, where)
                 value = next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), None)
     if value is None:
-        raise UsageError(f'{where}: {row.place} needs an "{column or ANSWER_COLUMN}"')
+        columns = ", ".join(sorted(row.values)) or "none"
+        raise UsageError(
+            f'{where}: {row.place} needs an "{column or ANSWER_COLUMN}" (its columns: {columns}); name yours, as in '
+            "fields: {answer: solution}, or remove the line"
+        )
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UsageError(f"{where}: {row.place}: the answer must be one text or number, not {json.dumps(value)[:40]}")
     marked = _MARKED_ANSWER.findall(str(value))

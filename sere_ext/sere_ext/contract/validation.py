@@ -13,6 +13,16 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 _NEAR = 0.6  # likeness from 0 to 1 at which one word may be a slip for another; difflib's own choice
+# What a value of another type should have been, without how the reader tried to turn it into one.
+_PLAIN = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+}
 
 
 @dataclass(frozen=True)
@@ -52,10 +62,15 @@ def _sentence(problem: Any, model: type[BaseModel]) -> str:
         return f"is missing; give {_wanted(_fields(model, problem['loc']))}"
     if kind == "json_invalid":
         return f"cannot be read as JSON ({problem['ctx']['error']}); correct that place"
+    shown = f" (got {given!r})" if isinstance(given, int | float | str) else ""
+    if kind in ("model_type", "model_attributes_type"):
+        fields = ", ".join(sorted(_known(model, (*problem["loc"], ""))))
+        return "must be an object" + (f" with fields of {fields}" if fields else "") + shown
+    if kind in _PLAIN:
+        return f"Input should be {_PLAIN[kind]}{shown}"
     message = problem["msg"].removeprefix("Value error, ")
     message = re.sub(r"<\w+\.\w+: ('[^']*')>", r"\1", message)  # a member of an enumeration, by its value
     message = message.replace("valid tuple", "list").replace("Tuple", "the list").replace(" after validation", "")
-    shown = f" (got {given!r})" if isinstance(given, int | float | str) else ""
     words = re.findall(r"'([^']*)'", problem["ctx"]["expected"]) if kind in ("enum", "literal_error") else []
     return message + shown + did_you_mean(str(given), words)
 

@@ -217,6 +217,12 @@ def test_an_item_that_no_answer_can_satisfy_is_named_before_an_engine_starts(
     assert "\n" not in str(refused.value)
 
 
+def test_of_many_items_that_no_answer_can_satisfy_the_one_nearest_the_top_of_the_file_is_named(tmp_path: Path) -> None:
+    bad = rows(tmp_path / "bad.jsonl", *({"prompt": f"{i}+1=", "answer": "yes"} for i in range(30)))
+    with pytest.raises(UsageError, match=r"bad.jsonl line 1 wants .* \(29 more lines are like it\)"):
+        prepare(with_task(tiny(tmp_path), {"file": bad, "metric": "numeric"}))
+
+
 @pytest.mark.parametrize(
     ("answer", "task", "text"),
     [

@@ -168,8 +168,8 @@ def test_how_many_items_the_search_sees(total: int, count: int) -> None:
     [
         ("{", "line 1 cannot be read as JSON"),
         ('{"answer": "1"}', 'needs a "prompt"'),
-        ('{"prompt": "a"}', 'needs an "answer"'),
-        ("", "no items"),
+        ('{"prompt": "a", "solution": "b"}', r'needs an "answer" \(its columns: prompt, solution\); name yours'),
+        ("", "no items .*; write one on each line"),
     ],
 )
 def test_bad_items_are_named_by_line(tmp_path: Path, text: str, words: str) -> None:

@@ -90,6 +90,8 @@ def test_only_model_tasks_and_one_limit_are_needed() -> None:
             {("search", "policies"): ["exact"]},
             "search.policies.0: Input should be 'sere', 'topk', 'oea' or 'hybrid' (got 'exact')",
         ),
+        ({("slo", "tpotMs"): 20}, "slo.tpotMs: must be an object with fields of p50, p90, p95, p99 (got 20)"),
+        ({("search", "trials"): "many"}, "search.trials: Input should be a whole number (got 'many')"),
         ({("accuracy", "tasks"): []}, "accuracy.tasks"),
         ({("accuracy", "tasks"): [{"file": "a", "metric": "regex"}]}, "needs pattern"),
         ({("search", "buckets"): [{"minTokens": 1}, {"minTokens": 9}]}, "2 buckets for 1 load levels"),
@@ -116,6 +118,17 @@ def test_a_flag_that_cannot_be_read_is_one_sentence() -> None:
     with pytest.raises(UsageError, match=r"^--search-policies \[sere: cannot be read as YAML \(line 1, [^\n]*$"):
         overrides({"search_policies": "[sere"})
     assert overrides({"out": "7", "search_trials": "7"}) == {("out",): "7", ("search", "trials"): 7}
+
+
+def test_what_is_wrong_is_not_said_of_the_file_alone_where_a_flag_may_be_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.yaml"
+    path.write_text("model: m\n")
+    with pytest.raises(UsageError, match=r"^\S+tuning.yaml: "):
+        load_spec(path)
+    with pytest.raises(UsageError, match=r"^\S+tuning.yaml and flags: .*search.trials"):
+        load_spec(path, {("search", "trials"): "many"})
+    with pytest.raises(UsageError, match=r"^flags alone, without -f tuning.yaml: "):
+        load_spec(None)
 
 
 def test_a_missing_file_is_named_with_its_field(tmp_path: Path) -> None:
