@@ -69,12 +69,12 @@ def _leaves(model: type[BaseModel], path: tuple[str, ...], section_text: str, de
     """The options of one section.
 
     Args:
-        section_text: the description of the section itself.
+        section_text: the description of the section itself; each option has its own default.
         defaults: the section's value where the file leaves it out; None: it has none.
     """
     for name, field in model.model_fields.items():
         here = (*path, field.alias or name)
-        description = ", ".join(part for part in (section_text, field.description) if part)
+        description = ", ".join(part for part in (section_text.partition(". Default:")[0], field.description) if part)
         default = getattr(defaults, name) if defaults is not None else None if field.is_required() else field.default
         options = typing.get_args(field.annotation) if _is_union(field.annotation) else (field.annotation,)
         section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)

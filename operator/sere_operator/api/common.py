@@ -91,8 +91,8 @@ class Challenger(Record):
 class KeyRef(Record):
     """A key of a ConfigMap or Secret in the resource's own namespace."""
 
-    name: Annotated[DnsName, Field(description="of the object")]
-    key: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$", description="in its data")]
+    name: Annotated[DnsName, Field(description="name of the object")]
+    key: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$", description="key in the object's data")]
 
 
 class Source(Constrained):
@@ -182,7 +182,7 @@ class EnvVar(Constrained):
     )
 
     name: Annotated[
-        str, Field(min_length=1, max_length=256, pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$", description="of the variable")
+        str, Field(min_length=1, max_length=256, pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$", description="name of the variable")
     ]
     value: Annotated[str | None, Field(max_length=4096, description="plain text")] = None
     value_from: Annotated[SecretEnv | None, Field(description="from a Secret")] = None

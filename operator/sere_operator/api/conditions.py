@@ -75,7 +75,7 @@ class Reason(Documented):
     CANARY = "Canary", "Canary pods run the new policy; it is being compared with the one in force."
     AWAITING_APPROVAL = "AwaitingApproval", "The canary passed; rollout.approval is Manual and nobody has approved yet."
     PROMOTING = "Promoting", "The canary passed; the other pods are being switched."
-    REJECTED = "Rejected", "The canary was measurably worse; this policy is not tried again for this model revision."
+    REJECTED = "Rejected", "The canary was measurably worse; this policy is not tried again for this model and engine."
     INCONCLUSIVE = "Inconclusive", "The canary saw too little to judge; the policy went back and is tried again later."
     ROLLED_BACK = "RolledBack", "Somebody gave this policy up; the one before it is in force."
     POLICY_STALE = "PolicyStale", "The profile was made for something else than what runs; routing is exact."

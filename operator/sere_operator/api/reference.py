@@ -14,7 +14,8 @@ from sere_operator.api.crdgen import DEFINITIONS, Definition
 INTRODUCTION = f"""# The resources
 
 `{meta.API_VERSION}`. Generated from the models by `python -m sere_operator.api.reference`; `kubectl explain sere.spec`
-says the same. Samples are in `manifests/samples/`. A field in **bold** must be given. Units stand in names (`ttftMs` is in
+says the same. Samples are in `manifests/samples/`. A field in **bold** must be given where
+the object around it is. Units stand in names (`ttftMs` is in
 milliseconds, `maxDropPoints` in points, that is percent of items). Defaults are applied by the operator, not stored.
 What is wrong is refused by the API server at `kubectl apply`, whether the operator runs or not.
 """

@@ -104,7 +104,7 @@ def _why_not_better(deployment: Object) -> list[str]:
         sentences.append(_sentence(name, hold))
     for rejection in status.get("rejected") or []:
         sentences.append(
-            f"Policy {rejection['digest']} is not tried again for this model revision: {rejection.get('message', '')}".rstrip()
+            f"Policy {rejection['digest']} is not tried again for this model and engine: {rejection.get('message', '')}".rstrip()
         )
     return sentences
 

@@ -43,7 +43,7 @@ def calibrate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the metadata as JSON.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code of the model's.")] = False,
 ) -> None:
-    """Measure how alike a model's experts are; `serve` needs the file for SERE, `tune` makes one if none is given.
+    """Measure how alike a model's experts are; kinds `sere` and `hybrid` go by the file, and `tune` makes it if none is given.
 
     Started again after it was stopped, it goes on where it was.
     """

@@ -194,7 +194,7 @@ class LoadSpec(Constrained):
         ),
     )
 
-    arrivals: Annotated[Literal["poisson"] | None, Field(description="open loop: how requests arrive"), Unset("poisson")] = None
+    arrivals: Annotated[Literal["poisson"] | None, Field(description="open loop: how they are spaced"), Unset("poisson")] = None
     requests_per_second: Annotated[
         float | None, Field(gt=0, le=100_000, description="open loop: mean rate, requests/s"), Unset("closed loop")
     ] = None
@@ -297,7 +297,11 @@ class SearchDetails(Record):
     ] = (0.0,)
     s_values: Annotated[
         tuple[Annotated[float, Field(ge=1, le=64)], ...] | None,
-        Field(min_length=1, max_length=64, description="values of S to try, where it is known which are worth it"),
+        Field(
+            min_length=1,
+            max_length=64,
+            description="values of S to try, where it is known which are worth it; 2.25 is S = 3 in the first quarter of the layers and 2 in the rest",
+        ),
         Unset("all below the model's top-k"),
     ] = None
     seed: Annotated[int, Field(ge=0, le=2**31, description="of the proposals")] = 0

@@ -105,7 +105,7 @@ def test_a_canary_on_its_way_awaiting_approval() -> None:
 def test_a_rejected_policy_is_told_with_its_evidence() -> None:
     message = "canary TPOT p95 above the limit of 20 ms (9.4 % of 2,310 requests over it)"
     sentences = told(deployment(rejected=[{"digest": NEWER, "message": message}]))
-    assert f"Policy {NEWER} is not tried again for this model revision: {message}" in sentences
+    assert f"Policy {NEWER} is not tried again for this model and engine: {message}" in sentences
 
 
 def test_tuning_that_found_nothing_says_what_would_have_to_give() -> None:
