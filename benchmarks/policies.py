@@ -279,6 +279,7 @@ def main() -> None:
         began = time.process_time()
         rows, fights = table(directory, similarity, args.items, args.seed, batch)
         result["batches"][str(batch)] = {"processorSeconds": time.process_time() - began, "rows": rows, "duels": fights}
+        result["batches"] = dict(sorted(result["batches"].items(), key=lambda kept: int(kept[0])))
         keep()
     print(out)
 
