@@ -14,7 +14,8 @@ from sere_autotune.study.weights import model_key
 from sere_autotune.trial.duplicates import near_duplicates
 from sere_autotune.trial.items import Item, load_items, split
 from sere_autotune.trial.traffic import Traffic
-from sere_autotune.tuning.spec import Served, TuningSpec
+from sere_autotune.tuning.space import Space
+from sere_autotune.tuning.spec import BucketEdges, Served, TuningSpec
 from sere_ext.contract.errors import SimilarityError, UsageError
 from sere_ext.contract.model_config import language_config, model_config_digest
 from sere_ext.contract.policy import Policy
@@ -69,11 +70,7 @@ def prepare(spec: TuningSpec, only: Policy | None = None, shared: Shared | None 
     config = read_config(spec)
     digest = model_config_digest(config)
     preflight.check(spec, config, items)
-    if only is not None:  # before an engine is started for it
-        if top_k := experts_per_token(config):
-            only.check_model(top_k)
-        if layers := language_config(config).get("num_hidden_layers"):
-            only.check_layers(range(int(str(layers))), "layers")
+    _check_policies(spec, config, only)
     similarity = read_meta(spec.similarity) if spec.similarity else None
     if similarity is not None and similarity.config_digest != digest:
         raise SimilarityError(
@@ -96,6 +93,18 @@ def prepare(spec: TuningSpec, only: Policy | None = None, shared: Shared | None 
         warning=near_duplicates(items),
     )
     return Prepared(spec, items, mine, held_out, config, source, plan, ledger)
+
+
+def _check_policies(spec: TuningSpec, config: dict[str, object], only: Policy | None) -> None:
+    """Raise for a policy, or for values of S to search, that the model cannot have, before an engine is started for them."""
+    top_k, layers = experts_per_token(config), int(str(language_config(config).get("num_hidden_layers") or 0))
+    if only is None and top_k and spec.search.s_values:
+        numbers = tuple(range(layers)) if spec.search.layer_groups else ()
+        Space((BucketEdges(min_tokens=1),), spec.search.policies, top_k, layers=numbers, s_values=spec.search.s_values)
+    if only is not None and top_k:
+        only.check_model(top_k)
+    if only is not None and layers:
+        only.check_layers(range(layers), "layers")
 
 
 def read_config(spec: Served) -> dict[str, object]:

@@ -99,6 +99,12 @@ def test_a_prompt_that_does_not_fit_is_named_before_an_engine_starts(tmp_path: P
         prepare(tiny(tmp_path, workload__synthetic={"inputTokens": 60, "outputTokens": 5}))
 
 
+def test_values_of_s_that_the_model_cannot_have_are_refused_before_an_engine_is_started(tmp_path: Path) -> None:
+    prepare(tiny(tmp_path, search__sValues=[1, 2.5]))
+    with pytest.raises(UsageError, match=r"search.sValues: 4 cannot be tried on this model; take some of 1, 1.25"):
+        prepare(tiny(tmp_path, search__sValues=[2, 4]))
+
+
 def test_a_chat_needs_a_template_and_is_counted_with_it(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has no chat template; name one by engine.extraArgs \[--chat-template=FILE\]"):
         prepare(tiny(tmp_path, accuracy__chat=True))
