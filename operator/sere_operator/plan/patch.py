@@ -1,4 +1,4 @@
-"""JSON merge patches (RFC 7386) of a status. Pure."""
+"""JSON merge patches (RFC 7386) of a status, and what differs between two. Pure."""
 
 from __future__ import annotations
 
@@ -39,3 +39,14 @@ def merged(live: Object, patch: Object) -> Object:
         else:
             result[key] = value
     return result
+
+
+def only_messages(before: Object, after: Object) -> bool:
+    """Whether two statuses are the same but for what is written under a key `message`, at any depth."""
+    return bool(_without_messages(before) == _without_messages(after))
+
+
+def _without_messages(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_messages(item) for key, item in value.items() if key != "message"}
+    return [_without_messages(item) for item in value] if isinstance(value, list | tuple) else value

@@ -14,6 +14,7 @@ from sere_operator.api import meta
 from sere_operator.plan.refusal import Refusal, refused
 from sere_operator.plan.snapshot import Event, Object, Plan, Resource
 from sere_operator.runtime.client import Client
+from sere_operator.runtime.echoes import Echoes
 
 log = structlog.get_logger(__name__)
 
@@ -22,10 +23,14 @@ log = structlog.get_logger(__name__)
 REFUSALS = frozenset({400, 403, 405, 413, 422, 500})
 
 
-async def enact(client: Client, resource: Resource, plan: Plan, leads: Callable[[], bool]) -> Plan:
+async def enact(client: Client, resource: Resource, plan: Plan, leads: Callable[[], bool], echoes: Echoes) -> Plan:
     """Write what the plan says: children, then status, then events. Returns the plan that its status and events are of.
 
     What the API server refuses stands in the status at once (`plan.refusal`), with the server's own sentence.
+
+    Args:
+        leads: whether this process holds the Lease.
+        echoes: learns of a status before it is written, since the watch may show it before the API server answers.
 
     Raises:
         NotLeadingError: before a write, when `leads()` is false.
@@ -58,6 +63,7 @@ async def enact(client: Client, resource: Resource, plan: Plan, leads: Callable[
     if plan.status is not None:
         guard()
         body = {"metadata": {"uid": owner["metadata"]["uid"]}, "status": plan.status}
+        echoes.expect(resource, plan.status)
         try:
             await client.patch(owner["kind"], namespace, resource.name, body, subresource="status")
         except ApiError as error:

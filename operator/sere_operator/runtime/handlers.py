@@ -10,6 +10,7 @@ from kopf._core.intents.registries import SmartOperatorRegistry
 
 from sere_operator.api import meta
 from sere_operator.runtime.cache import Cache
+from sere_operator.runtime.echoes import Echoes
 from sere_operator.runtime.reconciler import Key, Reconciler
 from sere_operator.runtime.switch import pulled
 
@@ -29,20 +30,21 @@ CHILDREN = {
 class Wakes:
     """Which resource an event is about. Remembers full names, since a label holds only 63 characters of one."""
 
-    def __init__(self, reconciler: Reconciler, switch: Reconciler) -> None:
-        self._reconciler, self._switch = reconciler, switch
+    def __init__(self, reconciler: Reconciler, switch: Reconciler, echoes: Echoes) -> None:
+        self._reconciler, self._switch, self._echoes = reconciler, switch, echoes
         self._off: set[Key] = set()  # SereDeployments whose kill switch is pulled
         self._names: dict[tuple[str, str, str], str] = {}  # kind, namespace, label value -> name
         self.api_keys: dict[Key, tuple[str, str]] = {}  # Secret and key in it, of SereDeployments whose engines ask for one
         self.seen: dict[str, tuple[str, float]] = {}  # uid -> resourceVersion that the watch showed last, generation
 
     def resource(self, kind: str, body: Any, gone: bool) -> None:
-        """An event of a SereDeployment or SereTuningJob itself."""
+        """An event of a SereDeployment or SereTuningJob itself, which wakes it unless it shows the operator's own write alone."""
         name, namespace = body["metadata"]["name"], body["metadata"]["namespace"]
         self._names[kind, namespace, meta.label_value(name)] = name
         uid, generation = body["metadata"]["uid"], body["metadata"].get("generation", 0)
         if gone:
             self.seen.pop(uid, None)
+            self._echoes.forget(uid)
         else:
             self.seen[uid] = (body["metadata"]["resourceVersion"], generation)
         key: Key = (kind, namespace, name)
@@ -56,7 +58,8 @@ class Wakes:
             self._switch.wake(key)
         else:
             self._off.discard(key)
-        self._reconciler.wake(key)
+        if not self._echoes.hears(body):
+            self._reconciler.wake(key)
         if kind == meta.TUNING_JOB_KIND:  # its SereDeployment waits for its result
             self.child(body["metadata"].get("labels") or {}, namespace)
 
@@ -88,9 +91,9 @@ def registry(wakes: Wakes, cache: Cache) -> kopf.OperatorRegistry:
 
     def watch_resource(kind: str, plural: str) -> None:
         @kopf.on.event(meta.GROUP, meta.VERSION, plural, id=f"wake-{plural}", registry=handlers)
-        async def resource(event: Any, body: Any, **_: Any) -> None:
+        async def resource(event: Any, **_: Any) -> None:
             cache.shown(kind, event["object"], gone=event["type"] == "DELETED")
-            wakes.resource(kind, body, event["type"] == "DELETED")
+            wakes.resource(kind, event["object"], event["type"] == "DELETED")
 
     def watch_child(kind: str, group: str, version: str, plural: str) -> None:
         @kopf.on.event(

@@ -31,11 +31,12 @@ from sere_operator.runtime import handlers
 from sere_operator.runtime.attention import Attention
 from sere_operator.runtime.cache import Cache, FreshReads, RememberedReads
 from sere_operator.runtime.client import Client
+from sere_operator.runtime.echoes import Echoes
 from sere_operator.runtime.enact import enact
 from sere_operator.runtime.health import Health
 from sere_operator.runtime.lease import Elector, LeaseSettings, lead
 from sere_operator.runtime.observe import Reads, Told, observe, observe_tuning
-from sere_operator.runtime.pacing import Rollouts
+from sere_operator.runtime.pacing import Progress, Rollouts
 from sere_operator.runtime.probe import Prober
 from sere_operator.runtime.reconciler import Key, Place, Reconciler
 from sere_operator.runtime.settings import Settings
@@ -78,10 +79,12 @@ class Operator:
         self.attention = Attention()
         self._token_problems: dict[Key, str] = {}  # the last Warning about refused tokens, by resource
         self.rollouts = Rollouts(settings.engine_rollouts)
+        self.progress = Progress()
         self.cache = Cache()
         self._read_at: dict[Key, float] = {}  # when a resource was last read from the API server, monotonic seconds
         self._challenged: dict[str, float] = {}  # by uid: when another operator's ownership was last asked about
-        self.wakes = handlers.Wakes(self.reconciler, self.switch)
+        self.echoes = Echoes()
+        self.wakes = handlers.Wakes(self.reconciler, self.switch, self.echoes)
         self.health = Health(self.reconciler, (self.client, self.urgent))
         lease = LeaseSettings.of(settings.namespace, settings.lease_name, settings.lease_s)
         self.elector = Elector(self.urgent, lease, settings.identity)
@@ -102,8 +105,9 @@ class Operator:
         told: Told = {}
         if time.monotonic() - self._read_at.get(key, -math.inf) < self.settings.resync_s:
             remembered = await self._decided(key, RememberedReads(self.client, self.cache), prober, watched_s, told, problem)
-            if remembered is not None and self._quiet(key, *remembered):
-                return remembered[1].requeue_after
+            quiet = self._quiet(key, *remembered) if remembered is not None else None
+            if quiet is not None:
+                return quiet.requeue_after
         found = await self._decided(key, FreshReads(self.client, self.cache), prober, watched_s, told, problem)
         if found is None:
             self._forget(key)
@@ -113,7 +117,7 @@ class Operator:
         if isinstance(seen, Snapshot):
             plan = self.rollouts.paced(key, seen, plan)
             self._warn_of_tokens(key, plan, seen.tokens_refused)
-        plan = self._claimed(seen, plan) or marked(seen, plan, self.settings.instance)
+        plan = self.progress.paced(key, seen, self._claimed(seen, plan) or marked(seen, plan, self.settings.instance))
         if plan.writes:
             log.info(
                 "writing", kind=kind, namespace=namespace, name=name, generation=seen.generation,
@@ -122,8 +126,8 @@ class Operator:
                 pods={patch.name: patch.annotations for patch in plan.pods}, delete=[body["kind"] for body in plan.delete],
                 status=sorted(plan.status or {}),
             )  # fmt: skip
-        written = await enact(self.client, seen, plan, lambda: self.elector.leads)
-        return written.requeue_after
+        written = await enact(self.client, seen, plan, lambda: self.elector.leads, self.echoes)
+        return self.progress.written(key, seen, written).requeue_after
 
     async def _decided(
         self, key: Key, reads: Reads, prober: Prober, watched_s: float, told: Told, problem: str
@@ -141,17 +145,19 @@ class Operator:
         snapshot = replace(snapshot, watched_s=watched_s, tokens_refused=refused)
         return snapshot, decide(snapshot, defaults)
 
-    def _quiet(self, key: Key, seen: Resource, plan: Plan) -> bool:
-        """Whether nothing is to be written or said for a resource of this operator's."""
+    def _quiet(self, key: Key, seen: Resource, plan: Plan) -> Plan | None:
+        """The plan for a resource of this operator's, if nothing is to be written or said for it now."""
         if seen.status.get("operator") != self.settings.instance:
-            return False
+            return None
         plan = marked(seen, plan, self.settings.instance)  # whose patch would else take the operator's name out
+        plan = self.progress.paced(key, seen, plan)
         said = not isinstance(seen, Snapshot) or seen.tokens_refused == self._token_problems.get(key, "")
-        return said and not plan.writes and not plan.events
+        return plan if said and not plan.writes and not plan.events else None
 
     def _forget(self, key: Key) -> None:
         """The resource is gone."""
         self.rollouts.forget(key)
+        self.progress.forget(key)
         self._token_problems.pop(key, None)
         self._read_at.pop(key, None)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sere_operator.runtime import health, main
+from sere_operator.runtime.echoes import Echoes
 from sere_operator.runtime.handlers import Wakes
 from sere_operator.runtime.health import STALE_WATCH_S, Health
 from sere_operator.runtime.reconciler import Key, Place, Reconciler
@@ -32,7 +33,7 @@ class Operator:
         self.listed: list[dict[str, Any]] = []
         self.settings = Settings(namespaces=("ns",), resync_s=0.0)
         self.reconciler = Reconciler(nothing)
-        self.wakes = Wakes(self.reconciler, Reconciler(nothing))
+        self.wakes = Wakes(self.reconciler, Reconciler(nothing), Echoes())
         self.health = Health(self.reconciler, ())
         self.client = SimpleNamespace(list=self._list)
         self.suspects: dict[str, tuple[str, float]] = {}

@@ -11,6 +11,8 @@ from sere_operator.plan.snapshot import Event, Plan, Snapshot
 from sere_operator.runtime import main
 from sere_operator.runtime.cache import Cache, FreshReads, RememberedReads
 from sere_operator.runtime.client import Client
+from sere_operator.runtime.echoes import Echoes
+from sere_operator.runtime.pacing import Progress
 from sere_operator.runtime.reconciler import Key
 
 KEY: Key = ("SereDeployment", "ns", "m")
@@ -121,6 +123,7 @@ class Operator:
         self.prober = SimpleNamespace(for_resource=lambda *_: None)
         self.reconciler = SimpleNamespace(wake=lambda *_: None)
         self.rollouts = SimpleNamespace(paced=lambda key, seen, plan: plan, forget=lambda key: None)
+        self.progress, self.echoes = Progress(), Echoes()
         self.elector = SimpleNamespace(leads=True)
         # As `decide` makes it: of the operator's name in the status it knows nothing.
         self.remembered: Plan | None = Plan(status={"operator": None}, requeue_after=45.0)
@@ -140,7 +143,7 @@ class Operator:
     def _claimed(self, seen: Snapshot, plan: Plan) -> Plan | None:
         return None
 
-    async def _enact(self, client: Any, seen: Snapshot, plan: Plan, leads: Any) -> Plan:
+    async def _enact(self, client: Any, seen: Snapshot, plan: Plan, leads: Any, echoes: Any) -> Plan:
         self.written.append(plan)
         return plan
 

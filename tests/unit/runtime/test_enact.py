@@ -13,6 +13,7 @@ from sere_operator.kube import refused
 from sere_operator.plan.patch import merged
 from sere_operator.plan.snapshot import Event, Plan, PodPatch, Resource, Snapshot, TuningSnapshot
 from sere_operator.runtime.client import Client
+from sere_operator.runtime.echoes import Echoes
 from sere_operator.runtime.enact import enact
 
 READY = {"type": "Ready", "status": "True", "reason": "Serving", "message": "", "observedGeneration": 1}
@@ -74,7 +75,7 @@ class Server:
 
 
 async def run(server: Server, seen: Resource, plan: Plan, leads: Any = lambda: True) -> Plan:
-    return await enact(cast("Client", server), seen, plan, leads)
+    return await enact(cast("Client", server), seen, plan, leads, Echoes())
 
 
 async def test_status_comes_after_every_child_and_events_last() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from sere_ext.contract.errors import NotLeadingError
 from sere_operator.runtime.client import Client
+from sere_operator.runtime.echoes import Echoes
 from sere_operator.runtime.handlers import Wakes
 from sere_operator.runtime.reconciler import Key, Place, Reconciler
 from sere_operator.runtime.switch import KillSwitch
@@ -78,7 +79,7 @@ async def test_it_is_woken_by_the_annotation_and_by_pods_that_come_later() -> No
         return None
 
     looks, switch = Reconciler(nothing), Reconciler(nothing)
-    wakes = Wakes(looks, switch)
+    wakes = Wakes(looks, switch, Echoes())
     wakes.resource("SereDeployment", body("m", resourceVersion="1"), gone=False)
     assert (list(looks.entries), list(switch.entries)) == ([KEY], [])
     wakes.resource("SereDeployment", body("m", OFF, resourceVersion="2"), gone=False)
