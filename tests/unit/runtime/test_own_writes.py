@@ -138,7 +138,7 @@ async def test_what_changes_otherwise_is_written_at_once_and_followed_up(operato
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "shown together with the operator's own write"])
 async def test_what_others_change_wakes(operator: Operator, change: dict[str, Any], together: bool) -> None:
     woken: list[Key] = []
-    operator.reconciler.wake = woken.append  # type: ignore[method-assign]
+    cast("Any", operator.reconciler).wake = woken.append
     if together:
         seen = Snapshot(now=0.0, object=copy.deepcopy(operator.server.object))
         operator.echoes.expect(seen, {"ready": "1/1"})
