@@ -94,7 +94,7 @@ def test_buckets_hold_the_steps_that_drafts_make_larger() -> None:
 
     async def measured() -> float | None:
         host = EngineHost()
-        await host.start([str(TINY), "--max-model-len", "256", "--speculative-config", json.dumps(NGRAM)], None)
+        await host.start(["--model", str(TINY), "--max-model-len", "256", "--speculative-config", json.dumps(NGRAM)], None)
         try:
             await host.apply("{}")
             request = Request("one two one two one two", 60, ignore_eos=True)
