@@ -82,7 +82,7 @@ def _what_runs(deployment: Object, config_map: Object | None) -> list[str]:
     sentences = [f"{what}, {source}."]
     status = deployment.get("status") or {}
     if status.get("speedup"):
-        figures = f"accuracy {status.get('accuracy', '?')} points, TPOT p95 {status.get('tpotP95', '?')}, {status['speedup']} the speed of exact routing"
+        figures = f"accuracy changed by {status.get('accuracy', '?')} points, TPOT p95 {status.get('tpotP95', '?')}, {status['speedup']} the speed of exact routing"
         sentences.append(f"Its certificate measured: {figures}.")
     return sentences
 

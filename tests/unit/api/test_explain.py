@@ -45,7 +45,7 @@ def test_a_certified_policy() -> None:
     }  # fmt: skip
     assert told(deployment(**status)) == [
         f"qwen3 runs policy {STABLE} (sere S=2 rho=0.30 for 8-64 tokens, exact elsewhere), because tuning made profile qwen3-8ccc.",
-        "Its certificate measured: accuracy -0.2 points, TPOT p95 17.9ms, 1.35x the speed of exact routing.",
+        "Its certificate measured: accuracy changed by -0.2 points, TPOT p95 17.9ms, 1.35x the speed of exact routing.",
         "Tuned is True (Certified): profile qwen3-8ccc is certified.",
         "1 of 2 pods pass their readiness probe.",
     ]
