@@ -11,7 +11,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: help setup demo test lint format coverage docs crds test-unit test-emulated test-engine test-apiserver test-cluster test-chart test-gpu \
-        bench-tune bench-speedup bench-verdicts bench-tuner bench-policies bench-ext bench-telemetry bench-share soak-switches retrain-model vllm-snapshots envtest clean
+        bench-tune bench-speedup bench-verdicts bench-tuner bench-policies bench-ext bench-telemetry bench-share soak-switches soak-replacements retrain-model vllm-snapshots envtest clean
 
 help: ## What can be made
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -80,6 +80,9 @@ bench-share: setup ## What part of a decode step experts take, and the memory of
 
 bench-operator: setup ## What 200 SereDeployments cost the operator: time, reads, processor and memory, as JSON
 	tests/kit/one-node -k -- $(PY) -m benchmarks.operator_scale
+
+soak-replacements: setup ## Four real pods replaced while answers of more than a minute are in flight, on a one-node cluster
+	KUBEBUILDER_ASSETS=$$(tests/kit/assets) tests/kit/cluster-rung tests/cluster/test_serving.py -m 'soak or not soak' -s
 
 soak-switches: setup ## A thousand policy switches on a real server under load, as JSON
 	$(PY) -m benchmarks.soak_switches $(ARGS)
