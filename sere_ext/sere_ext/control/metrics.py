@@ -101,7 +101,8 @@ class Metrics:
         self._control = control
         self._occupancy: defaultdict[int, Occupancy] = defaultdict(Occupancy)  # by data-parallel engine
         self._since = time.monotonic()  # when the policy in force was set
-        self._digest = control.policy.digest
+        self._digest = control.policy.digest  # under which the last step ran
+        self._published: str | None = None  # digest of the policy that the metrics show
         self._active = True  # requests ran since the last poll
         self._info_labels: tuple[str, str] | None = None
         self._last: dict[RowKey, CounterRow] = {}
@@ -137,12 +138,14 @@ class Metrics:
             manager.stat_loggers.append(_Recorder(self))
         for turn in itertools.count():
             self.bound()
-            changed = self._control.policy.digest != self._digest
+            digest = self._control.policy.digest
+            changed = digest != self._published
             refused = self._control.refusals != self._refusals_seen
             if self._active or changed or refused or turn % IDLE_POLLS == 0:
                 self._active = False
                 try:
                     self.publish(await self._control.state())
+                    self._published = digest
                 except Exception as error:
                     logger.warning("sere: metrics could not be read from the workers: %s", error)
             await asyncio.sleep(POLL_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from prometheus_client import REGISTRY
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.state import COUNTED, CounterRow, EngineState
 from sere_ext.contract.tuning import LatencyLimits, LatencySlo
+from sere_ext.control import metrics as metrics_module
 from sere_ext.control.metrics import Metrics, Occupancy, batch_label, bounds
 from tests.kit.states import engine_state
 
@@ -132,6 +134,25 @@ def test_counters_that_the_worker_dropped_and_began_anew_never_go_back(metrics: 
     metrics.publish(state(10))
     metrics.publish(state(3))
     assert value("sere_router_calls_total", layers="all", bucket="4-8") == 13
+
+
+async def test_an_idle_engine_is_asked_once_for_a_change_of_policy(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question keeps the engine's workers spinning on their cores for a second."""
+    asked = []
+
+    async def state() -> EngineState:
+        asked.append(metrics._control.policy.digest)
+        return engine_state(metrics._control.policy.digest, KEY)
+
+    monkeypatch.setattr(metrics_module, "POLL_SECONDS", 0.002)
+    monkeypatch.setattr(metrics_module, "IDLE_POLLS", 1_000_000)
+    metrics._control.state = state  # type: ignore[method-assign]
+    polling = asyncio.create_task(metrics.run())
+    await asyncio.sleep(0.1)
+    metrics._control.policy = Policy()
+    await asyncio.sleep(0.1)
+    polling.cancel()
+    assert asked == [POLICY.digest, "exact"]
 
 
 def test_latencies_of_the_policies_used_last_are_kept_and_no_more(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
