@@ -182,15 +182,22 @@ def test_the_right_to_publish_is_tried_before_anything_is_spent(server: Server, 
     assert json.loads(server.requests[0][2]["data"]["progress.json"])["stage"] == "starting"
 
 
+@pytest.fixture
+def pod(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Ledger]:
+    """The ledger of a pod with an empty disk of its own, by the pod's name."""
+
+    def made(name: str) -> Ledger:
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / name))
+        return Ledger("sha256:" + "ab" * 32, tmp_path / name / "out", publisher(server))
+
+    return made
+
+
 def test_opened_items_are_noted_in_the_namespace_and_read_back_by_the_next_pod(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, pod: Callable[[str], Ledger]
 ) -> None:
     """Two pods, each with an empty disk of its own, and a study that is resumed on the second one."""
     items = [f"{i:016x}" for i in range(8000)]
-
-    def pod(name: str) -> Ledger:
-        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / name))
-        return Ledger("sha256:" + "ab" * 32, tmp_path / name / "out", publisher(server))
 
     first, second = pod("first"), pod("second")
     assert first.openings(items, None) == 0
@@ -208,14 +215,8 @@ def test_opened_items_are_noted_in_the_namespace_and_read_back_by_the_next_pod(
     assert pod("fourth").openings(items, None) == 2, "what cannot be noted is not opened"
 
 
-def test_who_opens_items_at_the_same_time_counts_the_one_that_was_quicker(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_opens_items_at_the_same_time_counts_the_one_that_was_quicker(server: Server, pod: Callable[[str], Ledger]) -> None:
     items = [f"{i:016x}" for i in range(10)]
-
-    def pod(name: str) -> Ledger:
-        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / name))
-        return Ledger("sha256:" + "ab" * 32, tmp_path / name / "out", publisher(server))
 
     slow, quick = pod("slow"), pod("quick")
     counted: list[int] = []

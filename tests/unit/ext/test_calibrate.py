@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from sere_ext.contract.errors import UnsupportedError, UsageError
 from sere_ext.similarity.file import read_similarity
 from tests.kit import TINY_MOE as MODEL
 from tests.kit import pairwise
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 METRICS = list(pairwise.METRICS)
 
@@ -52,15 +54,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 0},
     "jamba": {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 0, "use_mamba_kernels": False, "mamba_d_state": 4},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices: more threads only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def network(family: str, **changed: Any) -> Any:

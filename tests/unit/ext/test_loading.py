@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from sere_ext.contract.errors import UnsupportedError
 from sere_ext.contract.model_config import language_config
 from sere_ext.similarity.file import read_similarity
 from tests.kit import TINY_MOE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -70,15 +72,6 @@ MULTIMODAL: dict[str, dict[str, Any]] = {
         "text_config": {**TEXT, "num_experts": 4, **rotary(mrope_section=[2, 1, 1])}, "vision_config": DEEP, "audio_config": SOUND,
     },
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices: more threads only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def folder(path: Path, network: Any) -> Path:
