@@ -44,6 +44,7 @@ _WORKER = "vllm.v1.worker.worker_base:WorkerBase"
 _ENGINE = "vllm.v1.engine.async_llm:AsyncLLM"
 _ALL, _CPU = "0.26-0.33", "0.32-0.33"
 _HOOK = "a worker life-cycle hook in vllm.general_plugins"
+_GRAPHS = "a public list of the sizes that a runner captures"
 _ROUTERS = "out-of-tree routers (vLLM RFC 51005)"
 LEDGER = (
     Touched(
@@ -187,6 +188,47 @@ LEDGER = (
     Touched(
         "vllm.v1.worker.cpu_worker:CPUWorker._should_warm_up_model", "called", "whether a profile run was due at all", _CPU,
         "a hook after the profile run",
+    ),
+    Touched(
+        "vllm.v1.worker.gpu_worker:Worker.get_model", "read", "where a worker keeps its model runner (`proof.listed_sizes`)", _ALL,
+        _GRAPHS, ("self.model_runner.get_model()",),
+    ),
+    Touched(
+        "vllm.config.compilation:CompilationConfig", "read", "as above", _ALL, _GRAPHS, ("cudagraph_mode: CUDAGraphMode",),
+    ),
+    Touched(
+        "vllm.config.compilation:CUDAGraphMode", "read", "what a graph of each mode holds", _ALL, _GRAPHS,
+        ("NONE = 0", "PIECEWISE = 1", "FULL = 2"),
+    ),
+    Touched(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.__init__", "read", "where the first model runner keeps the sizes that it captures",
+        _ALL, _GRAPHS, ("self.cudagraph_dispatcher = CudagraphDispatcher(self.vllm_config)",),
+    ),
+    Touched(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.capture_model", "read", "captures all of them", _ALL, _GRAPHS,
+        ("if self.compilation_config.cudagraph_mode == CUDAGraphMode.NONE",
+         "for runtime_mode, batch_descs in self.cudagraph_dispatcher.get_capture_descs()"),
+    ),
+    Touched(
+        "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.get_capture_descs", "called", "hands them out", _ALL, _GRAPHS,
+        ("-> list[tuple[CUDAGraphMode, list[BatchDescriptor]]]",),
+    ),
+    Touched("vllm.forward_context:BatchDescriptor", "read", "tokens of such a size", _ALL, _GRAPHS, ("num_tokens: int",)),
+    Touched(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.__init__", "read", "where the second model runner keeps them", _ALL, _GRAPHS,
+        ("self.cudagraph_manager: ModelCudaGraphManager | None = None",),
+    ),
+    Touched(
+        "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.__init__", "read", "as above", _ALL, _GRAPHS,
+        ("self._capture_descs: dict[CUDAGraphMode, list[BatchExecutionDescriptor]] = {}",),
+    ),
+    Touched(
+        "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.capture", "read", "captures all of them", _ALL, _GRAPHS,
+        ("descs = self._capture_descs[mode]",),
+    ),
+    Touched(
+        "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor", "read", "tokens of such a size", _ALL, _GRAPHS,
+        ("num_tokens: int",),
     ),
     Touched(
         f"{_WORKER}.execute_model", "wrapped", "how many rows of the coming step are real tokens: what pads it stands behind them",

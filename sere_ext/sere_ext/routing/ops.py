@@ -21,7 +21,6 @@ _library.define(
 )
 
 _layers: list[LayerState] = []  # by slot; filled by `seam.install`
-_captured: dict[tuple[int, int], int] = {}  # calls while a CUDA graph was captured, by number of rows and slot
 _LOGITS_TYPES = {torch.float32: kernel.FLOAT32, torch.bfloat16: kernel.BFLOAT16, torch.float16: kernel.FLOAT16}
 
 
@@ -36,12 +35,6 @@ def bind(layers: list[LayerState]) -> int:
 def next_slot() -> int:
     """The slot that the first layer bound next will have."""
     return len(_layers)
-
-
-def captured(layers: list[LayerState]) -> dict[int, list[int]]:
-    """Calls of each layer's operator while CUDA graphs were captured, by number of rows."""
-    every = sorted({rows for rows, _ in _captured})
-    return {rows: [_captured.get((rows, layer.slot), 0) for layer in layers] for rows in every}
 
 
 def call_of(weights: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor) -> kernel.Call:
@@ -92,9 +85,8 @@ def _launch(slot: int, weights: torch.Tensor, ids: torch.Tensor, logits: torch.T
     _check(weights, ids, logits, layer)
     call = call_of(weights, ids, logits)
     if ids.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            seen = ids.shape[0], slot
-            _captured[seen] = _captured.get(seen, 0) + 1
+        if layer.sizes is not None:
+            layer.sizes.add(ids.shape[0], captured=torch.cuda.is_current_stream_capturing())
         kernel.reroute_cuda(layer.struct, call, torch.cuda.current_stream().cuda_stream)
     else:
         if layer.recorder is not None:

@@ -44,6 +44,18 @@ class Neighbours:
 
 
 @dataclass
+class Sizes:
+    """Numbers of rows that a layer's operator was called with on a GPU, until re-routing is proven (`sere_ext.engine.proof`)."""
+
+    captured: set[int] = field(default_factory=set)  # while a CUDA graph was captured
+    eager: set[int] = field(default_factory=set)  # outside a capture
+
+    def add(self, rows: int, *, captured: bool) -> None:
+        """Note one call."""
+        (self.captured if captured else self.eager).add(rows)
+
+
+@dataclass
 class LayerState:
     """One MoE layer. Row `MAX_BUCKETS` of the counters is for calls outside every bucket."""
 
@@ -62,6 +74,7 @@ class LayerState:
     similarities: Any = field(init=False)  # float32 [E, E - 1], of the neighbours; stays on the host
     counters: Any = field(default_factory=lambda: np.zeros((MAX_BUCKETS + 1, len(kernel.COUNTERS)), np.int64))
     _rho: Any = field(default_factory=lambda: np.full(MAX_BUCKETS, np.inf, np.float32))  # of each row; infinite: none needed
+    sizes: Sizes | None = field(default_factory=Sizes)  # None once re-routing is proven
     recorder: Recorder | None = None  # of calls on the CPU, while a tuner wants them
     struct: kernel.Layer = field(init=False)  # what the kernel is given; a Mirror puts its own addresses in
 
