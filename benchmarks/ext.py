@@ -50,7 +50,7 @@ class Engine:
     def __init__(self, model: Path, similarity: Path | None, dtype: str) -> None:
         command = [sys.executable, "-m", "benchmarks.steps", str(model), str(similarity or "-"), dtype]
         self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._read()
+        self.ready = self._read()
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self.child.stdin is not None

@@ -4,6 +4,8 @@
 
 For each widening of the small model one engine runs waves of 16 requests under exact routing, whose parts are timed in place
 (`steps.py`), and the same under `oea` with S = 2. Figures are of the fastest of the rounds: other work on the machine only adds.
+Beside the engine's memory stands what a program holds that has imported vLLM and does nothing: no engine needs less than that and
+its weights.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from tests.kit import ROOT
 
 CONCURRENCY = 16
 EXACT: dict[str, Any] = {"minTokens": 1, "maxTokens": CONCURRENCY, "kind": "exact"}
+IMPORTS = "from vllm import LLM; print(flush=True); input()"
 FEWER: dict[str, Any] = {**EXACT, "kind": "oea", "S": 2}
 
 
@@ -43,6 +47,18 @@ def descendants(pid: int) -> list[int]:
         for child in map(int, (task / "children").read_text().split()):
             found += [child, *descendants(child)]
     return found
+
+
+def imports_mb() -> dict[str, float]:
+    """`memory_mb` of a program that has imported vLLM and waits."""
+    child = subprocess.Popen([sys.executable, "-c", IMPORTS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        if not child.stdout.readline():
+            raise SystemExit("vLLM could not be imported; the cause is above")
+        return memory_mb(child.pid)
+    finally:
+        child.communicate("\n", 60)
 
 
 def measure(factor: int, rounds: int) -> dict[str, Any]:
@@ -76,6 +92,7 @@ def measure(factor: int, rounds: int) -> dict[str, Any]:
     return {
         "factor": factor,
         "weightsMb": (model / "model.safetensors").stat().st_size / 1e6,
+        "kvCacheMb": engine.ready["kvCacheMb"],
         "engineMemoryMb": memory,
         **{name: row(answer) for name, answer in best.items()},
         "stepRatio": best["exact"]["tpotMs"][0] / best["oea S=2"]["tpotMs"][0],
@@ -88,11 +105,12 @@ def main() -> None:
     parser.add_argument("--factor", type=int, nargs="+", default=[ROWS_MOE.widening])
     parser.add_argument("--rounds", type=int, default=4)
     args = parser.parse_args()
+    imports = imports_mb()
     found = []
     for factor in args.factor:
         found.append(measure(factor, args.rounds))
         print(json.dumps(found[-1]), file=sys.stderr)  # a run that is cut off has at least this
-    print(json.dumps({"machine": machine(), "concurrency": CONCURRENCY, "models": found}, indent=2))
+    print(json.dumps({"machine": machine(), "concurrency": CONCURRENCY, "importsMemoryMb": imports, "models": found}, indent=2))
 
 
 if __name__ == "__main__":

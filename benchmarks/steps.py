@@ -5,6 +5,8 @@
     {"bucket": {...} | null, "waves": [[prompt, ...], ...], "tokens": 9, "parts": false}
     -> {"tpotMs": [per wave], "counters": {...} | null, "parts": {"attention": ms per step, ...}}
 
+Before the first request it prints {"ready": true, "kvCacheMb": ...}.
+
 A wave is so many requests that start together and answer with the same number of tokens: one step computes all prompts, every
 later one decodes the whole wave. Its TPOT is the time from the first answer tokens to the last over the number of steps between,
 scheduler and sampling included, HTTP not.
@@ -24,7 +26,9 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a wave is complete before 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
-MAX_SEQUENCES = 64
+MAX_SEQUENCES, MAX_TOKENS = 64, 128
+# A block of the CPU's KV cache holds 128 tokens, so one sequence; 80 of them take 10 MB, where vLLM would fill the GiB above.
+KV_BLOCKS = 80
 
 
 class Steps:
@@ -37,8 +41,8 @@ class Steps:
 
         ours = {"additional_config": {"sere": {"similarity": similarity}}} if similarity else {}
         self.llm = LLM(
-            model=model, dtype=dtype, enforce_eager=True, max_model_len=128, max_num_seqs=MAX_SEQUENCES,
-            max_num_batched_tokens=2048, enable_prefix_caching=False, **ours,
+            model=model, dtype=dtype, enforce_eager=True, max_model_len=MAX_TOKENS, max_num_seqs=MAX_SEQUENCES,
+            max_num_batched_tokens=2048, enable_prefix_caching=False, num_gpu_blocks_override=KV_BLOCKS, **ours,
         )  # fmt: skip
         self.plugged = similarity is not None
         self.parts: dict[str, float] = defaultdict(float)
@@ -83,6 +87,16 @@ class Steps:
         ended = time.perf_counter()
         return 1e3 * (ended - began) / (tokens - 1)
 
+    def kv_cache_mb(self) -> float:
+        """What the KV cache of all layers takes, in MB (1e6 bytes)."""
+
+        def size(worker: Any) -> int:
+            storages = {one.data_ptr(): one.nbytes() for one in (c.untyped_storage() for c in worker.model_runner.kv_caches)}
+            return sum(storages.values())  # layers may share one
+
+        sizes: list[int] = self.llm.collective_rpc(size)
+        return sum(sizes) / 1e6
+
     def watch_parts(self) -> None:
         """Time the parts of every forward pass from now on (eager, so a call is the work)."""
 
@@ -117,7 +131,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever the engine prints is no answer
     similarity = None if sys.argv[2] == "-" else sys.argv[2]
     steps = Steps(sys.argv[1], similarity, sys.argv[3])
-    print(json.dumps({"ready": True}), file=answers, flush=True)
+    print(json.dumps({"ready": True, "kvCacheMb": steps.kv_cache_mb()}), file=answers, flush=True)
     watching = False
     for line in sys.stdin:
         request = json.loads(line)
