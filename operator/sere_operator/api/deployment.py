@@ -206,7 +206,8 @@ class SereDeploymentSpec(Constrained):
         """URI of the artefact for a Static policy: routing.similarity, else one that tuning names."""
         if self.routing.similarity is not None:
             return self.routing.similarity.uri
-        return self.tuning.similarity.uri if self.tuning is not None else None
+        made = self.tuning.similarity if self.tuning is not None else None
+        return made.uri if made is not None else None
 
     @property
     def profile_required(self) -> bool:

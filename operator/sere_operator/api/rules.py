@@ -116,7 +116,8 @@ _RULES: Final[dict[str, tuple[Rule, ...]]] = {
         Rule(f"{_TUNED} || has(self.accuracy)", "routing.mode Tuned needs accuracy: how much may be given up", field=".accuracy"),
         Rule(f"{_TUNED} || has(self.slo)", "routing.mode Tuned needs slo: at least one latency limit to keep", field=".slo"),
         Rule(
-            f"!({_STATIC_SERE}) || has(self.routing.similarity) || (has(self.tuning) && has(self.tuning.similarity.uri))",
+            f"!({_STATIC_SERE}) || has(self.routing.similarity) || "
+            "(has(self.tuning) && has(self.tuning.similarity) && has(self.tuning.similarity.uri))",
             NEEDS_SIMILARITY,
             field=".routing.similarity",
         ),

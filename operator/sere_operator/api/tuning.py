@@ -89,9 +89,21 @@ class Tuning(SearchBudget, Constrained):
             "search.buckets: give one for each load level of workload.load.concurrency",
             lambda tuning: buckets_fit(tuning.workload.load, tuning.search) is None,
         ),
+        rule(
+            "has(self.similarity) || (has(self.policies) && !self.policies.exists(p, p in ['sere', 'hybrid']))",
+            "policies sere and hybrid need similarity: give calibrate or uri, or name policies without these two, such as [topk, oea]",
+            lambda tuning: tuning.similarity is not None or not any(kind.needs_similarity for kind in tuning.policies),
+            field="similarity",
+        ),
     )
 
-    similarity: Similarity
+    similarity: Annotated[
+        Similarity | None,
+        Field(
+            description="the similarity artefact, made by the run from calibration text or made before; needed where sere or hybrid "
+            "is among policies, as sere is by default"
+        ),
+    ] = None
     workload: Workload
     search: Annotated[SearchDetails | None, Field(description="how the search goes about it")] = None
     certify: Annotated[CertifySpec | None, Field(description="how the finalists are measured")] = None

@@ -37,17 +37,19 @@ def job(change: dict[str, Any]) -> SereTuningJobSpec:
         {"tuning": {"workload": {"load": {"concurrency": [4, 16]}}, "rungs": 1, "policies": ["sere"]}},
         {"tuning": {"workload": {"dataset": {"uri": "pvc://data/chat.jsonl"}, "load": {"requestsPerSecond": 2, "arrivals": "poisson"}}}},
         {"tuning": {"similarity": {"uri": "pvc://data/sim.safetensors"}}},
+        {"tuning": {"similarity": None, "policies": ["topk", "oea"]}},
         {"tuning": {"search": {"trialSeconds": 8, "itemsPerTrial": 100}, "certify": {"pairs": 4, "blockSeconds": 10, "items": 400}}},
         {"slo": {"tpotMs": {"p50": 9, "p95": 20, "p99": 30}, "e2elMs": {"p99": 900}}},
         {"accuracy": {"searchItems": 200, "tasks": [{"uri": "pvc://a/b", "metric": "regex", "pattern": "(x)", "maxTokens": 9, "stop": ["\n"]}]}},
         {"accuracy": {"tasks": [{"configMap": {"name": "items", "key": "items.jsonl"}}]}},
         {"engine": {"extraArgs": ["--enforce-eager"], "tensorParallelSize": 2}},
     ],
-    ids=["sample", "closed loop", "dataset", "similarity made before", "the tuner's sections", "limits", "regex", "config map", "engine"],
+    ids=["sample", "closed loop", "dataset", "similarity made before", "no similarity", "the tuner's sections", "limits", "regex", "config map", "engine"],
 )  # fmt: skip
 def test_the_tuner_reads_what_the_operator_writes(change: dict[str, Any]) -> None:
     spec = job(change)
     read = TuningSpec.model_validate(tuning_file(spec, Storage()))
+    assert (read.similarity is None and read.calibrate is None) == (spec.tuning.similarity is None)
     assert read.accuracy.max_drop_points == spec.accuracy.max_drop_points
     assert read.search.trials == spec.tuning.trials
     assert read.slo.limits() == [

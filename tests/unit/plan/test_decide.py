@@ -434,6 +434,15 @@ def test_tuning_begins_once_a_pod_answers_and_never_holds_ready() -> None:
     assert world.condition("Tuned")["reason"] == "Tuning"
 
 
+def test_tuning_for_kinds_that_compare_no_experts_needs_no_similarity() -> None:
+    tuning = {"policies": ["topk", "oea"], "workload": TUNED["tuning"]["workload"]}
+    world = settled(**{**TUNED, "tuning": tuning})
+    (job,) = world.jobs
+    assert "similarity" not in job["spec"]["tuning"]
+    assert job["spec"]["tuning"]["policies"] == ["topk", "oea"]
+    assert world.condition("Tuned")["reason"] == "Tuning"
+
+
 def test_a_profile_that_is_gone_is_said_and_not_taken_for_tuning() -> None:
     world = settled(**TUNED)
     world.jobs[0]["status"] = {"outcome": "Chosen", "profile": "p", "stage": "ended", "progress": "8/8"}

@@ -62,9 +62,9 @@ def tuning_file(spec: SereTuningJobSpec, storage: pods.Storage, folder: str = "r
     whole: Object = {"model": pods.model_path(spec.model, storage), "engine": engine}
     if spec.model.name is not None and spec.model.revision:
         whole["revision"] = spec.model.revision
-    if tuning.similarity.calibrate is not None:
+    if tuning.similarity is not None and tuning.similarity.calibrate is not None:
         whole["calibrate"] = {"data": storage.source(tuning.similarity.calibrate)}
-    elif tuning.similarity.uri is not None:
+    elif tuning.similarity is not None and tuning.similarity.uri is not None:
         whole["similarity"] = storage.uri(tuning.similarity.uri)
     workload = tuning.workload.to_json_dict()
     if tuning.workload.dataset is not None:
