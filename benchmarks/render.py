@@ -54,10 +54,10 @@ def policies_run(result: dict[str, Any]) -> str:
         if check
         else "vLLM itself was not asked in this run."
     )
-    minutes = sum(part["processorSeconds"] for part in result["batches"].values()) / 60
+    minutes = round(sum(part["processorSeconds"] for part in result["batches"].values()) / 60)
     return (
         f"`{result['model']}`: {result['items']:,} items (seed {result['seed']}), {result['experts']} experts, top-{result['topK']}; one of "
-        f"{_where(result['machine'])}; {minutes:.0f} minutes of processor time. {engine}\n"
+        f"{_where(result['machine'])}; {minutes} minute{'' if minutes == 1 else 's'} of processor time. {engine}\n"
     )
 
 

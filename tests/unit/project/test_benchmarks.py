@@ -285,6 +285,13 @@ def test_what_the_engine_benchmarks_write_is_what_the_page_reads(
     assert f"60 trials in 10 minutes, {certified if chosen else 'nothing was certified (Chosen)'}" in text
 
 
+@pytest.mark.parametrize(("seconds", "words"), [(25, "0 minutes"), (80, "1 minute"), (100, "2 minutes")])
+def test_processor_time_is_one_minute_or_some_minutes(seconds: float, words: str) -> None:
+    result = json.loads((render.RESULTS / "policies-tiny_moe.json").read_text())
+    text = render.policies_run({**result, "batches": {"1": {"processorSeconds": seconds}}})
+    assert f"; {words} of processor time." in text
+
+
 @pytest.mark.parametrize("page", render.PAGES, ids=lambda page: page.name)
 def test_no_table_drifts_from_its_run(page: Path) -> None:
     """Every measured table is what `benchmarks/render.py` makes of the committed results."""
