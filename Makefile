@@ -11,7 +11,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: help setup demo test lint format coverage docs crds test-unit test-emulated test-engine test-apiserver test-cluster test-chart test-gpu \
-        bench-tune bench-speedup bench-verdicts bench-tuner bench-policies bench-ext bench-telemetry bench-share soak-switches soak-replacements retrain-model vllm-snapshots envtest clean
+        bench-tune bench-speedup bench-verdicts bench-tuner bench-policies bench-layers bench-recorded bench-ext bench-telemetry bench-share soak-switches soak-replacements retrain-model vllm-snapshots envtest clean
 
 help: ## What can be made
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -62,14 +62,23 @@ bench-speedup: setup ## A certified speed-up on the real engine at concurrency 1
 bench-verdicts: setup ## How often a certificate is false, over simulated studies in adverse worlds; benchmarks/results/verdicts.json
 	$(PY) -m benchmarks.verdicts
 
-bench-tuner: setup ## What whole studies leave of the best policy's speed, in made-up models, beside simpler ways to search
-	$(PY) benchmarks/tuner.py
+bench-tuner: setup ## What whole studies leave of the best policy's speed, in made-up models and on recorded answers, beside simpler ways to search
+	$(PY) -m benchmarks.tuner $(ARGS)
 
 bench-policies: setup ## Accuracy against active experts of every kind of policy (12 minutes on one core); renews docs/policies.md
 	$(PY) -m benchmarks.policies
 	$(PY) -m benchmarks.policies --engine
 	$(PY) -m benchmarks.policies --model tests/assets/tiny_moe --items 1000
 	$(PY) -m benchmarks.render
+
+bench-layers: setup ## Which layers should keep the larger S where S is a fraction (6 minutes on one core); renews docs/policies.md
+	$(PY) -m benchmarks.layers
+	$(PY) -m benchmarks.layers --model tests/assets/tiny_moe
+	$(PY) -m benchmarks.render
+
+bench-recorded: setup ## The small model's answers under a grid of policies, which bench-tuner replays (20 minutes on one core)
+	rm -f benchmarks/results/recorded-rows_moe.json
+	$(PY) -m benchmarks.recorded
 
 bench-telemetry: setup ## What counters, polling and latency metrics cost of a step's time; renews docs/results.md
 	$(PY) -m benchmarks.telemetry $(ARGS)

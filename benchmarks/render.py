@@ -286,6 +286,26 @@ def _source(name: str) -> str:
     return f"`make bench-{name}`, [{name}.json](../benchmarks/results/{name}.json)"
 
 
+def layers(result: dict[str, Any]) -> str:
+    """A table per model: points lost with the larger S in one layer, a column per policy around it."""
+    text = []
+    for name, part in result.items():
+        head = ["kind", *(row["policy"].replace(f"S={part['families'][0]['S'] + 1}", "S+1").replace(f"S={part['families'][0]['S']}", "S")
+                          for row in part["families"][0]["rows"]), "choosing the layer gains"]  # fmt: skip
+        rows = []
+        for found in part["families"]:
+            cells = [
+                f"{_interval(r['lost']['points'], r['lost']['low'], r['lost']['high'], 2)}, {r['active']:.1f}"
+                for r in found["rows"]
+            ]
+            best = found["chosenOnHalf"]
+            gain = _interval(best["gain"]["points"], best["gain"]["low"], best["gain"]["high"], 2)
+            rows.append([f"`{found['kind']} S={found['S']}`", *cells, f"{gain} (layer {best['layer']})"])
+        text.append(f"`{name}`, {part['items']:,} items, {part['layers']} layers, batch {part['batch']}; exact routing is right on "
+                    f"{100 * part['right'] / part['items']:.2f} %; points lost with 95 % limits, active experts.\n\n{_table(head, rows)}")  # fmt: skip
+    return "\n".join(text)
+
+
 # By name of a block: the results that it is made of, and what makes it.
 BLOCKS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "policies": (("policies-rows_moe",), policies),
@@ -301,6 +321,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "ext-decode": (("ext",), partial(ext_decode, "widened")),
     "ext-parts": (("ext",), partial(ext_parts, "widened")),
     "ext-calibration": (("ext",), ext_calibration),
+    "layers": (("layers",), layers),
     "engine-runs": (("speedup", "tune", "telemetry"), engine_runs),
 }
 

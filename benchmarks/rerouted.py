@@ -21,23 +21,27 @@ SHARES = (0.5, 0.7)  # values of minShare, at S = 2
 
 
 class Rerouted:
-    """One bucket of a policy as a `lanes.Mix` for batches of `batch` sequences; counts active experts and slots.
+    """A policy's bucket as a `lanes.Mix` for batches of `batch` sequences; counts active experts and slots.
 
     Batch number b owns the lanes b * B to b * B + B - 1. Tensors of a GPU are brought to the CPU and back.
 
     Args:
         similarity: [layers, E, E] float32.
-        bucket: as in a policy's JSON, without edges.
+        bucket: as in a policy's JSON, without edges; one for all layers, or a list with one per layer.
         batch: B.
+
+    Raises:
+        PolicyError: the bucket is not one that this model can have.
     """
 
-    def __init__(self, model: Lanes, similarity: Tensor, bucket: dict[str, Any], batch: int) -> None:
+    def __init__(self, model: Lanes, similarity: Tensor, bucket: dict[str, Any] | Sequence[dict[str, Any]], batch: int) -> None:
         self.model, self.batch = model, batch
-        policy = Policy.parse({"buckets": [{"minTokens": 1, "maxTokens": batch, **bucket}]})
-        policy.check_model(model.top_k)
+        given = [bucket] * model.layers if isinstance(bucket, dict) else bucket
         renormalise = bool(model.config["norm_topk_prob"])
         self.layers = [LayerState(n, model.experts, model.top_k, renormalise, kernel.SOFTMAX) for n in range(model.layers)]
-        for layer in self.layers:
+        for layer, own in zip(self.layers, given, strict=True):
+            policy = Policy.parse({"buckets": [{"minTokens": 1, "maxTokens": batch, **own}]})
+            policy.check_model(model.top_k)
             layer.load_table(policy.table_for(layer.number))
             if policy.needs_similarity():
                 layer.load_similarity(*sorted_neighbours(similarity[layer.number].float().cpu().numpy()))

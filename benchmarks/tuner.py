@@ -1,9 +1,9 @@
-"""`make bench-tuner`: whole tuning studies in made-up models whose truth is known, beside simpler ways to search. Writes JSON.
+"""`make bench-tuner`: whole tuning studies where the truth is known, beside simpler ways to search. Writes JSON.
 
-    python -m benchmarks.tuner [--studies N] [--rivals NAME ...] [--out FILE]
+    python -m benchmarks.tuner [--studies N] [--replayed N] [--rivals NAME ...] [--out FILE]
 
-Every study is `sere_autotune.tuner.tune` itself, from its items to its certificate, on an engine that a world of
-`tests/kit/worlds.py` stands behind. Regret is the share of the best feasible policy's speed that the study's outcome leaves:
+Every study is `sere_autotune.tuner.tune` itself, from its items to its certificate. Behind its engine stands a made-up model of
+`tests/kit/worlds.py`, or the recorded answers of a real one (`tests/kit/replayed.py`; the studies that `--replayed` counts). Regret is the share of the best feasible policy's speed that the study's outcome leaves:
 1 - speed / best speed, with exact routing's speed of 1 where nothing is chosen. Rivals get the same trials, items, certificate
 and seeds: random and TPE propose the trials; bisection and S = 2 search nothing else than one kind.
 """
@@ -11,12 +11,14 @@ and seeds: random and TPE propose the trials; bisection and S = 2 search nothing
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,16 @@ from scipy import stats as sps
 
 from sere_autotune import tuner
 from sere_autotune.prepare import prepare, read_config
-from sere_autotune.tuning.space import Choice, Space
+from sere_autotune.tuning.space import Choice
 from sere_ext.contract.model_config import model_config_digest
 from sere_ext.contract.policy import Kind, Policy
 from sere_ext.contract.similarity import SimilarityMeta
 from sere_ext.similarity.file import write_similarity
 from tests.kit import ROOT
 from tests.kit.planted import Quiet, spec_for, write_items
-from tests.kit.worlds import EXPERTS, LAWS, LAYERS, TOP_K, World, WorldEngine, seeded
+from tests.kit.replayed import LAW as REPLAYED
+from tests.kit.replayed import Recording, Replayed
+from tests.kit.worlds import LAWS, Truth, WorldEngine, seeded
 
 RESULT = ROOT / "benchmarks" / "results" / "tuner.json"
 OURS, RANDOM, TPE, BISECTION, ALWAYS = "ours", "random", "tpe", "bisection", "alwaysS2"
@@ -79,7 +83,7 @@ class Ground:
         self.items = write_items(folder / "items.jsonl", items)
         self.count = 0
 
-    def spec(self, world: World, seed: int, trials: int, **changes: Any) -> Any:
+    def spec(self, world: Truth, seed: int, trials: int, **changes: Any) -> Any:
         """A tuning file for one study, in an output folder of its own."""
         self.count += 1
         out = self.folder / f"study-{self.count}" / "out"
@@ -89,15 +93,17 @@ class Ground:
             "accuracy__maxDropPoints": 100 * MAX_DROP, "accuracy__searchItems": SEARCH_ITEMS, "search__deviceHours": 1000,
             "certify__pairs": 10, "certify__blockSeconds": 1, "workload__seed": seed,
         }  # fmt: skip
+        if world.space.s_values:
+            values["search__sValues"] = list(world.space.s_values)
         spec = spec_for(out, self.items, **(values | changes))
         config = self.folder / "model" / "config.json"
         config.write_text(json.dumps({
-            "model_type": "qwen3_moe", "num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "num_hidden_layers": LAYERS,
+            "model_type": "qwen3_moe", "num_experts": world.experts, "num_experts_per_tok": world.top_k, "num_hidden_layers": world.layers,
         }))  # fmt: skip
         if not artefact.exists():
             meta = SimilarityMeta(
                 model_type="qwen3_moe", model_name="world", config_digest=model_config_digest(read_config(spec)),
-                data_digest="sha256:0", tokens=1, layers=tuple(range(LAYERS)), num_experts=EXPERTS,
+                data_digest="sha256:0", tokens=1, layers=tuple(range(world.layers)), num_experts=world.experts,
             )  # fmt: skip
             write_similarity(artefact, meta, dict(enumerate(world.similarity)))
         return spec.model_copy(update={"similarity": str(artefact)})
@@ -106,13 +112,13 @@ class Ground:
         shutil.rmtree(Path(spec.out).parent, ignore_errors=True)
 
 
-def study(ground: Ground, world: World, seed: int, name: str, trials: int = TRIALS) -> Study:
+def study(ground: Ground, world: Truth, seed: int, name: str, trials: int = TRIALS) -> Study:
     """One whole study of a world."""
     engine = WorldEngine(world, seed)
     if name in (BISECTION, ALWAYS):
         S = 2.0 if name == ALWAYS else bisected(ground, world, seed, trials, engine)
-        policy = Space(world.space.edges, (Kind.SERE,), TOP_K, None, tuple(range(LAYERS))).policy((Choice(Kind.SERE, S),))
-        finished = tuned(ground, world, seed, engine, {"search__rungs": 1}, only=policy) if S < TOP_K else None
+        policy = world.space.policy((Choice(Kind.SERE, S),)) if S < world.top_k else None
+        finished = tuned(ground, world, seed, engine, {"search__rungs": 1}, only=policy) if policy else None
     else:
         sampler = {OURS: "model", RANDOM: "random", TPE: "tpe"}[name]
         finished = tuned(ground, world, seed, engine, {"search__trials": trials, "search__sampler": sampler})
@@ -124,7 +130,7 @@ def study(ground: Ground, world: World, seed: int, name: str, trials: int = TRIA
     )  # fmt: skip
 
 
-def tuned(ground: Ground, world: World, seed: int, engine: WorldEngine, changes: dict[str, Any], only: Any = None) -> Any:
+def tuned(ground: Ground, world: Truth, seed: int, engine: WorldEngine, changes: dict[str, Any], only: Any = None) -> Any:
     """Run the product on a world."""
     spec = ground.spec(world, seed, changes.pop("search__trials", TRIALS), **changes)
     state = {"XDG_STATE_HOME": str(Path(spec.out).parent / "state")}  # other studies open the same items
@@ -139,21 +145,19 @@ def tuned(ground: Ground, world: World, seed: int, engine: WorldEngine, changes:
     return finished
 
 
-def bisected(ground: Ground, world: World, seed: int, trials: int, engine: WorldEngine) -> float:
+def bisected(ground: Ground, world: Truth, seed: int, trials: int, engine: WorldEngine) -> float:
     """The least S of kind sere whose measured drop fits half of the limit, by halving; all the trials' items on those few."""
     rng = np.random.default_rng([world.seed, seed, 11])
-    low, high = 1.0, float(TOP_K)
-    steps = np.arange(low, high, 0.25)
+    steps = sorted({choice.S for choice in world.space.choices() if choice.kind is Kind.SERE})
     first, last = 0, len(steps)
     each = trials * 500 // 5
     while first < last:
         middle = (first + last) // 2
-        drop = world.drop(Choice(Kind.SERE, float(steps[middle])))
-        lost, gained = drop * 1.15 + world.noise_floor / 2, drop * 0.15 + world.noise_floor / 2
+        lost, gained = world.discordance(Choice(Kind.SERE, steps[middle]))
         seen = (rng.binomial(each, lost) - rng.binomial(each, gained)) / each
         engine.seconds += each * 0.02
         first, last = (first, middle) if seen <= MAX_DROP / 2 else (middle + 1, last)
-    return float(steps[first]) if first < len(steps) else high
+    return steps[first] if first < len(steps) else float(world.top_k)
 
 
 def summary(studies: list[Study]) -> dict[str, Any]:
@@ -175,7 +179,8 @@ def summary(studies: list[Study]) -> dict[str, Any]:
         "worlds": sorted({s.law for s in ours}),
         "meanRegret": {name: round(float(np.mean([s.regret for s in some])), 4) for name, some in by.items()},
         "medianRegret": {name: round(float(np.median([s.regret for s in some])), 4) for name, some in by.items()},
-        "regretByWorld": {law: round(float(np.mean([s.regret for s in ours if s.law == law])), 4) for law in LAWS if any(s.law == law for s in ours)},
+        "regretByWorld": {law: round(float(np.mean([s.regret for s in ours if s.law == law])), 4) for law in sorted({s.law for s in ours})},
+        "replayedStudies": sum(s.law == REPLAYED for s in ours),
         "infeasibleShare": round(bad / len(ours), 4),
         "infeasibleUpperLimit": round(float(sps.beta.ppf(0.95, bad + 1, len(ours) - bad)), 4) if bad < len(ours) else 1.0,
         "chosenShare": round(float(np.mean([s.chosen for s in worthwhile])), 4) if worthwhile else None,
@@ -187,12 +192,32 @@ def summary(studies: list[Study]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def made_up(first: int, studies: int) -> Iterator[tuple[int, Truth]]:
+    """Numbered worlds, their laws by turns."""
+    for number in range(studies):
+        yield number, seeded(LAWS[number % len(LAWS)], first + number // len(LAWS))
+
+
+def replayed(first: int, studies: int) -> Iterator[tuple[int, Truth]]:
+    """Numbered views of the one recording, each with items of its own."""
+    recording = Recording.read() if studies else None
+    for number in range(studies):
+        assert recording is not None
+        yield number, Replayed(recording, first + number)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, default=102, help="whole studies of ours, shared among the worlds")
+    parser.add_argument("--studies", type=int, default=102, help="whole studies of ours in made-up models")
+    parser.add_argument("--replayed", type=int, default=30, help="whole studies of ours on the recorded answers of a real model")
     parser.add_argument("--first", type=int, default=0, help="seed of the first")
     parser.add_argument("--rivals", nargs="*", default=list(NAMES[1:]), choices=NAMES[1:])
-    parser.add_argument("--rival-studies", type=int, default=None, help="of each rival; as many as ours by default")
+    parser.add_argument(
+        "--rival-studies",
+        type=int,
+        default=None,
+        help="of each rival, in made-up models and in replayed ones; as many as ours by default",
+    )
     parser.add_argument(
         "--with", dest="others", nargs="*", type=Path, default=[], help="results of other seeds to put in with these"
     )
@@ -205,10 +230,9 @@ def main() -> None:
         studies += [Study(**each) for each in kept["each"]]
     with tempfile.TemporaryDirectory() as folder:
         ground = Ground(Path(folder))
-        for number in range(options.studies):
-            seed = options.first + number // len(LAWS)
-            world = seeded(LAWS[number % len(LAWS)], seed)
-            rivals = options.rivals if number < (options.rival_studies or options.studies) else []
+        for number, world in itertools.chain(made_up(options.first, options.studies), replayed(options.first, options.replayed)):
+            seed = world.seed
+            rivals = options.rivals if options.rival_studies is None or number < options.rival_studies else []
             for name in (OURS, *rivals):
                 found = study(ground, world, seed, name)
                 studies.append(found)

@@ -10,7 +10,8 @@ every layer's output. What that costs in accuracy and what a step takes are laws
     ramp     accuracy falls with a power of the error, late layers count most; the first experts lie in a cache, and
              every further one costs less than the one before
 
-The tuner sees other steps than those that its certificate's blocks are made of.
+The tuner sees other steps than those that its certificate's blocks are made of. `replayed.py` has a world whose answers a real model
+gave; what an engine needs of either is `Truth`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -49,15 +51,75 @@ KEY = {
 }  # fmt: skip
 
 
+class Truth(ABC):
+    """A model whose every choice has a known drop and step time.
+
+    Attributes:
+        law: name of the kind of world.
+        scatter: of a block's mean time, on the log scale.
+        tpot_ms: a step's time under exact routing.
+        similarity: of the experts, [E, E] for every MoE layer.
+        seen: router calls that the tuner records.
+        space: every choice that a search may try.
+    """
+
+    law: str
+    seed: int
+    scatter: float
+    experts: int
+    top_k: int
+    layers: int
+    tpot_ms: float = TPOT_MS
+    similarity: list[NDArray[np.float32]]
+    seen: Routing
+    space: Space
+
+    @abstractmethod
+    def drop(self, choice: Choice) -> float:
+        """True share of items lost, net of those gained."""
+
+    @abstractmethod
+    def time(self, choice: Choice) -> float:
+        """True time of a step, exact routing = 1."""
+
+    @abstractmethod
+    def counts(self, choice: Choice) -> tuple[float, float]:
+        """Active experts of a router call, and experts that compute a token in it."""
+
+    @abstractmethod
+    def discordance(self, choice: Choice) -> tuple[float, float]:
+        """Shares of all items that exact routing alone answers right, and that the choice alone does, in one block of each."""
+
+    @abstractmethod
+    def right(self, prompts: Sequence[str], choice: Choice, source: np.random.Generator) -> NDArray[np.bool_]:
+        """Which prompts are answered right in one block."""
+
+    def choice_of(self, policy: Policy) -> Choice:
+        """The choice whose policy this is; exact routing for a policy that no choice has."""
+        return self._choices.get(policy.model_copy(update={"similarity_digest": None}).digest, EXACT)
+
+    @cached_property
+    def _choices(self) -> dict[str, Choice]:
+        return {self.space.policy((choice,)).digest: choice for choice in self.space.choices()}
+
+    def best(self, max_drop: float) -> tuple[Choice, float]:
+        """The fastest choice that truly keeps the limit, and its speed-up."""
+        feasible = [choice for choice in self.space.choices() if self.drop(choice) <= max_drop]
+        found = min(feasible, key=self.time)
+        return found, 1 / self.time(found)
+
+
 @dataclass
-class World:
-    """One model. `seed` draws its experts, routing and how harmful errors are."""
+class World(Truth):
+    """A made-up model. `seed` draws its experts, routing and how harmful errors are."""
 
     law: str
     seed: int
     noise_floor: float = 0.02  # share of items on which exact routing differs from itself
     scatter: float = 0.15  # of a block's mean time, on the log scale
     _rows: dict[Choice, Floats] = field(default_factory=dict)
+
+    experts, top_k, layers = EXPERTS, TOP_K, LAYERS
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng([LAWS.index(self.law), self.seed])
@@ -142,25 +204,28 @@ class World:
             work = np.maximum(active - 6, 1.0) ** 0.85 / np.maximum(exact[:, 0] - 6, 1.0) ** 0.85 + 0.1 * slots / TOP_K
         return 1 - self.share + self.share * float(work.mean())
 
-    def choice_of(self, policy: Policy) -> Choice:
-        """The choice whose policy this is."""
-        return self._choices.get(policy.model_copy(update={"similarity_digest": None}).digest, EXACT)
+    def counts(self, choice: Choice) -> tuple[float, float]:
+        active, slots = between(choice, LAYERS, self._layered)[:, :2].mean(axis=0)
+        return float(active), float(slots)
 
-    @cached_property
-    def _choices(self) -> dict[str, Choice]:
-        return {self.space.policy((choice,)).digest: choice for choice in self.space.choices()}
+    def discordance(self, choice: Choice) -> tuple[float, float]:
+        drop = self.drop(choice)
+        return drop * 1.15 + self.noise_floor / 2, drop * 0.15 + self.noise_floor / 2
 
-    def best(self, max_drop: float) -> tuple[Choice, float]:
-        """The fastest choice that truly keeps the limit, and its speed-up."""
-        feasible = [choice for choice in self.space.choices() if self.drop(choice) <= max_drop]
-        found = min(feasible, key=self.time)
-        return found, 1 / self.time(found)
+    def right(self, prompts: Sequence[str], choice: Choice, source: np.random.Generator) -> NDArray[np.bool_]:
+        """Losses are nested: an item that one choice loses is lost under every choice that loses more."""
+        drop = self.drop(choice)
+        lost, gained = 1.15 * drop / EXACT_RIGHT, 0.15 * drop / (1 - EXACT_RIGHT)
+        item = np.array([uniforms(prompt) for prompt in prompts])
+        found = np.where(item[:, 0] < EXACT_RIGHT, item[:, 1] >= lost, item[:, 1] < gained)
+        found ^= source.random(len(prompts)) < self.noise_floor / 2
+        return found
 
 
 class WorldEngine:
-    """A world behind the tuner's engine protocol. Blocks take no time; the engine seconds that they would take are summed."""
+    """A model of known truth behind the tuner's engine protocol. Blocks take no time; the engine seconds that they would take are summed."""
 
-    def __init__(self, world: World, seed: int) -> None:
+    def __init__(self, world: Truth, seed: int) -> None:
         self.world, self.policy, self.choice = world, EXACT_POLICY, EXACT
         self.start_seconds, self.seconds = 0.01, 0.0
         self.random = np.random.default_rng([world.seed, seed, 7])
@@ -170,7 +235,8 @@ class WorldEngine:
         pass
 
     def start(self) -> EngineFacts:
-        return EngineFacts(key=KEY, top_k=TOP_K, ranks=1, layers=tuple(range(LAYERS)), experts=EXPERTS)
+        world = self.world
+        return EngineFacts(key=KEY, top_k=world.top_k, ranks=1, layers=tuple(range(world.layers)), experts=world.experts)
 
     def apply(self, policy: Policy) -> None:
         self.policy, self.choice = policy, self.world.choice_of(policy)
@@ -185,27 +251,23 @@ class WorldEngine:
         pass
 
     def wave(self, requests: Sequence[Request], tokens: int, bucket: str) -> Wave:
-        """A decode step under `topk`, which the world's law gives for its own batch size alone."""
-        choice = Choice(Kind.TOPK, float(self.policy.buckets[0].S or TOP_K))
-        active, slots = between(choice, LAYERS, self.world._layered)[:, :2].mean(axis=0)
-        time = TPOT_MS / 1e3 * self.world.time(choice) * math.exp(0.05 * self.random.normal())
+        """A decode step under `topk`, which the world knows for its own batch size alone."""
+        choice = Choice(Kind.TOPK, float(self.policy.buckets[0].S or self.world.top_k))
+        exact_s = self.world.tpot_ms / 1e3
+        time = exact_s * self.world.time(choice) * math.exp(0.05 * self.random.normal())
         self.seconds += tokens * time
-        return Wave(10.0, TPOT_MS / 1e3, time, float(active), float(slots))
+        return Wave(10.0, exact_s, time, *self.world.counts(choice))
 
     def block(self, requests: Sequence[Request], load: Load, fillers: Sequence[Request] = (), deadline_s: float | None = None,
               reject: Reject | None = None, expected_s: float | None = None) -> BlockReport:  # fmt: skip
         world, n = self.world, len(requests)
-        drop, time = world.drop(self.choice), world.time(self.choice)
-        lost, gained = 1.15 * drop / EXACT_RIGHT, 0.15 * drop / (1 - EXACT_RIGHT)
-        item = np.array([uniforms(request.prompt) for request in requests])  # the same in every block: losses are nested
-        right = item[:, 0] < EXACT_RIGHT
-        right = np.where(right, item[:, 1] >= lost, item[:, 1] < gained)
-        right ^= self.random.random(n) < world.noise_floor / 2
+        time = world.time(self.choice)
+        right = world.right([request.prompt for request in requests], self.choice, self.random)
         self.drift = 0.8 * self.drift + 0.02 * self.random.normal()
-        pace = TPOT_MS * time * math.exp(self.drift + world.scatter * self.random.normal() * 0.4)
+        pace = world.tpot_ms * time * math.exp(self.drift + world.scatter * self.random.normal() * 0.4)
         tpots = pace * np.exp(0.1 * self.random.normal(size=n))
         rejector = DropRejector(reject.limit, reject.alpha) if reject else None
-        sent, stopped, step = [], None, 15 * TPOT_MS / 1e3 / BATCH
+        sent, stopped, step = [], None, 15 * world.tpot_ms / 1e3 / BATCH
         for index, request in enumerate(requests):
             assert request.item is not None
             good = bool(right[index])
