@@ -34,6 +34,7 @@ CALIBRATION_ITEMS = 400
 # page (docs/policies.md), and the demo looks for the best S where it says that something is to be had.
 POLICIES = "oea"
 S_VALUES = (2.0, 2.25, 2.5)
+MIN_SHARE = (0.0,)
 SEARCH_ITEMS = 160
 PAIRS = 4  # of blocks
 CONCURRENCY = 16
@@ -121,6 +122,7 @@ def prepare(args: argparse.Namespace) -> Path:
         "search": {
             "policies": args.policies.split(","),
             "sValues": list(S_VALUES),
+            "minShare": list(MIN_SHARE),
             "trials": args.trials,
             "rungs": 1,
             "deviceHours": 0.25,

@@ -43,6 +43,7 @@ LAWS = ("knee", "cliff", "ramp")
 EXPERTS, TOP_K, LAYERS, BATCH, WIDTH = 64, 8, 6, 16, 16
 KINDS = (Kind.SERE, Kind.TOPK, Kind.OEA)
 EDGES = (BucketEdges(min_tokens=8, max_tokens=64),)
+SHARES = (0.0, 0.5)  # of minShare, as a search tries by default
 EXACT_RIGHT = 0.85
 TPOT_MS = 20.0
 KEY = {
@@ -150,7 +151,7 @@ class World(Truth):
 
     @cached_property
     def space(self) -> Space:
-        return Space(EDGES, KINDS, TOP_K, None, tuple(range(LAYERS)))
+        return Space(EDGES, KINDS, TOP_K, None, tuple(range(LAYERS)), SHARES)
 
     @cached_property
     def _states(self) -> Any:
@@ -159,9 +160,8 @@ class World(Truth):
     def _layered(self, choice: Choice) -> Floats:
         """[layers, 4]: active experts, slots of a token, tokens of the busiest expert, squared relative output error."""
         if choice not in self._rows:
-            bucket = Bucket(
-                min_tokens=1, kind=choice.kind, S=int(choice.S) if choice.kind is not Kind.EXACT else None, rho=choice.rho
-            )
+            S = int(choice.S) if choice.kind is not Kind.EXACT else None
+            bucket = Bucket(min_tokens=1, kind=choice.kind, S=S, rho=choice.rho, min_share=choice.share or None)
             rows = np.zeros((LAYERS, 4))
             for layer, (state, calls) in enumerate(zip(self._states, self.true.calls, strict=True)):
                 state.load_table((bucket,))

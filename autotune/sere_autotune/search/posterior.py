@@ -14,8 +14,10 @@ Accuracy. Per bucket and kind, with m the counted share of router weight that mo
     excess discordance  e = D / (1 + exp(-(A[kind, bucket] + B[kind] log(m / 0.2) - R rho)))   bends at D; rho acts where it is used
     drop                q e                                                                  q: net loss per excess discordant item
 
-Discordant items are Poisson with mean n (d0 + e), losses among them binomial. Posterior draws come from differential-evolution
-MCMC (C. ter Braak, Statistics and Computing 16 (2006) 239), which needs no tuning.
+No model follows the formula, so every choice that was measured has a factor f of its own on e, log-normal with mean 1: what was
+measured of a choice then counts for more than what the formula says of it, and a wrong formula spoils less of what is said of
+the others. Discordant items are Poisson with mean n (d0 + f e), losses among them binomial. Posterior draws come from
+differential-evolution MCMC (C. ter Braak, Statistics and Computing 16 (2006) 239), which needs no tuning.
 """
 
 from __future__ import annotations
@@ -42,6 +44,10 @@ _SCATTER = np.geomspace(0.02, 0.4, 8)  # sigma
 _A, _A_SPREAD, _A_BUCKETS = -3.4, 1.6, 0.7
 _SCALARS = np.array([[0.5, 0.8], [0.7, 0.8]])  # logit q, log R
 _B, _B_SPREAD = np.log(2.0), 0.4
+# What a choice's own excess may be, times the formula's: values with mean 1 and their weights.
+_OWN_SPREAD = 0.5
+_nodes, _weights = np.polynomial.hermite_e.hermegauss(7)
+_OWN, _OWN_WEIGHTS = np.exp(_OWN_SPREAD * _nodes - _OWN_SPREAD**2 / 2), _weights / _weights.sum()
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class _Data:
-    """Observations as arrays."""
+    """All observations of each measured pair of bucket and choice, as arrays."""
 
     where: tuple[NDArray[np.intp], NDArray[np.intp]]  # bucket, choice
     n: Floats
@@ -87,19 +93,23 @@ class PolicyModel:
         self._moved = np.stack([np.log(np.maximum(c.moved, 1e-5) / _MOVED) for c in counts])
         self._saved = np.stack([[1 - c.active / c.active[0], 1 - c.slots / c.slots[0]] for c in counts])  # [buckets, 2, choices]
         self._draws: Floats | None = None
+        self._factors: Floats = np.ones((self.buckets, 1, 1))
         self._speeds: list[Floats] = []
 
     def fit(self, observations: Sequence[Observation], seed: int) -> None:
         """Draw from the posterior given all trials so far."""
         rng = np.random.default_rng(seed)
         seen = [o for o in observations if o.choice.kind is not Kind.EXACT]
-        self._draws = self._sample(self._data([o for o in seen if o.items > 0]), rng)
+        data = self._data([o for o in seen if o.items > 0])
+        self._draws = self._sample(data, rng)
+        self._factors = self._draw_factors(data, rng)
         self._speeds = [self._fit_speed(b, [o for o in seen if o.bucket == b], rng) for b in range(self.buckets)]
 
     # Posterior of every choice of a bucket, [draws, choices].
 
     def excess(self, bucket: int) -> Floats:
-        return self._excess(self.draws, np.full(len(self.choices), bucket), np.arange(len(self.choices)))
+        every = np.arange(len(self.choices))
+        return self._factors[bucket] * self._excess(self.draws, np.full(len(every), bucket), every)
 
     def drop(self, bucket: int) -> Floats:
         return self.excess(bucket) * _sigmoid(self.draws[:, :1])
@@ -191,20 +201,38 @@ class PolicyModel:
     def _data(self, seen: Sequence[Observation]) -> _Data | None:
         if not seen:
             return None
-        bucket, choice = np.array([o.bucket for o in seen]), np.array([self._index[o.choice] for o in seen])
-        n, losses, gains = np.array([(o.items, o.losses, o.gains) for o in seen], dtype=float).T
+        cells: dict[tuple[int, int], Floats] = {}
+        for o in seen:
+            at = o.bucket, self._index[o.choice]
+            cells[at] = cells.get(at, np.zeros(3)) + np.array([o.items, o.losses, o.gains])
+        bucket, choice = np.array(list(cells)).T
+        n, losses, gains = np.array(list(cells.values())).T
         return _Data((bucket, choice), n, losses, gains)
 
     def _log_posterior(self, x: Floats, data: _Data | None) -> Floats:
         found = self._log_prior(x)
         if data is None:
             return found
-        excess, q = self._excess(x, *data.where), _sigmoid(x[:, :1])
+        likely = self._likely(x, data) + np.log(_OWN_WEIGHTS)
+        return np.asarray(found + np.logaddexp.reduce(likely, axis=2).sum(axis=1))
+
+    def _likely(self, x: Floats, data: _Data) -> Floats:
+        """Log likelihood of what was seen of each measured choice under each value of its factor, [draws, measured, values]."""
+        excess, q = self._excess(x, *data.where)[:, :, None] * _OWN, _sigmoid(x[:, :1])[:, :, None]
+        n, losses, gains = data.n[:, None], data.losses[:, None], data.gains[:, None]
         # Losses and gains as independent Poisson: the same as Poisson discordance with binomial losses.
-        loss_rate = data.n * (self.floor / 2 + excess * (1 + q) / 2)
-        gain_rate = data.n * (self.floor / 2 + excess * (1 - q) / 2)
-        likely = data.losses * np.log(loss_rate) - loss_rate + data.gains * np.log(gain_rate) - gain_rate
-        return np.asarray(found + likely.sum(axis=1))
+        loss_rate = n * (self.floor / 2 + excess * (1 + q) / 2)
+        gain_rate = n * (self.floor / 2 + excess * (1 - q) / 2)
+        return np.asarray(losses * np.log(loss_rate) - loss_rate + gains * np.log(gain_rate) - gain_rate)
+
+    def _draw_factors(self, data: _Data | None, rng: np.random.Generator) -> Floats:
+        """[buckets, draws, choices]: each draw's factor f of a choice; 1 where the choice was never measured."""
+        found = np.ones((self.buckets, len(self.draws), len(self.choices)))
+        if data is not None:
+            score = self._likely(self.draws, data) + np.log(_OWN_WEIGHTS)
+            drawn = (score + rng.gumbel(size=score.shape)).argmax(axis=2)  # each with the chance that its score gives it
+            found[data.where[0], :, data.where[1]] = _OWN[drawn].T
+        return found
 
 
 def _sigmoid(x: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""The search space: for each range of batch sizes a kind of routing, S and rho, and minShare where it is searched. Pure.
+"""The search space: for each range of batch sizes a kind of routing, S, rho and minShare. Pure.
 
 Optuna sees one flat space of fixed shape (`b0.kind`, `b0.S`, `b0.rho`, `b1.kind`, ...), so that every sampler can
 work on it. Values that a kind does not use are ignored: rho of kinds without similarity, and minShare at S = 1, where a token

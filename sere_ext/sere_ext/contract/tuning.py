@@ -294,7 +294,7 @@ class SearchDetails(Record):
     min_share: Annotated[
         tuple[Annotated[float, Field(ge=0, le=1)], ...],
         Field(min_length=1, max_length=8, description="values of minShare to try where S is above 1; 0 keeps all of the top S"),
-    ] = (0.0,)
+    ] = (0.0, 0.5)
     s_values: Annotated[
         tuple[Annotated[float, Field(ge=1, le=64)], ...] | None,
         Field(

@@ -117,6 +117,15 @@ def test_speeds_are_learnt_from_counts_with_the_scatter_of_blocks() -> None:
         assert np.mean(off) < 1.3, (noise, off)
 
 
+def test_what_was_measured_of_a_choice_counts_for_more_than_the_formula_says_of_it() -> None:
+    """In this world a token that keeps three experts loses more than one that keeps two, which no setting of the formula allows."""
+    model = empty()
+    two, three = Choice(Kind.TOPK, 2), Choice(Kind.TOPK, 3)
+    model.fit([Observation(0, two, 2000, 3, 2, 0.2), Observation(0, three, 500, 12, 1, 0.2)], 1)
+    drop = dict(zip(model.choices, model.drop(0).mean(axis=0), strict=True))
+    assert drop[two] < 0.005 < drop[three]
+
+
 class Posterior:
     """Stands in for a model of one bucket: two draws of every choice's drop and log speed-up, equally likely; no gains of items."""
 

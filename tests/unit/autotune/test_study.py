@@ -238,7 +238,7 @@ def test_budgets_may_change_within_a_study_and_nothing_else() -> None:
         return fingerprint(TuningSpec.model_validate(plain | {"search": plain["search"] | search}), "sha256:1", "sha256:2")
 
     assert mark(trials=7) == mark(deviceHours=9) == mark(wallMinutes=3) == mark()
-    assert len({mark(), mark(minShare=[0, 0.5]), mark(rungs=3)}) == 3
+    assert len({mark(), mark(minShare=[0, 0.7]), mark(rungs=3)}) == 3
 
 
 def test_two_tuners_in_one_folder_are_refused(tmp_path: Path, items: Path) -> None:
@@ -277,9 +277,7 @@ def test_every_sampler_tells_the_same_constraints_for_every_trial(tmp_path: Path
 
 
 @pytest.mark.parametrize("sampler", ["model", "random"])
-def test_min_share_is_searched_where_it_is_asked_for_and_a_study_with_it_goes_on(
-    tmp_path: Path, items: Path, sampler: str
-) -> None:
+def test_min_share_is_searched_and_a_study_with_it_goes_on(tmp_path: Path, items: Path, sampler: str) -> None:
     changes = {"search__policies": ["oea"], "search__minShare": [0.7, 0, 0.7], "search__sampler": sampler, "search__seed": 2}
     spec = spec_for(tmp_path / "out", items, search__trials=12, **changes)
     with pytest.raises(KeyboardInterrupt):
@@ -315,7 +313,8 @@ def test_a_kind_costs_that_kind_and_never_the_study(
             super().apply(policy)
 
     report = Quiet()
-    spec = spec_for(tmp_path / "out", items, search__policies=["oea", "topk"], search__trials=12, accuracy__maxDropPoints=5)
+    changes = {"search__policies": ["oea", "topk"], "search__minShare": [0], "accuracy__maxDropPoints": 5}
+    spec = spec_for(tmp_path / "out", items, search__trials=12, **changes)
     finished = run(spec, Engine(crashes=crashes), report)
     assert finished.outcome.ending is Ending.CHOSEN, finished.outcome.message
     assert {bucket["kind"] for bucket in finished.profile["spec"]["policy"]["buckets"]} == {"topk"}
