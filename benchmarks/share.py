@@ -102,7 +102,9 @@ def measure(factor: int, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--factor", type=int, nargs="+", default=[ROWS_MOE.widening])
+    parser.add_argument(
+        "--factor", type=int, nargs="+", default=[1, ROWS_MOE.widening], help="of the widening; 1 has next to no weights"
+    )
     parser.add_argument("--rounds", type=int, default=4)
     args = parser.parse_args()
     imports = imports_mb()

@@ -15,7 +15,7 @@ from tests.kit import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = {"pyyaml": "yaml"}  # where a distribution's module has another name
-WITH_ENGINE = {"torch", "transformers", "huggingface_hub", "fastapi", "llvmlite"}  # what vLLM brings, in versions that it chooses
+WITH_ENGINE = {"torch", "transformers", "huggingface_hub", "fastapi"}  # what vLLM brings, in versions that it chooses
 PARTS = {
     "sere_ext/sere_ext": ("similarity", "vllm"),
     "autotune/sere_autotune": ("autotune", "vllm"),
