@@ -93,6 +93,7 @@ class Ground:
             "accuracy__maxDropPoints": 100 * MAX_DROP, "accuracy__searchItems": SEARCH_ITEMS, "search__deviceHours": 1000,
             "certify__pairs": 10, "certify__blockSeconds": 1, "workload__seed": seed,
         }  # fmt: skip
+        values["search__minShare"] = list(world.space.shares)
         if world.space.s_values:
             values["search__sValues"] = list(world.space.s_values)
         spec = spec_for(out, self.items, **(values | changes))

@@ -34,7 +34,7 @@ CALIBRATION_ITEMS = 400
 # page (docs/policies.md), and the demo looks for the best S where it says that something is to be had.
 POLICIES = "oea"
 S_VALUES = (2.0, 2.25, 2.5)
-MIN_SHARE = (0.0,)
+MIN_SHARE = (0.0,)  # 0.5 costs about as much as the limit, which 1,000 items cannot tell
 SEARCH_ITEMS = 160
 PAIRS = 4  # of blocks
 CONCURRENCY = 16
@@ -126,7 +126,7 @@ def prepare(args: argparse.Namespace) -> Path:
             "trials": args.trials,
             "rungs": 1,
             "deviceHours": 0.25,
-            "itemsPerTrial": 64,
+            "itemsPerTrial": 128,
         },
         # A request lasts two seconds here, so that 15 of them (the default) would make blocks of half a minute at least.
         "certify": {"pairs": PAIRS, "blockSeconds": 8, "blockResidences": 4},
