@@ -261,6 +261,7 @@ class WorldEngine:
     def block(self, requests: Sequence[Request], load: Load, fillers: Sequence[Request] = (), deadline_s: float | None = None,
               reject: Reject | None = None, expected_s: float | None = None) -> BlockReport:  # fmt: skip
         world, n = self.world, len(requests)
+        assert self.choice != EXACT or not self.policy.buckets, f"no choice of this world has the policy {self.policy}"
         time = world.time(self.choice)
         right = world.right([request.prompt for request in requests], self.choice, self.random)
         self.drift = 0.8 * self.drift + 0.02 * self.random.normal()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 
 from benchmarks import recorded
 from benchmarks import tuner as bench
+from sere_autotune.trial.load import Load
 from sere_autotune.tuning.space import EXACT, Choice
 from sere_ext.contract.policy import Kind, Policy
 from tests.kit.replayed import Recording, Replayed, step_cost
+from tests.kit.worlds import WorldEngine
 
 ITEMS, LAYERS, EXPERTS, TOP_K, COST = 10, 4, 8, 2, (1.0, 0.5, 0.25)
 WRONG = {  # item numbers that each run gets wrong
@@ -91,6 +94,14 @@ def test_a_policy_is_known_by_what_the_engine_is_given(world: Replayed) -> None:
     policy = world.space.policy((Choice(Kind.SERE, 1, 0.4),)).model_copy(update={"similarity_digest": "sha256:0"})
     assert world.choice_of(policy) == Choice(Kind.SERE, 1, 0.4)
     assert world.choice_of(Policy()) == EXACT
+
+
+def test_a_policy_that_was_not_recorded_is_answered_by_nobody(world: Replayed) -> None:
+    """Rather than as exact routing would be."""
+    engine = WorldEngine(world, 1)
+    engine.apply(replace(world.space, shares=(0.0, 0.5), top_k=4, s_values=(2.0,)).policy((Choice(Kind.OEA, 2, share=0.5),)))
+    with pytest.raises(AssertionError, match="no choice of this world"):
+        engine.block([], Load(concurrency=16))
 
 
 def test_discordance_of_single_blocks(world: Replayed) -> None:
