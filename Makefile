@@ -76,7 +76,7 @@ bench-layers: setup ## Which layers should keep the larger S where S is a fracti
 	$(PY) -m benchmarks.layers --model tests/assets/tiny_moe
 	$(PY) -m benchmarks.render
 
-bench-recorded: setup ## The small model's answers under a grid of policies, which bench-tuner replays (20 minutes on one core)
+bench-recorded: setup ## The small model's answers under a grid of policies, which bench-tuner replays (12 minutes on one core)
 	rm -f benchmarks/results/recorded-rows_moe.json
 	$(PY) -m benchmarks.recorded
 

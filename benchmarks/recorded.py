@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=models.ROWS_MOE.directory)
     parser.add_argument("--items", type=int, default=2048)
     parser.add_argument("--minutes", type=float, default=math.inf, help="of processor time, after which no cell is begun")
-    parser.add_argument("--runs", type=int, default=2, help="of every cell")
+    parser.add_argument("--runs", type=int, default=1, help="of every cell; exact routing has more")
     parser.add_argument("--out", type=Path, help="JSON; recorded-MODEL.json in benchmarks/results when not given")
     args = parser.parse_args()
     torch.set_num_threads(1)
