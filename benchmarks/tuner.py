@@ -92,7 +92,6 @@ class Ground:
             "search__policies": ["sere", "topk", "oea"], "search__trials": trials, "search__seed": seed, "slo__tpotMs__p95": 1000,
             "accuracy__maxDropPoints": 100 * MAX_DROP, "accuracy__searchItems": SEARCH_ITEMS, "search__deviceHours": 1000,
             "certify__pairs": 10, "certify__blockSeconds": 1, "workload__seed": seed,
-            "search__minShare": list(world.space.shares),
         }  # fmt: skip
         values["search__minShare"] = list(world.space.shares)
         if world.space.s_values:
