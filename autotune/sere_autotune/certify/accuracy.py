@@ -84,9 +84,12 @@ def paired(blocks: Sequence[MeasuredBlock]) -> Paired:
 def design_effect(items: Sequence[PairedItem]) -> float:
     """How many times the variance of losses less gains, over the blocks of a load level, exceeds that of independent items.
 
-    Drops that differ between load levels are no correlation, so each level's mean is taken out first. At least 1.
+    Drops that differ between load levels are no correlation, so each level's mean is taken out first. At least 1, and at most
+    the number of losses and gains: were they all one event, they would count as one. A single loss shows no correlation,
+    however small the block it fell into.
     """
-    if not any(item.loss for item in items):
+    discordant = sum(item.loss != 0 for item in items)
+    if not discordant:
         return 1.0
     levels: dict[int, list[int]] = {}
     blocks: dict[tuple[int, int], list[int]] = {}
@@ -94,7 +97,8 @@ def design_effect(items: Sequence[PairedItem]) -> float:
         levels.setdefault(item.block[1], []).append(item.loss)
         blocks.setdefault(item.block, []).append(item.loss)
     means = {level: float(np.mean(losses)) for level, losses in levels.items()}
-    return stats.design_effect([np.array(losses) - means[block[1]] for block, losses in blocks.items()])
+    found = stats.design_effect([np.array(losses) - means[block[1]] for block, losses in blocks.items()])
+    return min(found, float(discordant))
 
 
 def noninferiority(pairs: Paired, max_drop: float) -> tuple[float, float, Callable[[float], float]]:

@@ -185,7 +185,7 @@ def design_effect(blocks: Sequence[Floats]) -> float:
         blocks: per stretch of time (15 residences or more) an array of a request quantity, in any unit.
 
     Returns:
-        Variance of the stretches' means times their size over the variance of single requests, at least 1.
+        Mean square between the stretches over the variance of single requests, at least 1. A short stretch weighs by its size.
     """
     kept = [block for block in blocks if len(block) >= 2]
     if len(kept) < 2:
@@ -194,9 +194,9 @@ def design_effect(blocks: Sequence[Floats]) -> float:
     variance = float(everything.var(ddof=1))
     if variance <= 0:
         return 1.0
-    size = len(everything) / len(kept)
-    means = np.array([block.mean() for block in kept])
-    return max(1.0, float(means.var(ddof=1)) * size / variance)
+    mean = everything.mean()
+    between = sum(len(block) * float(block.mean() - mean) ** 2 for block in kept) / (len(kept) - 1)
+    return max(1.0, between / variance)
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,8 @@ def test_design_effect_of_independent_and_of_repeated_requests() -> None:
     assert stats.design_effect(independent) == pytest.approx(1.0, abs=0.5)
     clumped = [np.repeat(rng.normal(size=20), 10) for _ in range(60)]  # ten equal in a row: deff 10
     assert stats.design_effect(clumped) == pytest.approx(10, rel=0.45)
+    uneven = [rng.normal(size=400 if i % 2 else 10) for i in range(60)]
+    assert stats.design_effect(uneven) == pytest.approx(1.0, abs=0.5), "short stretches scatter more and weigh less"
 
 
 def test_a_p99_limit_needs_299_effective_requests() -> None:

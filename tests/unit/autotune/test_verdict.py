@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sere_autotune.certify.accuracy import harm_p
+from sere_autotune.certify.accuracy import Paired, PairedItem, design_effect, harm_p, noninferiority
 from sere_autotune.certify.verdict import Rules, judge, walk
 from sere_autotune.study.schema import MeasuredBlock, SpeedVerdict, Verdict
 
@@ -158,6 +158,18 @@ def test_answers_that_hang_together_in_blocks_count_for_less() -> None:
     together = judge(heaped, rules(max_drop=0.012))
     assert together.losses == 20 and together.design_effect > 5
     assert together.verdict == "accuracy"
+
+
+def test_a_single_loss_shows_no_correlation_however_short_its_block() -> None:
+    """1,000 items in blocks of 444, 444 and 112. One loss of them used to count as nine where it fell into the short block."""
+    losses = [0] * 1000
+    losses[-1] = 1
+    items = [
+        PairedItem(str(i), (block, 0), exact=True, chosen=not losses[i], differ=bool(losses[i]))
+        for i, block in enumerate([0] * 444 + [1] * 444 + [2] * 112)
+    ]
+    assert design_effect(items) == 1.0
+    assert noninferiority(Paired(items, 0, 0, 0), 0.01)[0] < 0.01
 
 
 def test_harm_at_one_load_or_in_one_task_is_not_hidden_in_the_mean() -> None:
