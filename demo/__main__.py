@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from demo import preflight
+from demo.screen import console
 from demo.watch import Watch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,6 @@ TUNE_MINUTES, CLUSTER_MINUTES = 7, 3  # on two quiet cores
 MINUTES = TUNE_MINUTES + CLUSTER_MINUTES
 # Helm uninstall and the end of a namespace, both within their own limits; or the end of a node and of its folder, of a gigabyte.
 TAKE_DOWN_S = 420
-console = Console(stderr=True, highlight=False)
 
 
 def run(*command: str | Path, check: bool = True, patience_s: float = 20, watch: Watch | None = None) -> int:

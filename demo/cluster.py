@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.markup import escape
 
 from demo import kube, site
 from demo.preflight import RefusedError
+from demo.screen import console
 from demo.traffic import Traffic
 from sere_ext.contract.policy import EXACT
 from sere_ext.contract.profile import Profile, SimilarityRef
@@ -44,8 +44,6 @@ NAME = "demo"
 ARTEFACT = f"{NAME}-similarity"  # the ConfigMap that holds the similarity file
 SITE = site.current()
 NAMESPACE = SITE.namespace
-
-console = Console(stderr=True, highlight=False)
 
 
 def show(*command: str) -> None:

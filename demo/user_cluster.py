@@ -14,10 +14,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-
 from demo import kube, one_node, preflight
 from demo.kube import KubectlError, Object
+from demo.screen import console
 from sere_ext.contract.names import ENGINE_PORT
 
 FILLER = "fill"
@@ -27,8 +26,6 @@ SEND_S = 600.0
 HOSTNAME = "kubernetes.io/hostname"
 # A pod that waits for one of these will not start by itself.
 STUCK = {"ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError"}
-
-console = Console(stderr=True, highlight=False)
 
 
 class UserCluster:

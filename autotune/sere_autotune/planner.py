@@ -232,15 +232,27 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
             f"           the smallest limit that {plan.cert_items:,} items could certify is {plan.smallest * 100:.2f} points"
             + ("" if plan.noise is not None else ", if no answer differs at all")
         )
-    lines.append("           " + ("this limit can certify" if plan.can_certify else f"CANNOT CERTIFY: {plan.problem}"))
+    lines.append(
+        "           "
+        + (
+            "this limit can be certified if answers differ little enough"
+            if plan.can_certify
+            else f"CANNOT CERTIFY: {plan.problem}"
+        )
+    )
     lines.append(f"Similarity {plan.source.describe(plan.search_items)}")
-    basis = "at the pace of the last run" if plan.pace_known else "a guess, pace not known before the first run"
+    basis = (
+        "at the pace of the last run"
+        if plan.pace_known
+        else "a guess, since the first run shows how many answers a minute brings"
+    )
+    least = "" if plan.pace_known else "at least "
     total = plan.start_s + plan.ceiling_s + plan.search_s + plan.certify_s
     search = f"ceiling {about(plan.ceiling_s)}; " if plan.ceiling_s else ""
     search += f"search {plan.trials} trial{'s' if plan.trials > 1 else ''} {about(plan.search_s)}; " if plan.trials else ""
     lines.append(
         f"Time       start {about(plan.start_s)}; {search}certification "
-        f"{plan.rungs} rung{'s' if plan.rungs > 1 else ''} {about(plan.certify_s)}; {about(total)} in all ({basis})"
+        f"{plan.rungs} rung{'s' if plan.rungs > 1 else ''} {least}{about(plan.certify_s)}; {least}{about(total)} in all ({basis})"
     )
     wall = f", {spec.search.wall_minutes:g} minutes on the clock" if spec.search.wall_minutes else ""
     short = total * spec.engine.tensor_parallel_size > spec.search.device_hours * 3600

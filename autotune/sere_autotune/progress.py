@@ -77,7 +77,7 @@ class Progress:
     def _row_text(row: dict[str, Any]) -> str:
         if row.get("crash"):
             return f"  trial {row['number']:>3}  {row['policy']:<42} engine crashed: {row['crash']}"
-        broken = f"  breaks {', '.join(row['broken'])}" if row["broken"] else ""
+        broken = f"  {_over(row)}" if row["broken"] else ""
         stopped = f"  ({row['stopped']})" if row["stopped"] else ""
         error = f"  first failed request: {row['error']}" if row.get("error") else ""
         points = f"{-row['dropPoints'] + 0.0:+6.2f} points" if row["items"] or row["exact"] else "no items to compare"
@@ -95,7 +95,7 @@ class Progress:
             if row.get("crash"):
                 table.add_row(str(row["number"]), row["policy"], "", "", "", "", "[red]engine crashed[/red]")
                 continue
-            state = f"[red]breaks {', '.join(row['broken'])}[/red]" if row["broken"] else "[green]feasible[/green]"
+            state = f"[red]{_over(row)}[/red]" if row["broken"] else "[green]feasible[/green]"
             state += f" {escape(row['error'])}" if row.get("error") else ""
             active = f"{row['active']:.1f}" if row.get("active") is not None else ""
             table.add_row(str(row["number"]), row["policy"], f"{row['tpotMs']:.2f}", f"{row['accuracy']:.2%}",
@@ -103,3 +103,9 @@ class Progress:
         gone = time.monotonic() - self.began
         left = f", {about(self.left_s)} left" if self.left_s > 0 else ""
         return Group(table, Text(f"{self.name}   {self.now}   {gone:.0f} s gone{left}"))
+
+
+def _over(row: dict[str, Any]) -> str:
+    """Which limits a trial is over. Its few items only rank it, so how many they are stands beside the limit of accuracy."""
+    words = {"accuracy": f"accuracy on {row['items']} items"}
+    return f"over the limit of {', '.join(words.get(key, key) for key in row['broken'])}"

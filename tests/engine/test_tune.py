@@ -190,7 +190,7 @@ def test_an_accuracy_budget_of_nothing_ends_with_5_before_anything_is_spent(grou
 def test_the_dry_run_starts_nothing_and_prints_a_whole_file(ground: Path) -> None:
     done = tune(ground, "--dry-run", "--out", str(ground / "dry"))
     assert done.returncode == 0, done.stderr
-    assert "this limit can certify" in done.stdout
+    assert "this limit can be certified" in done.stdout
     assert "blockSeconds: 4" in done.stdout
     assert not (ground / "dry").exists()
 

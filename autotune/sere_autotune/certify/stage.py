@@ -154,7 +154,7 @@ def _measure_pairs(run: Run, index: int, candidate: Candidate, done: Sequence[Me
                     run.study.note_spent(run.budget)
                 blocks.append(block)
                 left = total - len(blocks)
-                run.report.step(f"block {len(blocks)} of {total}", left * _block_seconds(run, blocks))
+                run.report.step(f"block {len(blocks)} of {total} done", left * _block_seconds(run, blocks))
     return blocks
 
 

@@ -155,3 +155,10 @@ def test_several_runs_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[
 )
 def test_a_run_that_breaks_the_promise_is_named(changed: dict[str, object], word: str) -> None:
     assert runs.broken({**RUN, **changed}) == [word]
+
+
+def test_the_runs_of_the_quickstart_are_those_that_were_kept_and_kept_the_promise(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = sorted((ROOT / "benchmarks" / "results").glob("demo-run-*.json"))
+    assert len(kept) == 5
+    assert runs.main([str(path) for path in kept]) == 0
+    assert capsys.readouterr().out in (ROOT / "docs" / "quickstart.md").read_text()
