@@ -2,11 +2,10 @@
 
     python -m benchmarks.layers [--model DIR] [--items N] [--out FILE]
 
-`tuning/space.py` gives the larger S to the first layers, by a guess. Here each layer in turn is the one that keeps S + 1 experts while
-all others keep S, under every kind, from S = 1 and from S = 2. All cells decode the same items in full batches of 16 (`recorded.py`),
-so each is paired with exact routing. Intervals are those of `policies.py`.
+Each layer in turn is the one that keeps S + 1 experts while all others keep S, under every kind, from S = 1 and from S = 2. All cells
+decode the same items in full batches of 16 (`recorded.py`), so each is paired with exact routing. Intervals are those of `policies.py`.
 
-What such a pass would gain is shown without the luck of the winner: layers are put in order on the even items, those with fewest
+What an order of the layers gains is shown without the luck of the winner: layers are put in order on the even items, those with fewest
 losses first, and on the odd items the first one, two and three of that order are compared with the first one, two and three layers.
 """
 

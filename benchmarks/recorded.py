@@ -33,7 +33,7 @@ from benchmarks.ground import RESULTS, calibrated, machine
 from benchmarks.lanes import Lanes, Prompted, answers, prompted
 from benchmarks.policies import FOLDER, load
 from benchmarks.rerouted import Rerouted
-from sere_autotune.tuning.space import EXACT, Choice
+from sere_autotune.tuning.space import EXACT, Choice, spared_layers
 from sere_ext.contract.policy import Kind
 from tests.assets.make import models
 
@@ -62,12 +62,12 @@ def buckets(choice: Choice, layers: int, larger: tuple[int, ...] | None = None) 
     """The bucket of every layer, without edges.
 
     Args:
-        larger: layers that keep one expert more where S is a fraction; None takes the first ones, as `Space` does.
+        larger: layers that keep one expert more where S is a fraction; None takes the first ones, as a search does that has measured no other order.
     """
     if choice.kind is Kind.EXACT:
         return [{"kind": "exact"}] * layers
     whole = int(choice.S)
-    spared = range(round((choice.S - whole) * layers)) if larger is None else larger
+    spared = spared_layers(choice, range(layers)) if larger is None else larger
     found = []
     for layer in range(layers):
         S = whole + (layer in spared)

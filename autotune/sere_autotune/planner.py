@@ -12,7 +12,8 @@ from sere_autotune.calibration import Source
 from sere_autotune.study.ledger import spent_alpha
 from sere_autotune.study.schema import Pace
 from sere_autotune.trial.stats import items_needed, smallest_limit
-from sere_autotune.tuning.spec import TuningSpec, flag_value
+from sere_autotune.tuning.space import S_STEPS
+from sere_autotune.tuning.spec import SearchSpec, TuningSpec, flag_value
 from sere_autotune.words import about, percent
 
 ASSUMED_START_S = 60.0  # of an engine, until one was seen
@@ -22,6 +23,7 @@ _CEILING_S = 60.0  # that finding the ceiling takes where the budget allows it,
 _CEILING_SHARE = 0.03  # and the share of the budget that it may take;
 _LEAST_CEILING_S = 5.0  # with less than this the search begins at once
 SWITCH_S = 0.5  # of a live change of the policy
+LEAST_TRIALS_TO_ORDER = 16  # of a search that puts the layers in order first, which takes as long as one or two of them
 _INDENT = 11  # characters of the words before each line
 
 
@@ -165,12 +167,28 @@ def ceiling_seconds(left_s: float) -> float:
     return found if found >= _LEAST_CEILING_S else 0.0
 
 
-def search_seconds(spec: TuningSpec, pace: Pace | None) -> float:
-    """Estimated time of all search trials at all load levels, in seconds."""
+def trial_seconds(spec: TuningSpec, pace: Pace | None, blocks: int = 1) -> float:
+    """Estimated time of one trial at all load levels, in seconds.
+
+    Args:
+        blocks: in which its items are measured, each with a warm-up of its own.
+    """
     trial = spec.search.trial_seconds
     if pace and pace.rate_per_s:
-        trial = min(trial, spec.search.items_per_trial / pace.rate_per_s + WARMUP_RESIDENCES * pace.residence_s)
-    return spec.search.trials * (trial + SWITCH_S) * len(spec.workload.load.levels)
+        trial = min(trial, spec.search.items_per_trial / pace.rate_per_s + blocks * WARMUP_RESIDENCES * pace.residence_s)
+    return (trial + blocks * SWITCH_S) * len(spec.workload.load.levels)
+
+
+def seeks_order(search: SearchSpec) -> bool:
+    """Whether a search measures which layers should get the larger S first: it tries a fraction of S, and often enough."""
+    fractions = search.layer_groups and (search.s_values is None or any(S % 1 for S in search.s_values))
+    return fractions and search.trials >= LEAST_TRIALS_TO_ORDER
+
+
+def search_seconds(spec: TuningSpec, pace: Pace | None) -> float:
+    """Estimated time of all search trials at all load levels, and of putting the layers in order, in seconds."""
+    order = trial_seconds(spec, pace, S_STEPS) if seeks_order(spec.search) else 0.0  # a part of a trial's items for each quarter
+    return spec.search.trials * trial_seconds(spec, pace) + order
 
 
 def candidate_seconds(spec: TuningSpec, pace: Pace | None, levels: int, items: int = 0) -> float:

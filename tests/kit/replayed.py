@@ -6,7 +6,7 @@ the items of its search and of its certificate are as independent as those of an
 comes from a run drawn for it, since a block's batches are never the same twice.
 
 A step takes a + b * active + c * slots, fitted to measured steps of the widened model. Choices off the grid of rho have what the
-nearest rho of the grid has; other values of S are not in the world's space.
+nearest rho of the grid has; other values of S are not in the world's space, nor are other layers with the larger S than the first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from sere_autotune.search.replay import count
 from sere_autotune.trial.routing import Call, Routing
 from sere_autotune.tuning.space import EXACT, Choice, Space
-from sere_ext.contract.policy import Kind
+from sere_ext.contract.errors import PolicyError
+from sere_ext.contract.policy import Kind, Policy
 from tests.kit import ROOT
 from tests.kit.worlds import EDGES, KINDS, Truth
 
@@ -111,6 +112,22 @@ class Replayed(Truth):
         self.tpot_ms = self._step_ms(EXACT)
         self.space = Space(EDGES, KINDS, self.top_k, None, tuple(range(self.layers)), s_values=recording.s_values)
         self._rows: dict[str, int] = {}
+
+    def choice_of(self, policy: Policy) -> Choice:
+        """The recorded choice whose policy this is.
+
+        Raises:
+            PolicyError: it has the larger S in layers that no recorded choice has it in, so that the search keeps to the first layers.
+        """
+        found = self._choices.get(policy.model_copy(update={"similarity_digest": None}).digest)
+        if found is None and policy.layer_groups:
+            raise PolicyError(f"nobody recorded {policy.describe()}")
+        assert found is not None, f"no choice of this world has the policy {policy}"
+        return found
+
+    @cached_property
+    def _choices(self) -> dict[str, Choice]:
+        return {self.space.policy((choice,)).digest: choice for choice in self.space.choices()}
 
     def drop(self, choice: Choice) -> float:
         """Over all recorded items."""

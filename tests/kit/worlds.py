@@ -17,10 +17,11 @@ gave; what an engine needs of either is `Truth`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,13 +29,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sere_autotune.search.layer_order import quarters
 from sere_autotune.search.replay import between, layer_states, mix, rerouted
 from sere_autotune.trial.engine import BlockReport, EngineFacts, Reject
 from sere_autotune.trial.load import Block, Load, Request, Sent
 from sere_autotune.trial.routing import Call, Routing
 from sere_autotune.trial.stats import DropRejector
 from sere_autotune.trial.wave import Wave
-from sere_autotune.tuning.space import EXACT, Choice, Space
+from sere_autotune.tuning.space import EXACT, S_STEPS, Choice, Space, spared_layers
 from sere_autotune.tuning.spec import BucketEdges
 from sere_ext.contract.policy import EXACT_POLICY, Bucket, Kind, Policy
 
@@ -95,19 +97,26 @@ class Truth(ABC):
     def right(self, prompts: Sequence[str], choice: Choice, source: np.random.Generator) -> NDArray[np.bool_]:
         """Which prompts are answered right in one block."""
 
+    @abstractmethod
     def choice_of(self, policy: Policy) -> Choice:
-        """The choice whose policy this is; exact routing for a policy that no choice has."""
-        return self._choices.get(policy.model_copy(update={"similarity_digest": None}).digest, EXACT)
+        """The choice whose policy this is, exact routing included."""
 
-    @cached_property
-    def _choices(self) -> dict[str, Choice]:
-        return {self.space.policy((choice,)).digest: choice for choice in self.space.choices()}
+    def candidates(self) -> Iterator[Choice]:
+        """Every choice that a study may end with."""
+        yield from self.space.choices()
 
     def best(self, max_drop: float) -> tuple[Choice, float]:
         """The fastest choice that truly keeps the limit, and its speed-up."""
-        feasible = [choice for choice in self.space.choices() if self.drop(choice) <= max_drop]
+        feasible = [choice for choice in self.candidates() if self.drop(choice) <= max_drop]
         found = min(feasible, key=self.time)
         return found, 1 / self.time(found)
+
+
+@dataclass(frozen=True)
+class Placed(Choice):
+    """A choice between two whole values of S of which the larger is elsewhere than in the first layers."""
+
+    larger: tuple[int, ...] = ()  # the layers that have it
 
 
 @dataclass
@@ -179,9 +188,42 @@ class World(Truth):
             self._rows[choice] = rows / len(self.true.calls[0])
         return self._rows[choice]
 
+    def choice_of(self, policy: Policy) -> Choice:
+        """The choice whose layers route as the policy's; its kind, rho and minShare must be the same in all of them."""
+        if not policy.uses_rerouting():
+            return EXACT
+        rows = [row for layer in range(LAYERS) for row in policy.table_for(layer)]
+        kept = [row.S or 0 for row in rows]
+        ways, whole = {(row.kind, row.rho) for row in rows}, min(kept)
+        assert len(ways) == 1 and len(rows) == LAYERS and max(kept) <= whole + 1, f"no choice of this world has the policy {policy}"
+        (kind, rho), *_ = ways
+        larger = tuple(layer for layer, S in enumerate(kept) if S > whole)
+        of_steps = {round(step * LAYERS / S_STEPS): step / S_STEPS for step in range(S_STEPS)}
+        S = whole + of_steps.get(len(larger), len(larger) / LAYERS)
+        found = Choice(kind, S, rho, max(row.min_share or 0.0 for row in rows))
+        return found if larger == tuple(spared_layers(found, range(LAYERS))) else self._placed(found, larger)
+
+    def candidates(self) -> Iterator[Choice]:
+        """Every choice, with its larger S in the layers that it has under each order of the quarters."""
+        orders = [[layer for quarter in order for layer in quarter] for order in itertools.permutations(quarters(LAYERS))]
+        for choice in self.space.choices():
+            yield choice
+            others = {tuple(sorted(spared_layers(choice, order))) for order in orders}
+            for larger in sorted(others - {tuple(spared_layers(choice, range(LAYERS)))}):
+                yield self._placed(choice, larger)
+
+    @staticmethod
+    def _placed(choice: Choice, larger: tuple[int, ...]) -> Placed:
+        return Placed(choice.kind, choice.S, choice.rho, choice.share, larger)
+
+    def _between(self, choice: Choice) -> Floats:
+        """[layers, 4] of a choice, as `_layered` has them of whole S."""
+        larger = choice.larger if isinstance(choice, Placed) else ()
+        return between(choice, (*larger, *(layer for layer in range(LAYERS) if layer not in larger)), self._layered)
+
     def drop(self, choice: Choice) -> float:
         """True share of items lost, net of those gained."""
-        error = between(choice, LAYERS, self._layered)[:, 3]
+        error = self._between(choice)[:, 3]
         if self.law == "knee":
             total = self.harm * error.mean()
             return 0.7 / (1 + math.exp(-(math.log(total + 1e-9) - math.log(0.25)) / 0.45)) if total else 0.0
@@ -191,7 +233,7 @@ class World(Truth):
 
     def time(self, choice: Choice) -> float:
         """True time of a step, exact routing = 1."""
-        return self._step(between(choice, LAYERS, self._layered)) / self._step(self._layered(EXACT))
+        return self._step(self._between(choice)) / self._step(self._layered(EXACT))
 
     def _step(self, rows: Floats) -> float:
         active, slots, busiest = rows[:, 0], rows[:, 1], rows[:, 2]
@@ -205,7 +247,7 @@ class World(Truth):
         return 1 - self.share + self.share * float(work.mean())
 
     def counts(self, choice: Choice) -> tuple[float, float]:
-        active, slots = between(choice, LAYERS, self._layered)[:, :2].mean(axis=0)
+        active, slots = self._between(choice)[:, :2].mean(axis=0)
         return float(active), float(slots)
 
     def discordance(self, choice: Choice) -> tuple[float, float]:
@@ -226,7 +268,7 @@ class WorldEngine:
     """A model of known truth behind the tuner's engine protocol. Blocks take no time; the engine seconds that they would take are summed."""
 
     def __init__(self, world: Truth, seed: int) -> None:
-        self.world, self.policy, self.choice = world, EXACT_POLICY, EXACT
+        self.world, self.policy = world, EXACT_POLICY
         self.start_seconds, self.seconds = 0.01, 0.0
         self.random = np.random.default_rng([world.seed, seed, 7])
         self.drift = 0.0
@@ -239,7 +281,7 @@ class WorldEngine:
         return EngineFacts(key=KEY, top_k=world.top_k, ranks=1, layers=tuple(range(world.layers)), experts=world.experts)
 
     def apply(self, policy: Policy) -> None:
-        self.policy, self.choice = policy, self.world.choice_of(policy)
+        self.policy = policy
 
     def record(self) -> None:
         pass
@@ -260,10 +302,9 @@ class WorldEngine:
 
     def block(self, requests: Sequence[Request], load: Load, fillers: Sequence[Request] = (), deadline_s: float | None = None,
               reject: Reject | None = None, expected_s: float | None = None) -> BlockReport:  # fmt: skip
-        world, n = self.world, len(requests)
-        assert self.choice != EXACT or not self.policy.buckets, f"no choice of this world has the policy {self.policy}"
-        time = world.time(self.choice)
-        right = world.right([request.prompt for request in requests], self.choice, self.random)
+        world, choice, n = self.world, self.world.choice_of(self.policy), len(requests)
+        time = world.time(choice)
+        right = world.right([request.prompt for request in requests], choice, self.random)
         self.drift = 0.8 * self.drift + 0.02 * self.random.normal()
         pace = world.tpot_ms * time * math.exp(self.drift + world.scatter * self.random.normal() * 0.4)
         tpots = pace * np.exp(0.1 * self.random.normal(size=n))

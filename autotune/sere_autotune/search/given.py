@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from sere_autotune.search.rank import measure, rank, trial_items
+from sere_autotune.search.blocks import measure, trial_items
+from sere_autotune.search.rank import rank
 from sere_autotune.search.sizing import certificate_size
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import LADDER, PACE, Candidate

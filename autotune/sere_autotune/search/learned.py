@@ -61,7 +61,7 @@ def count_choices(run: Run, space: Space) -> list[Counts]:
         recorded = run.engine.recorded()
         for bucket in buckets:
             routing = (recorded.within(space.edges[bucket]) if recorded else None) or _assumed(run, space, bucket)
-            found = replay.count(routing, _matrices(run, routing), space.choices())
+            found = replay.count(routing, _matrices(run, routing), space.choices(), space.order)
             run.study.put(counts_key(bucket), CountedChoices(found.active.tolist(), found.slots.tolist(), found.moved.tolist()))
     kept = [run.study.get(counts_key(bucket)) for bucket in buckets]
     return [Counts(np.array(k.active), np.array(k.slots), np.array(k.moved)) for k in kept if k is not None]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sere_autotune.trial.routing import Call, Matrix, Routing
-from sere_autotune.tuning.space import Choice
+from sere_autotune.tuning.space import Choice, spared_layers
 from sere_ext.contract.policy import Bucket, Kind
 from sere_ext.routing import kernel
 from sere_ext.routing.state import LayerState
@@ -79,8 +79,16 @@ def layer_states(routing: Routing, similarity: Sequence[Matrix] | None) -> list[
     return states
 
 
-def count(routing: Routing, similarity: Sequence[Matrix] | None, choices: Sequence[Choice]) -> Counts:
-    """Replay every choice of a bucket; S between two whole numbers takes the larger one in the first layers, as `Space` does."""
+def count(
+    routing: Routing, similarity: Sequence[Matrix] | None, choices: Sequence[Choice], order: Sequence[int] = ()
+) -> Counts:
+    """Replay every choice of a bucket.
+
+    Args:
+        similarity: as `layer_states` takes it.
+        order: of the space's layers. Calls of other layers than the model's (assumed ones, or those of one pipeline stage) are
+            taken in their own order.
+    """
     states = layer_states(routing, similarity)
     known: dict[Choice, Floats] = {}
 
@@ -92,16 +100,18 @@ def count(routing: Routing, similarity: Sequence[Matrix] | None, choices: Sequen
             known[choice] = np.array([replay(state, calls, bucket) for state, calls in zip(states, routing.calls, strict=True)])
         return known[choice]
 
-    rows = np.array([between(choice, len(states), layered).mean(axis=0) for choice in choices])
+    layers = order if len(order) == len(states) else range(len(states))
+    rows = np.array([between(choice, layers, layered).mean(axis=0) for choice in choices])
     return Counts(*rows.T)
 
 
-def between(choice: Choice, layers: int, layered: Callable[[Choice], Floats]) -> Floats:
-    """Rows [layers, ...] of a choice, of which `layered(choice)` has those of whole S."""
+def between(choice: Choice, order: Sequence[int], layered: Callable[[Choice], Floats]) -> Floats:
+    """Rows [layers, ...] of a choice, of which `layered(choice)` has those of whole S; `order` is that of the space's layers."""
     whole = int(choice.S)
-    spared = round((choice.S - whole) * layers)
     low = layered(Choice(choice.kind, whole, choice.rho, choice.share if choice.S > 1 and whole > 1 else 0.0))
+    spared = list(spared_layers(choice, order))
     if not spared:
         return low
-    high = layered(Choice(choice.kind, whole + 1, choice.rho, choice.share))
-    return np.concatenate([high[:spared], low[spared:]])
+    found = low.copy()
+    found[spared] = layered(Choice(choice.kind, whole + 1, choice.rho, choice.share))[spared]
+    return found

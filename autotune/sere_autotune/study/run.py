@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sere_autotune.study.budget import Budget
-from sere_autotune.study.schema import EDGES
+from sere_autotune.study.schema import EDGES, LAYER_ORDER
 from sere_autotune.study.study import TuningStudy
 from sere_autotune.trial.engine import BlockReport, EngineFacts, Reject
 from sere_autotune.trial.items import Item
@@ -88,7 +88,7 @@ class Run:
         return Load(rate=rate, seed=seed, warmup=max(5, round(warmup_residences * residence_s * rate)))
 
     def space(self) -> Space:
-        """The space, its bucket edges frozen in the study as soon as they are known."""
+        """The space, its bucket edges and order of layers frozen in the study as soon as they are known."""
         assert self.facts is not None
         levels = self.spec.workload.load.levels
         frozen = self.study.get(EDGES)
@@ -109,4 +109,5 @@ class Run:
             layers,
             self.spec.search.min_share,
             self.spec.search.s_values or (),
+            tuple(self.study.get(LAYER_ORDER) or ()),
         )

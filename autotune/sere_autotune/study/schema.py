@@ -208,6 +208,7 @@ CEILING: Key[Finding] = Key("ceiling", Finding)  # what could be gained at most,
 ENQUEUED: Key[bool] = Key("enqueued", bool)  # the first trials are planned
 PACE: Key[Pace] = Key("pace", Pace)
 EDGES: Key[list[BucketEdges]] = Key("edges", list[BucketEdges])  # bucket edges, frozen after the exact trial
+LAYER_ORDER: Key[list[int]] = Key("layerOrder", list[int])  # of the space, frozen before a policy is tried; [] is the model's own
 NOISE: Key[NoiseFloor] = Key("noise", NoiseFloor)  # as measured right after the exact trial
 SIMILARITY: Key[str] = Key("similarity", str)  # digest of the similarity artefact that every trial used
 SEARCH_ENDED: Key[str] = Key("searchEnded", str)  # why the search was cut short; empty where it was not

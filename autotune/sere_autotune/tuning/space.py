@@ -4,9 +4,9 @@ Optuna sees one flat space of fixed shape (`b0.kind`, `b0.S`, `b0.rho`, `b1.kind
 work on it. Values that a kind does not use are ignored: rho of kinds without similarity, and minShare at S = 1, where a token
 keeps its one expert anyway.
 
-S moves in quarters: 2.25 means S = 3 in the first quarter of the MoE layers and S = 2 in the rest. An error of an early layer
-is carried through all later layers, and most of what one point of accuracy can buy lies between S and S + 1. That the early
-layers deserve the larger S is a guess; every table is measured and certified, whatever guess it comes from.
+S moves in quarters, since most of what one point of accuracy can buy lies between S and S + 1: 2.25 means S = 3 in a quarter of
+the MoE layers and S = 2 in the rest. Which layers come first for the larger S is the `order` of a space: the model's own order,
+until a search has measured a better one (`search/layer_order.py`). Every table is measured and certified, whatever the order.
 """
 
 from __future__ import annotations
@@ -46,6 +46,15 @@ EXACT = Choice(Kind.EXACT)
 Table = tuple[Choice, ...]  # one per bucket
 
 
+def spared_layers(choice: Choice, order: Sequence[int]) -> Sequence[int]:
+    """The layers in which a choice keeps one expert more than in the others: as many as its fraction of S asks for.
+
+    Args:
+        order: the positions of all MoE layers among the MoE layers; those that get the larger S first come first.
+    """
+    return order[: round((choice.S - int(choice.S)) * len(order))]
+
+
 def auto_buckets(levels: Sequence[int], batches: Sequence[float], steps: Sequence[float | None] = ()) -> tuple[BucketEdges, ...]:
     """One range of step sizes for each load level: up to four times what its steps have, with neighbours meeting in between.
 
@@ -82,10 +91,12 @@ class Space:
     layers: tuple[int, ...] = ()  # model layer numbers of the MoE layers; () searches whole numbers of S alone
     shares: tuple[float, ...] = (0.0,)  # values of minShare to try; 0 keeps all of the top S
     s_values: tuple[float, ...] = ()  # values of S to try; () tries all
+    order: tuple[int, ...] = ()  # positions in `layers`; those that get the larger S first come first. () is the model's own order
 
     def __post_init__(self) -> None:
         """Raises UsageError where a value of S cannot be tried on this model."""
         assert list(self.layers) == sorted(self.layers)
+        assert not self.order or sorted(self.order) == list(range(len(self.layers)))
         if unknown := [S for S in self.s_values if S not in self._grid()]:
             shown = ", ".join(f"{S:g}" for S in self._grid())
             raise UsageError(f"search.sValues: {unknown[0]:g} cannot be tried on this model; take some of {shown}")
@@ -149,28 +160,28 @@ class Space:
     def policy(self, table: Table) -> Policy:
         """The policy that an engine is given for a table."""
         needs = any(c.kind.needs_similarity for c in table)
-        # Layers are cut where some bucket's S steps down; what follows the last cut is the policy's own table.
-        cuts = sorted({self._spared(choice) for choice in table} - {0})
+        positions = range(len(self.layers))
+        order = self.order or positions
+        tables = [self._buckets(table, order, position) for position in positions]
+        # Where the larger S comes last there is none, so that layer has what the policy's own table says of the rest.
+        rest = tables[order[-1]] if tables else self._buckets(table, order, 0)
         groups = []
-        for first, last in itertools.pairwise([0, *cuts]):
-            buckets = self._buckets(table, first)
-            groups.append(LayerGroup(first_layer=self.layers[first], last_layer=self.layers[last - 1], buckets=buckets))
+        for buckets, found in itertools.groupby(positions, tables.__getitem__):
+            alike = [self.layers[position] for position in found]
+            if buckets != rest:
+                groups.append(LayerGroup(first_layer=alike[0], last_layer=alike[-1], buckets=buckets))
         return Policy(
-            buckets=self._buckets(table, cuts[-1] if cuts else 0),
+            buckets=rest,
             layer_groups=tuple(groups),
             similarity_digest=self.similarity_digest if needs else None,
         )
 
-    def _spared(self, choice: Choice) -> int:
-        """How many of the first MoE layers keep one expert more than the rest."""
-        return 0 if choice.kind is Kind.EXACT else round((choice.S - int(choice.S)) * len(self.layers))
-
-    def _buckets(self, table: Table, index: int) -> tuple[Bucket, ...]:
+    def _buckets(self, table: Table, order: Sequence[int], position: int) -> tuple[Bucket, ...]:
         """The buckets of the MoE layer at a position in `layers`."""
         found = []
         for edge, c in zip(self.edges, table, strict=True):
             if c.kind is not Kind.EXACT:
-                S = int(c.S) + (index < self._spared(c))
+                S = int(c.S) + (position in spared_layers(c, order))
                 share = c.share if c.share and S > 1 else None
                 low, high = edge.min_tokens, edge.max_tokens
                 found.append(Bucket(min_tokens=low, max_tokens=high, kind=c.kind, S=S, min_share=share, rho=c.rho))

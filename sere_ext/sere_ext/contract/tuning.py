@@ -289,7 +289,7 @@ class SearchDetails(Record):
         Unset("one per load level"),
     ] = None
     layer_groups: Annotated[
-        bool, Field(description="S between two whole numbers too, the larger in the first layers; false: one S for all layers")
+        bool, Field(description="S between two whole numbers too, the larger in those layers that need it most, as measured; false: one S for all layers")
     ] = True
     min_share: Annotated[
         tuple[Annotated[float, Field(ge=0, le=1)], ...],
@@ -300,7 +300,7 @@ class SearchDetails(Record):
         Field(
             min_length=1,
             max_length=64,
-            description="values of S to try, where it is known which are worth it; 2.25 is S = 3 in the first quarter of the layers and 2 in the rest",
+            description="values of S to try, where it is known which are worth it; 2.25 is S = 3 in a quarter of the layers and 2 in the rest",
         ),
         Unset("all below the model's top-k"),
     ] = None

@@ -1,0 +1,31 @@
+"""How long what is left of a run takes, by what its trials have taken so far."""
+
+from __future__ import annotations
+
+from sere_autotune import planner
+from sere_autotune.study.run import Run
+from sere_autotune.study.schema import PACE
+
+
+def reserve_s(run: Run) -> float:
+    """Seconds that certifying the ladder will take; the first candidate alone where the budget is small."""
+    pace = run.study.get(PACE)
+    one = planner.candidate_seconds(run.spec, pace, len(run.spec.workload.load.levels)) * 1.15 + 5
+    every = one * run.spec.search.rungs
+    total = run.spec.search.device_hours * 3600 / run.budget.devices
+    return every if every < total / 2 else one
+
+
+def trial_seconds(run: Run) -> float:
+    """The longest of the trials so far; the first one, of exact routing on every search item, counts only while it is alone."""
+    times = [t.user_attrs["seconds"] for t in run.study.complete() if "seconds" in t.user_attrs]
+    return float(max(times[1:] or times or [run.spec.search.trial_seconds]))
+
+
+def time_left_s(run: Run) -> float:
+    """Estimate for the live table, in seconds: trials to come and certification."""
+    trials = max(0, run.spec.search.trials - len(run.study.complete()))
+    levels = len(run.spec.workload.load.levels)
+    pace = run.study.get(PACE)
+    certificates = run.spec.search.rungs * planner.candidate_seconds(run.spec, pace, levels, run.cert_items)
+    return max(0.0, min(trials * trial_seconds(run) + certificates, run.left_s()))
