@@ -39,6 +39,7 @@ def lay_groundwork(run: Run) -> None:
     if study.get(NOISE) is None:
         run.report.step("noise floor: exact against exact", time_left_s(run))
         items = trial_items(run, 0)
+        run.engine.apply(EXACT_POLICY)  # which is recorded, and not the last policy that the layers were put in order by
         run.engine.record()
         again = measure(run, EXACT_POLICY, items, number=0, seconds=run.spec.search.trial_seconds, reject=False)
         count_choices(run, run.space())  # before a restart loses what was recorded

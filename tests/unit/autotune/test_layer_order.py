@@ -21,7 +21,7 @@ from sere_autotune.study.study import TuningStudy
 from sere_autotune.trial.routing import Routing
 from sere_autotune.tuning.space import Choice, Space, auto_buckets, spared_layers
 from sere_ext.contract.errors import UnsupportedError
-from sere_ext.contract.policy import MAX_LAYER_GROUPS, Kind, Policy
+from sere_ext.contract.policy import EXACT_POLICY, MAX_LAYER_GROUPS, Kind, Policy
 from tests.kit.planted import Quiet
 from tests.kit.worlds import LAYERS, World, WorldEngine
 
@@ -194,12 +194,16 @@ class Stopping(WorldEngine):
         super().__init__(world, 1)
         self.asked: list[Policy] = []
         self.ends = stop
+        self.recorded_under: Policy | None = None
 
     def block(self, *args: Any, **kwargs: Any) -> Any:
         self.asked.append(self.policy)
         if self.ends(self.asked):
             raise KeyboardInterrupt
         return super().block(*args, **kwargs)
+
+    def record(self) -> None:
+        self.recorded_under = self.policy
 
 
 def at_a_trial(asked: list[Policy]) -> bool:
@@ -253,6 +257,7 @@ def test_the_order_is_measured_once_whatever_kills_the_tuner(tmp_path: Path) -> 
     order = stopped(spec, second)
     assert order is not None and order[:2] == [4, 5]
     assert measured(second) == [[2, 2, 1, 1, 1, 1], [1, 1, 2, 1, 1, 1], [1, 1, 1, 2, 1, 1], [1, 1, 1, 1, 2, 2]]
+    assert second.recorded_under == EXACT_POLICY
     assert stopped(spec, third) == order
     assert len(third.asked) == 1, "neither the order nor the noise floor is measured again"
     study = TuningStudy(Path(spec.out), None)
