@@ -195,7 +195,9 @@ class World(Truth):
         rows = [row for layer in range(LAYERS) for row in policy.table_for(layer)]
         kept = [row.S or 0 for row in rows]
         ways, whole = {(row.kind, row.rho) for row in rows}, min(kept)
-        assert len(ways) == 1 and len(rows) == LAYERS and max(kept) <= whole + 1, f"no choice of this world has the policy {policy}"
+        assert len(ways) == 1 and len(rows) == LAYERS and max(kept) <= whole + 1, (
+            f"no choice of this world has the policy {policy}"
+        )
         (kind, rho), *_ = ways
         larger = tuple(layer for layer, S in enumerate(kept) if S > whole)
         of_steps = {round(step * LAYERS / S_STEPS): step / S_STEPS for step in range(S_STEPS)}

@@ -79,9 +79,7 @@ def layer_states(routing: Routing, similarity: Sequence[Matrix] | None) -> list[
     return states
 
 
-def count(
-    routing: Routing, similarity: Sequence[Matrix] | None, choices: Sequence[Choice], order: Sequence[int] = ()
-) -> Counts:
+def count(routing: Routing, similarity: Sequence[Matrix] | None, choices: Sequence[Choice], order: Sequence[int] = ()) -> Counts:
     """Replay every choice of a bucket.
 
     Args:

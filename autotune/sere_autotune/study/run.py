@@ -100,6 +100,7 @@ class Run:
             edges = auto_buckets(levels, levels)  # until exact routing has shown how many tokens its steps have; so below
         else:
             edges = tuple(BucketEdges(min_tokens=1) for _ in levels)
+        order = self.study.get(LAYER_ORDER)
         layers = self.facts.layers if self.spec.search.layer_groups else ()
         return Space(
             edges,
@@ -109,5 +110,5 @@ class Run:
             layers,
             self.spec.search.min_share,
             self.spec.search.s_values or (),
-            tuple(self.study.get(LAYER_ORDER) or ()),
+            tuple(order or ()),
         )

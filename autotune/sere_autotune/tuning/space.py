@@ -91,7 +91,9 @@ class Space:
     layers: tuple[int, ...] = ()  # model layer numbers of the MoE layers; () searches whole numbers of S alone
     shares: tuple[float, ...] = (0.0,)  # values of minShare to try; 0 keeps all of the top S
     s_values: tuple[float, ...] = ()  # values of S to try; () tries all
-    order: tuple[int, ...] = ()  # positions in `layers`; those that get the larger S first come first. () is the model's own order
+    order: tuple[
+        int, ...
+    ] = ()  # positions in `layers`; those that get the larger S first come first. () is the model's own order
 
     def __post_init__(self) -> None:
         """Raises UsageError where a value of S cannot be tried on this model."""

@@ -289,7 +289,10 @@ class SearchDetails(Record):
         Unset("one per load level"),
     ] = None
     layer_groups: Annotated[
-        bool, Field(description="S between two whole numbers too, the larger in those layers that need it most, as measured; false: one S for all layers")
+        bool,
+        Field(
+            description="S between two whole numbers too, the larger in those layers that need it most, as measured; false: one S for all layers"
+        ),
     ] = True
     min_share: Annotated[
         tuple[Annotated[float, Field(ge=0, le=1)], ...],

@@ -291,7 +291,9 @@ def test_where_topk_is_refused_the_first_layers_keep_the_larger_s(tmp_path: Path
     world, report = harmful(), Quiet()
     spec = bench.Ground(tmp_path, 3000).spec(world, 1, 16, search__policies=["oea"], search__minShare=[0.0])
     assert stopped(spec, Refusing(world, at_a_trial), report) == []
-    assert "the larger S goes first to the first layers: no other order could be measured (this router has no topk)" in report.steps
+    assert (
+        "the larger S goes first to the first layers: no other order could be measured (this router has no topk)" in report.steps
+    )
 
 
 class Strange(Stopping):
@@ -311,7 +313,9 @@ def test_where_nearly_every_answer_differs_it_is_measured_once_more_with_a_large
     assert [sorted(set(kept)) for kept in measured(engine)] == [[1, 2]] * 4 + [[2, 3]] * 4
 
 
-@pytest.mark.parametrize(("law", "harm", "first", "layers"), [("ramp", 1.0, [4, 5], "layers 4-5"), ("cliff", 0.5, [0, 1], "layers 0-1")])
+@pytest.mark.parametrize(
+    ("law", "harm", "first", "layers"), [("ramp", 1.0, [4, 5], "layers 4-5"), ("cliff", 0.5, [0, 1], "layers 0-1")]
+)
 def test_a_whole_study_finds_the_layers_that_count_most(
     tmp_path: Path, law: str, harm: float, first: list[int], layers: str
 ) -> None:
