@@ -131,13 +131,22 @@ class TuningStudy:
     # Trials.
 
     def heal(self) -> list[int]:
-        """Enqueue again what a killed tuner left running, and close it. Returns the trials' numbers."""
+        """Enqueue again what a killed tuner left running, and close it. Returns the trials' numbers.
+
+        Where exact routing's trial was killed, the policies that are enqueued go behind it again: they are measured against it.
+        """
         zombies = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        again = [trial for trial in zombies if trial.params or trial.system_attrs.get("fixed_params")]
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)) if again and not self.complete() else []
         for trial in zombies:
-            if trial.params or trial.system_attrs.get("fixed_params"):
-                params = trial.params or trial.system_attrs["fixed_params"]
-                self.study.enqueue_trial(params, user_attrs={"retry_of": trial.number})
             self.study.tell(trial.number, state=TrialState.FAIL)
+        for _ in waiting:
+            self.skip(self.study.ask())  # the one that has waited longest
+        for trial in again:
+            params = trial.params or trial.system_attrs["fixed_params"]
+            self.study.enqueue_trial(params, user_attrs={"retry_of": trial.number})
+        for trial in waiting:
+            self.study.enqueue_trial(trial.system_attrs["fixed_params"])
         return [trial.number for trial in zombies]
 
     def enqueue_first(self, space: Space, trials: int) -> None:

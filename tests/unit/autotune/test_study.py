@@ -86,6 +86,21 @@ class Elsewhere(PlantedEngine):
         return super().block(*args, **kwargs)
 
 
+@pytest.mark.parametrize("blocks", [0, 1], ids=["before it", "in it"])
+def test_a_tuner_killed_in_its_first_trial_begins_with_exact_routing_again(tmp_path: Path, items: Path, blocks: int) -> None:
+    class Killed(PlantedEngine):
+        def block(self, *args: Any, **kwargs: Any) -> Any:
+            if self.blocks >= blocks:
+                raise KeyboardInterrupt
+            return super().block(*args, **kwargs)
+
+    spec = spec_for(tmp_path / "out", items)
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, Killed())
+    tried = [trial["policy"] for trial in run(spec, PlantedEngine()).summary["trials"]]
+    assert tried[:2] == ["exact", "oea S=2 share=0.50 for 8-64 tokens, exact elsewhere"]
+
+
 def test_trials_of_another_device_are_not_gone_on_with(tmp_path: Path, items: Path) -> None:
     """As where a tuning pod comes back on a node with other GPUs."""
     spec = spec_for(tmp_path / "out", items)
