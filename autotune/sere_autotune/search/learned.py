@@ -18,13 +18,11 @@ from sere_autotune.study.run import Run
 from sere_autotune.study.schema import LADDER, NOISE, PACE, SEARCH_ENDED, Candidate, CountedChoices, NoiseFloor, counts_key
 from sere_autotune.trial import stats
 from sere_autotune.trial.routing import Matrix, Routing
-from sere_autotune.tuning.space import EXACT, Space, Table
+from sere_autotune.tuning.space import EXACT, Space, Table, drawn
 from sere_ext.similarity.file import read_similarity
 
-_REPEATS = 2  # trials that one table may have
 _FINALS = 1 / 3  # of the trials, for the candidates that the ladder would have
-_SHARES = (0.1, 1.0)  # of the accuracy limit that a proposal may be predicted to cost
-_DRAWS = 16  # of the posterior, before a table that was tried often is replaced by a neighbour
+_DRAWS = 16  # of a table that was not tried, before one that was is measured again
 
 
 def noise_floor(run: Run) -> NoiseFloor:
@@ -98,33 +96,25 @@ def _matrices(run: Run, routing: Routing) -> list[Matrix] | None:
 
 
 def propose(run: Run, space: Space, seed: int) -> Table:
-    """The next table: one that the model's posterior holds possible at a share of the limit, later the ladder's own candidates.
+    """The next table: for each bucket a kind, and then one of its settings, all equally likely; later the ladder's candidates.
 
     The last third of the trials goes to those candidates that the ladder would have now, the least measured one first: what they
-    cost and gain then rests on several blocks. A table may come twice before that; a third time teaches less than a new one.
+    cost and gain then rests on several blocks. Before that trials teach the model, and they teach it the most where they lie
+    far apart: proposals from its posterior (Thompson sampling) left more of the best policy's speed (`make bench-tuner`).
     """
     rng = np.random.default_rng(seed)
-    model = fitted_model(run, space, seed)
     tried = Counter(space.table(trial.params) for trial in run.study.complete())
     if sum(tried.values()) >= run.spec.search.trials * (1 - _FINALS):
-        finalists = [pick.table for _, pick in _picks(run, space, model)]
+        finalists = [pick.table for _, pick in _picks(run, space, fitted_model(run, space, seed))]
         if finalists:
             return min(finalists, key=lambda table: tried[table])
+    gone = removed_kinds(run.study.complete())
+    choices = [choice for choice in space.choices() if choice.kind not in gone]
     for _ in range(_DRAWS):
-        table = model.sample_table(run.max_drop * float(rng.uniform(*_SHARES)), rng)
-        if table == space.exact():  # nothing is safe enough in this draw: learn from what costs least
-            cheapest = [int(np.argmin(model.drop(b).mean(axis=0)[1:])) + 1 for b in range(model.buckets)]
-            table = tuple(model.choices[i] for i in cheapest)
-        if tried[table] < _REPEATS:
-            return table
-    near = [
-        (float(model.drop(b).mean(axis=0)[i]), (*table[:b], choice, *table[b + 1 :]))
-        for b in range(model.buckets)
-        for i, choice in enumerate(model.choices)
-        if i
-    ]
-    fresh = [(drop, other) for drop, other in near if tried[other] < _REPEATS]
-    return min(fresh, key=lambda pair: pair[0])[1] if fresh else table
+        table = tuple(drawn(choices, rng) for _ in space.edges)
+        if not tried[table]:
+            break
+    return table
 
 
 def _picks(run: Run, space: Space, model: PolicyModel) -> list[tuple[float, Pick]]:

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sere_autotune.search.replay import Counts
-from sere_autotune.tuning.space import Choice, Table
+from sere_autotune.tuning.space import Choice
 from sere_ext.contract.policy import Kind
 
 Floats = NDArray[np.float64]
@@ -124,13 +124,6 @@ class PolicyModel:
         if self._draws is None:
             raise RuntimeError("fit the model first")
         return self._draws
-
-    def sample_table(self, max_drop: float, rng: np.random.Generator) -> Table:
-        """Thompson sampling: the fastest table that stays within `max_drop` (a share) in one draw from the posterior."""
-        draw = int(rng.integers(len(self.draws)))
-        drops = np.stack([self.drop(b)[draw] for b in range(self.buckets)])
-        speeds = np.stack([self.log_speed(b)[draw] for b in range(self.buckets)])
-        return tuple(self.choices[i] for i in best_table(speeds, drops, max_drop))
 
     # Speed.
 

@@ -13,7 +13,7 @@ Propose = Callable[[int], Table]  # seed -> table
 
 
 class ModelSampler(optuna.samplers.BaseSampler):
-    """Proposes whole tables from the model's posterior (Thompson sampling); the model is fitted anew for each trial.
+    """Proposes whole tables: drawn evenly at first, at the end those that the model, fitted anew for each trial, would certify.
 
     A seed of its own per trial number, so that a resumed study proposes as an uninterrupted one would.
     """

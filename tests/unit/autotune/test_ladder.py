@@ -14,7 +14,7 @@ from sere_autotune.search.replay import Counts, count
 from sere_autotune.trial.engine import EXACT_BY_SIZE, median_step
 from sere_autotune.trial.routing import Routing
 from sere_autotune.trial.stats import power, rough_power
-from sere_autotune.tuning.space import EXACT, Choice, Space, auto_buckets
+from sere_autotune.tuning.space import EXACT, Choice, Space, auto_buckets, drawn
 from sere_autotune.tuning.spec import BucketEdges
 from sere_ext.contract.errors import UsageError
 from sere_ext.contract.policy import Kind
@@ -53,19 +53,19 @@ def empty(shares: tuple[float, ...] = (0.0,)) -> PolicyModel:
 
 
 def fitted(
-    trials: int, seed: int, items: int = 500, shares: tuple[float, ...] = (0.0,), speed_noise: float = 0.03
+    trials: int, seed: int, items: int = 500, shares: tuple[float, ...] = (0.0,), speed_noise: float = 0.03, limit: float = 0.01
 ) -> PolicyModel:
+    """After so many trials as a search makes them: the paper's settings, drawn ones, and in the last third the ladder's candidate."""
     rng = np.random.default_rng(seed)
     model = empty(shares)
     seen: list[Observation] = []
     for number in range(trials):
-        if number < 3:
-            choice = Choice(Kind.SERE, *[(2, 0.1), (2, 0.0), (1, 0.1)][number])
-        else:
+        first = [(2, 0.1), (2, 0.0), (1, 0.1)]
+        choice = Choice(Kind.SERE, *first[number]) if number < len(first) else drawn(model.choices, rng)
+        if number >= trials - trials // 3:
             model.fit(seen, seed + number)
-            (choice,) = model.sample_table(0.01 * float(rng.uniform(0.1, 1.0)), rng)
-        if choice == EXACT:
-            continue
+            ladder = pick_ladder(model, limit, 1, 0.001, np.ones((1, len(model.choices)), bool), items=3000)
+            choice = ladder[0][1].table[0] if ladder else choice
         excess, _, gain = world(choice)
         losses, gains = rng.poisson(items * excess * 0.8), rng.poisson(items * excess * 0.2)
         seen.append(Observation(0, choice, items, int(losses), int(gains), gain + rng.normal(0, speed_noise)))
@@ -92,7 +92,7 @@ def test_one_candidate_after_few_small_trials_certifies_nearly_always(speed_nois
     """The demo's case: 8 trials of 160 items, a limit of 2 points, 1,100 items to certify. A fast guess gains nothing."""
     chances = []
     for seed in range(6):
-        model = fitted(8, seed, items=160, speed_noise=speed_noise)
+        model = fitted(8, seed, items=160, speed_noise=speed_noise, limit=0.02)
         found = pick_ladder(model, 0.02, 1, 0.001, np.ones((1, len(model.choices)), bool), items=1100)
         excess, drop, _ = world(found[0][1].table[0]) if found else (0.0, 1.0, 0.0)
         chances.append(power(1100, 0.001 + excess, drop, 0.02, 0.05))
@@ -210,7 +210,8 @@ def test_drop_falls_in_both_thresholds_whatever_was_seen() -> None:
 
 
 def test_in_every_draw_a_larger_min_share_costs_accuracy_and_gains_speed() -> None:
-    model = fitted(6, 3, shares=SHARES)
+    model = empty(SHARES)
+    model.fit([], 3)  # what was measured of a choice may differ from the formula
     for kind, S, rho in ((Kind.SERE, 2, 0.3), (Kind.TOPK, 3, 0.0), (Kind.OEA, 2, 0.0)):
         at = [model.choices.index(Choice(kind, S, rho, share)) for share in SHARES]
         for values in (model.drop(0)[:, at], model.log_speed(0)[:, at]):
@@ -369,3 +370,12 @@ def test_the_first_offer_is_what_the_comparison_of_kinds_found_best(
     """docs/policies.md: kind oea at S = 2, with a minShare where one is searched; `sere` has its own trials behind it."""
     some = Space(auto_buckets([4, 16], [0, 0]), kinds, TOP_K, shares=shares)
     assert some.first_trials(6) == [some.exact(), *((choice,) * 2 for choice in first)]
+
+
+def test_every_kind_is_drawn_as_often_as_every_other_and_exact_routing_never() -> None:
+    """Kind sere has twenty values of rho for each S; drawn from all choices alike, the other kinds would hardly be tried."""
+    rng = np.random.default_rng(0)
+    found = [drawn(space().choices(), rng).kind for _ in range(600)]
+    assert {kind: found.count(kind) for kind in set(found)} == pytest.approx(
+        dict.fromkeys((Kind.SERE, Kind.TOPK, Kind.OEA), 200), abs=50
+    )
