@@ -100,7 +100,7 @@ def propose(run: Run, space: Space, seed: int) -> Table:
 
     The last third of the trials goes to those candidates that the ladder would have now, the least measured one first: what they
     cost and gain then rests on several blocks. Before that trials teach the model, and they teach it the most where they lie
-    far apart: proposals from its posterior (Thompson sampling) left more of the best policy's speed (`make bench-tuner`).
+    far apart: proposals from its posterior (Thompson sampling) left no less of the best speed than drawn ones (`make bench-tuner`).
     """
     rng = np.random.default_rng(seed)
     tried = Counter(space.table(trial.params) for trial in run.study.complete())
