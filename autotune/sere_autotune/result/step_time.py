@@ -128,7 +128,7 @@ def _words(measured: Sequence[Point], line: Line | None) -> str:
     exact = max(measured, key=lambda point: point.active)
     text += f" Of a step with {exact.active:.1f} active experts, experts take {line.share(exact.active, exact.slots):.0%} by this line."
     if line.c <= 0:
-        text += " What a slot costs shows in none of these policies, so it is in the line's constant; the ceiling's fit tells it apart."
+        text += " What a slot costs shows in none of these policies, so it is in the line's constant; the fit of `sere doctor` tells it apart."
     certified = [point for point in measured if point.certified]
     if len(certified) >= 2:
         before, after = certified[-2:]

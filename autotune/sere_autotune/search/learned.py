@@ -22,7 +22,7 @@ from sere_autotune.tuning.space import EXACT, Space, Table, drawn
 from sere_ext.similarity.file import read_similarity
 
 _FINALS = 1 / 3  # of the trials, for the candidates that the ladder would have
-_DRAWS = 16  # of a table that was not tried, before one that was is measured again
+_DRAWS = 16  # attempts to draw a table that was not tried yet; after them one may be measured again
 
 
 def noise_floor(run: Run) -> NoiseFloor:
@@ -99,8 +99,8 @@ def propose(run: Run, space: Space, seed: int) -> Table:
     """The next table: for each bucket a kind, and then one of its settings, all equally likely; later the ladder's candidates.
 
     The last third of the trials goes to those candidates that the ladder would have now, the least measured one first: what they
-    cost and gain then rests on several blocks. Before that trials teach the model, and they teach it the most where they lie
-    far apart: proposals from its posterior (Thompson sampling) left no less of the best speed than drawn ones (`make bench-tuner`).
+    cost and gain then rests on several blocks. Before that nothing is gained by asking the model: proposals from its posterior
+    (Thompson sampling) left no less of the best policy's speed than drawn ones, in the studies of `make bench-tuner`.
     """
     rng = np.random.default_rng(seed)
     tried = Counter(space.table(trial.params) for trial in run.study.complete())

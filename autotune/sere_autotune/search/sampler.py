@@ -1,4 +1,4 @@
-"""Optuna samplers: ours on the monotone model, TPE and random as rivals at the same budget."""
+"""Optuna samplers: ours, which proposes whole tables, and TPE and random as rivals at the same budget."""
 
 from __future__ import annotations
 

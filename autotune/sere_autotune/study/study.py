@@ -136,18 +136,18 @@ class TuningStudy:
         Where exact routing's trial was killed, the policies that are enqueued go behind it again: they are measured against it.
         """
         zombies = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        again = [trial for trial in zombies if trial.params or trial.system_attrs.get("fixed_params")]
+        planned = {trial.number: trial.params or trial.system_attrs.get("fixed_params") for trial in zombies}
+        again = {number: params for number, params in planned.items() if params}
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)) if again and not self.complete() else []
         for trial in zombies:
             self.study.tell(trial.number, state=TrialState.FAIL)
         for _ in waiting:
             self.skip(self.study.ask())  # the one that has waited longest
-        for trial in again:
-            params = trial.params or trial.system_attrs["fixed_params"]
-            self.study.enqueue_trial(params, user_attrs={"retry_of": trial.number})
+        for number, params in again.items():
+            self.study.enqueue_trial(params, user_attrs={"retry_of": number})
         for trial in waiting:
             self.study.enqueue_trial(trial.system_attrs["fixed_params"])
-        return [trial.number for trial in zombies]
+        return list(planned)
 
     def enqueue_first(self, space: Space, trials: int) -> None:
         """Trial 0 is exact routing, then come the settings that evidence and the paper of SERE suggest; once per study."""
