@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.gpu import kernel, quality, serve
 from benchmarks.gpu.report import RESULTS
 from benchmarks.gpu.shapes import SHAPES
-from benchmarks.render import _table
+from benchmarks.tables import table as _table
 
 PAGE = RESULTS.parent / "README.md"
 BLOCK = re.compile(r"(<!-- bench:([a-z0-9.-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)

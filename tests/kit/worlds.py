@@ -142,6 +142,8 @@ class World(Truth):
         self.harm = float(np.exp(rng.normal(0.0, 0.6)))  # of an output error
         self.share = float(rng.uniform(0.45, 0.85))  # of an exact step that experts take
         self.seen, self.true = self._routing(rng, 4), self._routing(rng, 8)
+        self.similarity = [self._alike(vectors) for vectors in self.outputs]
+        self.space = Space(EDGES, KINDS, TOP_K, None, tuple(range(LAYERS)), SHARES)
 
     def _routing(self, rng: np.random.Generator, steps: int) -> Routing:
         def call(layer: int) -> Call:
@@ -149,18 +151,11 @@ class World(Truth):
 
         return Routing(tuple(tuple(call(layer) for _ in range(steps)) for layer in range(LAYERS)))
 
-    @cached_property
-    def similarity(self) -> list[NDArray[np.float32]]:
-        """1 - distance / largest distance of the experts' outputs, as the paper's Frobenius metric; [E, E] per layer."""
-        found = []
-        for vectors in self.outputs:
-            apart = np.linalg.norm(vectors[:, None] - vectors[None], axis=2)
-            found.append((1 - apart / apart.max()).astype(np.float32))
-        return found
-
-    @cached_property
-    def space(self) -> Space:
-        return Space(EDGES, KINDS, TOP_K, None, tuple(range(LAYERS)), SHARES)
+    @staticmethod
+    def _alike(vectors: Floats) -> NDArray[np.float32]:
+        """1 - distance / largest distance of the experts' outputs, as the paper's Frobenius metric; [E, E]."""
+        apart = np.linalg.norm(vectors[:, None] - vectors[None], axis=2)
+        return (1 - apart / apart.max()).astype(np.float32)
 
     @cached_property
     def _states(self) -> Any:
