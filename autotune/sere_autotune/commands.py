@@ -18,10 +18,10 @@ from rich.console import Console
 from sere_autotune import look
 from sere_autotune.doctor.finding import NOTHING
 from sere_autotune.outcome import ending_of
-from sere_autotune.tuning.file import load_spec, to_yaml
+from sere_autotune.tuning.file import load_spec, read_mapping, to_yaml
 from sere_autotune.tuning.options import LeavesCommand, overrides, with_leaves
 from sere_autotune.tuning.spec import TuningSpec
-from sere_ext.contract.errors import CannotCertifyError, ExitCode, SereError, UsageError
+from sere_ext.contract.errors import CannotCertifyError, ExitCode, SereError, UsageError, exit_codes
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.profile import read_policy_file
 from sere_ext.contract.volume import MAX_FILE_BYTES
@@ -31,17 +31,20 @@ def register(app: typer.Typer) -> None:
     """Entry point of the group `sere.commands`."""
     app.command("tune", cls=LeavesCommand, help=_TUNE_HELP)(with_leaves(tune_command))
     app.command("doctor", help=look.HELP)(look.doctor_command)
-    app.command("certify", cls=LeavesCommand, help=_CERTIFY_HELP)(with_leaves(certify_command))
+    app.command("certify", cls=_CertifyCommand, help=_CERTIFY_HELP)(with_leaves(certify_command))
 
 
-_TUNE_HELP = """Search routing policies on a live engine and certify the best.
+_TUNE_HELP = f"""Search routing policies on a live engine and certify the best.
 
 The model, accuracy.tasks and one latency limit are needed; lists are YAML: --workload-load-concurrency "[4, 16]".
 
-Exit codes: 0 a certified policy, 2 bad input, 3 nothing feasible, 4 a budget ran out, 5 the items cannot certify.
+{exit_codes(*ExitCode)}
 Stopped in any way, the same line again goes on where it was."""
 
-_CERTIFY_HELP = """Certify one policy against exact routing, without a search. Same options and exit codes as `tune`."""
+_CERTIFY_HELP = f"""Certify one policy against exact routing, without a search. Same options as `tune`.
+
+{exit_codes(*ExitCode)}
+Stopped in any way, the same line again goes on where it was."""
 
 _File = Annotated[
     Path | None, typer.Option("--file", "-f", help="tuning.yaml; options below override it.", show_default="flags alone")
@@ -57,6 +60,18 @@ _Publish = Annotated[
     str | None,
     typer.Option("--publish", help="configmap/<namespace>/<name>: also write the result there.", show_default="nowhere"),
 ]
+
+
+class _CertifyCommand(LeavesCommand):
+    """Says first what is wrong with the tuning file, and then that no policy was named: the file is what was typed."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception:
+            if (file := ctx.params.get("file")) is not None:
+                read_mapping(file)
+            raise
 
 
 def tune_command(
@@ -168,7 +183,7 @@ def _run(spec: TuningSpec, only: Policy | None, dry: _Dry, advisory: bool, fresh
             )
     except KeyboardInterrupt:
         console.print("Stopped. The same line again goes on from here.")
-        return 130
+        return ExitCode.STOPPED
     finally:
         warm.shut_ray()
     if publisher is not None:

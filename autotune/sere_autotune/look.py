@@ -23,15 +23,16 @@ from sere_autotune.trial.load import Request
 from sere_autotune.trial.traffic import dataset_requests, synthetic_requests
 from sere_autotune.tuning.file import load_spec
 from sere_autotune.tuning.spec import Served, WorkloadSpec
-from sere_ext.contract.errors import ExitCode, UsageError
+from sere_ext.contract.errors import ExitCode, UsageError, exit_codes
 from sere_ext.contract.tuning import EngineOptions
 from sere_ext.contract.validation import explain
 
-HELP = """Tell in about a minute what tuning could gain here at most, before hours are spent on it.
+HELP = f"""Tell in about a minute what tuning could gain here at most, before hours are spent on it.
 
 Starts the engine, times decode steps while each token keeps all, some and one of its experts, and ends in one sentence. It measures no accuracy.
 
-Exit codes: 0 there may be something to gain, or it cannot tell; 1 the engine failed; 2 bad input; 3 nothing is to be had."""
+{exit_codes(ExitCode.DONE, ExitCode.FAILED, ExitCode.BAD_INPUT, ExitCode.INFEASIBLE, ExitCode.STOPPED)}
+It ends with 0 too where it cannot tell."""
 
 _PLAIN_TOKENS = 32  # of a prompt where nothing is known of the workload
 # Prompts where nobody gives any: random tokens would be routed unlike text.

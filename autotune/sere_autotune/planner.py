@@ -270,11 +270,11 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
     search += f"search {plan.trials} trial{'s' if plan.trials > 1 else ''} {about(plan.search_s)}; " if plan.trials else ""
     lines.append(
         f"Time       start {about(plan.start_s)}; {search}certification "
-        f"{plan.rungs} rung{'s' if plan.rungs > 1 else ''} {least}{about(plan.certify_s)}; {least}{about(total)} in all ({basis})"
+        f"of up to {plan.rungs} candidate{'s' if plan.rungs > 1 else ''} {least}{about(plan.certify_s)}; {least}{about(total)} in all ({basis})"
     )
     wall = f", {spec.search.wall_minutes:g} minutes on the clock" if spec.search.wall_minutes else ""
     short = total * spec.engine.tensor_parallel_size > spec.search.device_hours * 3600
-    cut = "; less than the estimate above, so trials or rungs may be cut (search.deviceHours)" if short else ""
+    cut = "; less than the estimate above, so trials or candidates may be cut (search.deviceHours)" if short else ""
     lines.append(f"Budget     {spec.search.device_hours:g} device-hours{wall}; it is never exceeded{cut}")
     if spec.search.device_hours * 3600 < plan.start_s * spec.engine.tensor_parallel_size:
         lines.append(f"           it ends before an engine has started ({about(plan.start_s)}); raise search.deviceHours")

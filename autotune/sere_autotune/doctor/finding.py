@@ -117,7 +117,7 @@ def judge(
     asked = [ceiling for ceiling in ceilings if ceiling.asked]
     if not asked:
         sizes = " and ".join(str(load) for load in loads)
-        return cannot_tell(f"waves of {sizes} requests never decoded together; give a smaller load, or more KV cache", figures)
+        return cannot_tell(f"{sizes} requests never decoded together; give a smaller load, or more KV cache", figures)
     if all(max(ceiling.tpot.high, ceiling.decode.high) < least for ceiling in asked):
         return Finding(NOTHING, _nothing(asked, least), figures)
     wide = [ceiling for ceiling in asked if ceiling.tpot.high > _WIDE * max(ceiling.tpot.low, 1e-3)]

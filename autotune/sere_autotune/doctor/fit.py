@@ -110,7 +110,7 @@ def fit(samples: Sequence[Sample]) -> StepFit:
     kept = _whole_rounds(samples)
     rounds = sorted({sample.round for sample in kept})
     if len(rounds) < _LEAST_ROUNDS:
-        raise CannotTellError("too few waves could be timed; give it more time, or a smaller load")
+        raise CannotTellError("too few decode steps could be timed; give it more time, or a smaller load")
     cells = sorted({sample.cell for sample in kept})
     places = {cell: index for index, cell in enumerate(cells)}
     shape = (len(rounds), len(cells))
@@ -140,7 +140,7 @@ def fit(samples: Sequence[Sample]) -> StepFit:
     best = inverse @ (x / scale).T @ y[:, 0]
     freedom = len(y) - int(np.linalg.matrix_rank(x / scale, tol=1e-5)) - (len(rounds) - 1)
     if freedom < 1:
-        raise CannotTellError("too few waves could be timed; give it more time, or a smaller load")
+        raise CannotTellError("too few decode steps could be timed; give it more time, or a smaller load")
     scatter = max(float(np.sqrt(((y[:, 0] - x / scale @ best) ** 2).sum() / freedom)), _LEAST_SCATTER)
     draws = _of_costs((best + _t_draws(inverse * scatter**2, freedom)) / scale)
 

@@ -155,7 +155,7 @@ def _rounds(
         taken += batch
         return engine.wave(_cycle(work.requests, taken, batch), _TOKENS, policy.buckets[0].label)
 
-    step(f"ceiling: a first wave of {', '.join(map(str, sizes))} requests")
+    step(f"ceiling: decode steps of {', '.join(map(str, sizes))} requests at once, first to warm up")
     took = {}
     for batch in sizes:  # not counted: the first steps of a size are slower
         start = time.monotonic()
@@ -167,7 +167,7 @@ def _rounds(
     draw, found = random.Random(0), []
     number, longest = 0, 0.0
     while number < _MOST_ROUNDS and (number < _LEAST_ROUNDS or time.monotonic() - began + longest < seconds):
-        step(f"ceiling: round {number + 1} of waves under {', '.join(f'S={S}' for S in kept)}")
+        step(f"ceiling: round {number + 1}, where each token keeps its best {', '.join(map(str, kept))} experts in turn")
         start = time.monotonic()
         cells: list[tuple[int, int]] = [(batch, S) for batch in sizes for S in kept]
         draw.shuffle(cells)

@@ -37,7 +37,7 @@ def lay_groundwork(run: Run) -> None:
         # Trials of policies hold for the order that they were measured with, so that it is not sought once there are some.
         study.put(LAYER_ORDER, list(_layer_order(run)) if len(study.complete()) == 1 else [])
     if study.get(NOISE) is None:
-        run.report.step("noise floor: exact against exact", time_left_s(run))
+        run.report.step("exact routing against itself: how often its own answers differ under load", time_left_s(run))
         items = trial_items(run, 0)
         run.engine.apply(EXACT_POLICY)  # which is recorded, and not the last policy that the layers were put in order by
         run.engine.record()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,8 +60,6 @@ class EngineHost:
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        if current_platform.is_cpu():
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         parser = _serve_arguments()(FlexibleArgumentParser())
         try:
             parsed = parser.parse_args(arguments)
@@ -68,6 +67,8 @@ class EngineHost:
             raise UnsupportedError(
                 f"the engine does not know its arguments: {' '.join(arguments)}; see `vllm serve --help`"
             ) from None
+        if current_platform.is_cpu():
+            small_cache(os.environ, parsed)
         args = AsyncEngineArgs.from_cli_args(parsed)
         args.disable_log_stats = True
         ours: dict[str, Any] = {"policy": EXACT_POLICY.to_json_dict()}
@@ -235,6 +236,18 @@ class EngineHost:
         if self.engine is not None:
             self.engine.shutdown()
             self.engine = None
+
+
+def small_cache(environ: MutableMapping[str, str], parsed: argparse.Namespace) -> None:
+    """Give vLLM on a CPU 1 GiB of KV cache where nobody named a size; by itself it takes what a whole machine has.
+
+    Args:
+        environ: of the engine. VLLM_CPU_KVCACHE_SPACE goes before --kv-cache-memory-bytes there, so that it may be set only
+            where that argument was not given.
+        parsed: the arguments of `vllm serve`.
+    """
+    if getattr(parsed, "kv_cache_memory_bytes", None) is None:
+        environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 _SAMPLING = ("repetition_penalty", "presence_penalty", "frequency_penalty", "top_k", "top_p", "min_p")

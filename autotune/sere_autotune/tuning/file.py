@@ -25,16 +25,7 @@ def load_spec(path: str | Path | None, overrides: dict[tuple[str, ...], Any] | N
     Raises:
         UsageError: the file is missing or cannot be read as YAML, or one sentence per wrong field.
     """
-    raw: Any = {}
-    if path is not None:
-        try:
-            raw = yaml.safe_load(Path(path).read_text()) or {}
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read the tuning file {path}: {getattr(error, 'strerror', 'it is no text')}") from error
-        except yaml.YAMLError as error:
-            raise UsageError(f"{path} cannot be read as YAML ({yaml_problem(error)}); correct that place") from error
-        if not isinstance(raw, dict):
-            raise UsageError(f"{path} must be a mapping with `model`, `slo` and `accuracy`")
+    raw = {} if path is None else read_mapping(path)
     for keys, value in (overrides or {}).items():
         _put(raw, keys, value)
     try:
@@ -42,6 +33,23 @@ def load_spec(path: str | Path | None, overrides: dict[tuple[str, ...], Any] | N
     except ValidationError as error:
         given = f"{path} and flags" if path and overrides else path or "flags alone, without -f tuning.yaml"
         raise UsageError(f"{given}: {explain(error, TuningSpec)}") from error
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The content of a tuning file, none of its fields checked.
+
+    Raises:
+        UsageError: the file is missing, or is no mapping in YAML.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the tuning file {path}: {getattr(error, 'strerror', 'it is no text')}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} cannot be read as YAML ({yaml_problem(error)}); correct that place") from error
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path} must be a mapping with `model`, `slo` and `accuracy`")
+    return raw
 
 
 def yaml_problem(error: yaml.YAMLError) -> str:

@@ -1,7 +1,7 @@
 """The `sere` command. Each part adds its subcommands by the entry-point group `sere.commands`.
 
 A part whose dependencies are not installed is left out with a hint, so that `sere --help` always works. Exit codes are
-`sere_ext.contract.errors.ExitCode`.
+`sere_ext.contract.errors.ExitCode`; `sere serve` becomes vLLM and ends with vLLM's.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from rich.markup import escape
 
 from sere_ext import __version__
 from sere_ext.cli.missing import hint, usage_error
-from sere_ext.contract.errors import SereError
+from sere_ext.contract.errors import ExitCode, SereError, exit_codes
 
 app = typer.Typer(
     name="sere",
-    help="SERE expert re-routing for vLLM: calibrate, tune, serve.",
+    help=f"SERE expert re-routing for vLLM: calibrate, tune, serve.\n\n{exit_codes(*ExitCode)}",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -33,7 +33,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version.")) -> None:
-    """SERE expert re-routing for vLLM: calibrate, tune, serve."""
+    """The options of `sere` itself; `main` adds the commands."""
 
 
 def main() -> None:

@@ -31,15 +31,29 @@ from pathlib import Path
 
 
 class ExitCode(IntEnum):
-    """How the commands end. The operator reads the tuner's from its pod."""
+    """How the commands end, each with its meaning as help and documentation show it. The operator reads the tuner's from its pod."""
 
-    DONE = 0
-    FAILED = 1
-    BAD_INPUT = 2  # nothing was started
-    INFEASIBLE = 3  # no policy keeps the limits; nothing better than exact routing was found
-    BUDGET = 4  # the budget ran out before anything was certified
-    CANNOT_CERTIFY = 5  # the items, the limit and the confidence allow no certificate
-    UNPUBLISHED = 6  # the run ended, but its result could not be published; run it again
+    meaning: str
+
+    def __new__(cls, value: int, meaning: str) -> ExitCode:
+        code = int.__new__(cls, value)
+        code._value_ = value
+        code.meaning = meaning
+        return code
+
+    DONE = 0, "done"
+    FAILED = 1, "failed, the message says why"
+    BAD_INPUT = 2, "bad input, nothing was started or changed"
+    INFEASIBLE = 3, "no policy keeps the limits and is faster than exact routing, which stays"
+    BUDGET = 4, "a budget ran out before anything was certified"
+    CANNOT_CERTIFY = 5, "the items cannot certify the limit"
+    UNPUBLISHED = 6, "the result could not be published, the same command again publishes it"
+    STOPPED = 130, "stopped by Ctrl-C"
+
+
+def exit_codes(*codes: ExitCode) -> str:
+    """The sentence of a command's help: `Exit codes: 0 done; 1 failed, ...`."""
+    return f"Exit codes: {'; '.join(f'{code.value} {code.meaning}' for code in codes)}."
 
 
 class SereError(Exception):

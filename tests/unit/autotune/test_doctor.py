@@ -136,7 +136,7 @@ def test_sizes_that_never_decode_together_and_torn_rounds_are_left_out() -> None
     fitted = fit(samples)
     assert fitted.sizes == (4, 16) and fitted.rounds == 3
     assert "never decoded together" in judge(fitted, TOP_K, [64], None, 1.02, None).sentence
-    with pytest.raises(CannotTellError, match="too few waves"):
+    with pytest.raises(CannotTellError, match="too few decode steps"):
         fit([s for s in samples if s.round == 0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from sere_autotune.trial import logs, warm
-from sere_autotune.trial.host import EngineHost
+from sere_autotune.trial.host import EngineHost, small_cache
 from sere_autotune.trial.load import EngineGoneError, Load, Request
 from sere_autotune.trial.warm import WarmEngine
 from sere_ext.contract.errors import BudgetExhaustedError, EngineCrashError, PolicyError
@@ -44,6 +45,21 @@ def test_the_engine_has_the_threads_that_the_user_chose_not_those_that_ray_sets(
     monkeypatch.setenv("OMP_NUM_THREADS", "7")  # Ray's
     EngineHost(chosen)
     assert os.environ.get("OMP_NUM_THREADS") == chosen
+
+
+@pytest.mark.parametrize(
+    ("environ", "given_bytes", "space"),
+    [
+        ({}, None, "1"),
+        ({"VLLM_CPU_KVCACHE_SPACE": "4"}, None, "4"),
+        ({}, 1 << 23, None),  # of extraArgs, which the variable would overrule in vLLM
+    ],
+)
+def test_a_size_of_the_kv_cache_that_the_user_named_is_the_one_that_holds(
+    environ: dict[str, str], given_bytes: int | None, space: str | None
+) -> None:
+    small_cache(environ, argparse.Namespace(kv_cache_memory_bytes=given_bytes))
+    assert environ.get("VLLM_CPU_KVCACHE_SPACE") == space
 
 
 async def test_a_policy_is_in_force_on_every_rank_of_every_engine_after_a_clean_switch() -> None:

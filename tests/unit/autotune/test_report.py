@@ -117,7 +117,9 @@ def test_the_verdict_on_speed_and_the_drops_by_load_and_task_are_shown(finished)
     ]
     summary = {**finished.summary, "ladder": ladder}
     text, page = screen.lines(summary), render(summary)
-    assert re.search(r"^speed +faster: mean TPOT \d\.\d\dx \[[\d.]+, [\d.]+\], one-sided at 9\d(\.\d+)?%$", text, re.MULTILINE)
+    ratio = summary["ladder"][summary["chosen"] - 1]["result"]["speedup"]["mean"]
+    limits = f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]; limits in brackets are at 95%"
+    assert re.search(rf"^speed +faster, shown at 9\d(\.\d+)?%: mean TPOT {re.escape(limits)}$", text, re.MULTILINE)
     assert "load equal concurrency 4: -2.50 points on 1,000 items, shown to be over the limit" in text
     assert "task sums.jsonl: +0.40 points on 500 items" in text
     assert "speed verdict" in page and "faster, " in page

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
+from sere_autotune import commands
 from sere_autotune.tuning.file import load_spec, to_yaml
 from sere_autotune.tuning.options import leaves, overrides
 from sere_autotune.tuning.spec import TuningSpec
-from sere_ext.contract.errors import UsageError
+from sere_ext.contract.errors import ExitCode, UsageError
 from tests.kit.planted import spec_for, write_items
 
 WHOLE = """
@@ -38,6 +41,22 @@ def spec(tmp_path: Path, change: dict | None = None, text: str = WHOLE) -> Tunin
     path = tmp_path / "tuning.yaml"
     path.write_text(text)
     return load_spec(path, change)
+
+
+@pytest.mark.parametrize("command", ["tune", "certify"])
+def test_a_tuning_file_that_is_not_there_is_told_before_anything_that_is_missing(command: str, tmp_path: Path) -> None:
+    app = typer.Typer()
+    commands.register(app)
+    refused = CliRunner().invoke(app, [command, "-f", str(tmp_path / "nope.yaml")]).exception
+    assert isinstance(refused, UsageError) and "nope.yaml: No such file" in str(refused)
+
+
+def test_certify_without_a_policy_asks_for_one(tmp_path: Path) -> None:
+    (tmp_path / "tuning.yaml").write_text(WHOLE)
+    app = typer.Typer()
+    commands.register(app)
+    asked = CliRunner().invoke(app, ["certify", "-f", str(tmp_path / "tuning.yaml")])
+    assert asked.exit_code == ExitCode.BAD_INPUT and "Missing argument" in asked.output
 
 
 def test_the_documented_file_is_read(tmp_path: Path) -> None:

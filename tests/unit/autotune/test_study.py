@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,8 +17,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from sere_autotune import planner
+from sere_autotune.calibration import Origin, Source
 from sere_autotune.outcome import Ending
 from sere_autotune.progress import Progress
+from sere_autotune.result import screen
 from sere_autotune.search.sizing import certificate_size
 from sere_autotune.study import meter
 from sere_autotune.study.budget import Budget
@@ -57,6 +61,17 @@ def test_a_run_ends_with_a_certified_faster_policy_within_its_budget(tmp_path: P
     assert trials["completed"] == 12 == trials["feasible"] + trials["infeasible"]
     assert report.rows[0]["exact"]
     assert all((tmp_path / "out" / name).exists() for name in ("study.journal", "summary.json", "report.html"))
+
+
+def test_the_screen_needs_no_glossary(tmp_path: Path, items: Path) -> None:
+    """The plan, every step and the closing lines of a whole run, as somebody reads them who has read nothing else."""
+    shown = io.StringIO()
+    spec = spec_for(tmp_path / "out", items)
+    finished = run(spec, PlantedEngine(), Progress(Console(file=shown, width=200), ""))
+    plan = planner.make_plan(spec, 6000, 4000, None, 0, None, source=Source(Origin.UNUSED))
+    text = "\n".join([planner.describe(plan, spec), shown.getvalue(), screen.lines(finished.summary)])
+    assert "certification of up to" in text and "exact routing against itself" in text and "ceiling: round 1" in text
+    assert not re.findall(r"\b(?:rungs?|noise floor|waves?)\b", text)
 
 
 def test_a_finished_study_says_the_same_again_without_an_engine(tmp_path: Path, items: Path) -> None:

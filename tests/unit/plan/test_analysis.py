@@ -104,6 +104,11 @@ def test_the_message_tells_share_limit_and_certainty() -> None:
     assert told.endswith("at 95%, 5% allowed)")
 
 
+def test_a_canary_that_passed_says_how_much_faster_it_was() -> None:
+    case = Case(side(1000, 18, 20), side(1000, 12, 10), SLO, min_requests=500, golden_prompts=16, deadline_over=False)
+    assert "mean TPOT 12.0 ms against 18.0 ms (1.50x as fast) over 1,000 and 1,000 requests" in judge(case).message
+
+
 def test_incomplete_beta_against_closed_forms() -> None:
     for x in (0.01, 0.3, 0.5, 0.9):
         assert incomplete_beta(1, 1, x) == pytest.approx(x)

@@ -12,6 +12,7 @@ import yaml
 from sere_autotune.tuning.file import load_spec
 from sere_ext import __version__
 from sere_ext.contract import records
+from sere_ext.contract.errors import ExitCode
 from sere_operator.plan.objects.children import Defaults
 from tests.kit import ROOT
 
@@ -53,6 +54,12 @@ def test_paths_of_the_repository_exist(page: Path) -> None:
     named = [path for path in PATH.findall(page.read_text()) if path.split("/")[0] in TOP and not path.startswith(MADE)]
     gone = [path for path in named if not any(list(base.glob(path)) for base in (*BASES, page.parent))]
     assert [path for path in gone if path not in FORBIDDEN] == [], "moved or gone"
+
+
+def test_the_exit_codes_of_the_reference_are_those_of_the_commands() -> None:
+    _, _, section = (ROOT / "docs/reference.md").read_text().partition("## Exit codes\n")
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", section.partition("\n## ")[0], flags=re.MULTILINE)
+    assert rows == [(str(code.value), code.meaning) for code in ExitCode]
 
 
 def test_packages_that_would_hide_the_standard_library_are_not_there() -> None:

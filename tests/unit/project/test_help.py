@@ -14,6 +14,7 @@ import sere_autotune.commands
 import sere_ext.cli.commands
 import sere_operator.cli.commands
 from sere_autotune.tuning.options import REQUIRED, leaves
+from sere_ext.contract.errors import ExitCode, exit_codes
 
 
 def make_app() -> typer.Typer:
@@ -48,6 +49,18 @@ def test_nothing_is_cut_off_and_every_option_says_its_default(words: tuple[str, 
         assert option.hidden or all(f" {name} " in text or f" {name}," in text for name in option.opts if name.startswith("--"))
         says = option.required or option.is_flag if option.param_type_name == "option" else True
         assert option.hidden or says or option.default is not None or isinstance(option.show_default, str), option.name
+
+
+EXIT_CODES = {
+    "tune": list(ExitCode),
+    "certify": list(ExitCode),
+    "doctor": [ExitCode.DONE, ExitCode.FAILED, ExitCode.BAD_INPUT, ExitCode.INFEASIBLE, ExitCode.STOPPED],
+}
+
+
+@pytest.mark.parametrize("command", EXIT_CODES)
+def test_help_says_every_exit_code_that_a_command_can_end_with(command: str) -> None:
+    assert exit_codes(*EXIT_CODES[command]) in " ".join(shown(command).split())
 
 
 @pytest.mark.parametrize("command", ["tune", "certify"])
@@ -114,6 +127,7 @@ def test_help_names_what_all_missing_parts_need() -> None:
     assert shown.returncode == 0
     assert "pip install 'sere[autotune,operator]'` (optuna, kopf are missing)" in " ".join(shown.stdout.split())
     assert "similarity" in shown.stdout and " tune " not in shown.stdout
+    assert exit_codes(*ExitCode) in " ".join(shown.stdout.split())
 
 
 @pytest.mark.parametrize(

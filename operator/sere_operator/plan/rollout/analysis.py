@@ -301,8 +301,9 @@ def _summary(stable: Side, canary: Side, golden_prompts: int) -> str:
     parts = []
     here, there = total(canary.tpot.values()), total(stable.tpot.values())
     if here.count and there.count:
+        faster = f" ({there.mean_s / here.mean_s:.2f}x as fast)" if here.mean_s > 0 else ""
         parts.append(
-            f"mean TPOT {here.mean_s * 1e3:.1f} ms against {there.mean_s * 1e3:.1f} ms "
+            f"mean TPOT {here.mean_s * 1e3:.1f} ms against {there.mean_s * 1e3:.1f} ms{faster} "
             f"over {canary.requests:,} and {stable.requests:,} requests"
         )
     if golden_prompts and canary.golden and stable.golden:

@@ -24,7 +24,8 @@ from sere_operator.plan.snapshot import Object, TuningSnapshot
 TUNING_DIR = "/etc/sere-tuning"
 RUN_DIR = "/var/lib/sere"
 # Exit codes of `sere tune` that are answers; running it again would say the same.
-FINAL_EXIT_CODES = sorted(int(code) for code in ExitCode if code not in (ExitCode.DONE, ExitCode.UNPUBLISHED))
+_NO_ANSWERS = (ExitCode.DONE, ExitCode.UNPUBLISHED, ExitCode.STOPPED)
+FINAL_EXIT_CODES = sorted(int(code) for code in ExitCode if code not in _NO_ANSWERS)
 RETRIES = 6  # pods after one that crashed, where the study is kept
 
 
