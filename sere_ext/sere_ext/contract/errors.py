@@ -35,7 +35,7 @@ class ExitCode(IntEnum):
 
     meaning: str
 
-    def __new__(cls, value: int, meaning: str) -> ExitCode:
+    def __new__(cls, value: int, meaning: str = "") -> ExitCode:  # without a meaning a code is looked up
         code = int.__new__(cls, value)
         code._value_ = value
         code.meaning = meaning
