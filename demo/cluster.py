@@ -26,7 +26,7 @@ from rich.markup import escape
 
 from demo import kube, site
 from demo.preflight import RefusedError
-from demo.screen import console
+from demo.screen import console, waiting
 from demo.traffic import Traffic
 from sere_ext.contract.policy import EXACT
 from sere_ext.contract.profile import Profile, SimilarityRef
@@ -98,7 +98,8 @@ def serve(sample: Path) -> None:
     console.print(f"[dim]$ kubectl apply -f {sample.relative_to(ROOT)}[/dim]")
     kube.apply(resource, namespace=NAMESPACE)
     began = time.monotonic()
-    kube.wait_for("Ready", lambda: state("Ready").get("status") == "True", 900, every_s=2)
+    with waiting("vLLM to load the model in a pod and to answer with a first token, about 40 s"):
+        kube.wait_for("Ready", lambda: state("Ready").get("status") == "True", 900, every_s=2)
     console.print(f"Ready after {time.monotonic() - began:.0f} s")
     show("get", "sere")
 
@@ -224,7 +225,8 @@ def diagnose() -> None:
 def main(out: Path, tunes: bool) -> None:
     prompts = prepare(tunes)
     console.print(f"[dim]$ helm install sere helm/sere-operator --namespace {SITE.system}[/dim]")
-    SITE.install()
+    with waiting("the chart's objects and the operator's pod"):
+        SITE.install()
     show("-n", SITE.system, "get", "pods")
     SITE.prepare({"data": DATA})
     serve(SAMPLES / ("demo.yaml" if tunes else "demo-profile.yaml"))

@@ -1,0 +1,52 @@
+"""Nobody who waits is left in silence: what is waited for, and for how long, stands on standard error."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from demo import screen
+from tests.kit import ROOT
+
+
+def patiently(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([ROOT / "tests/kit/patiently", *words], capture_output=True, text=True, check=False, timeout=30)
+
+
+def test_a_long_command_says_what_it_is_and_how_large_its_folder_has_become(tmp_path: Path) -> None:
+    (tmp_path / "package").write_bytes(bytes(3 << 20))
+    ended = patiently("-d", str(tmp_path), "the packages", "bash", "-c", "sleep 2.5; echo made; exit 7")
+    assert (ended.returncode, ended.stdout) == (7, "made\n")
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 2 and all(
+        line.startswith("the packages: ") and line.endswith(f", 3.1MB in {tmp_path}") for line in lines
+    )
+
+
+def test_a_quick_command_is_not_spoken_of() -> None:
+    ended = patiently("nothing to do", "true")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_installation_is_announced_with_its_size_before_anything_is_fetched() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (recipe,) = [part for part in makefile.split("\n\n") if "$(VENV)/.ready: " in part]
+    steps = [line for line in recipe.splitlines() if "pip install" in line]
+    assert "GB" in recipe.partition("pip install")[0]
+    assert len(steps) == 4 and all("--quiet" in step for step in steps)
+    assert recipe.count("$(WAIT)") == len(steps)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_demo_says_what_it_waits_for(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(screen, "console", Console(file=shown, force_terminal=terminal, width=80))
+    with screen.waiting("the operator's pod"):
+        screen.console.print("meanwhile")
+    text = shown.getvalue()
+    assert "waiting for the operator's pod" in text and "meanwhile" in text
+    assert (": 0 s" in text) == terminal
