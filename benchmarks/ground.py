@@ -89,7 +89,7 @@ def tuner_flags(folder: Path, out: str, limit_points: float) -> dict[str, Any]:
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
     return {
         "--model": model, "--similarity": similarity, "--out": folder / out, "--engine-max-model-len": 128,
-        "--engine-extra-args": f'["--dtype","{ROWS_MOE.widened_dtype}","--enforce-eager","--max-num-seqs","32","--num-gpu-blocks-override","64"]',
+        "--engine-extra-args": json.dumps(ROWS_MOE.engine_arguments),
         "--workload-load-concurrency": "[16]", "--slo-tpot-ms-p95": 1000,
         "--accuracy-tasks": f"[{{file: '{items}', maxTokens: {ROWS_MOE.longest_answer}}}]",
         "--accuracy-max-drop-points": limit_points,

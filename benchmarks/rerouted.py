@@ -36,15 +36,19 @@ class Rerouted:
 
     def __init__(self, model: Lanes, similarity: Tensor, bucket: dict[str, Any] | Sequence[dict[str, Any]], batch: int) -> None:
         self.model, self.batch = model, batch
-        given = [bucket] * model.layers if isinstance(bucket, dict) else bucket
+        policies = [self._policy(bucket)] * model.layers if isinstance(bucket, dict) else [self._policy(own) for own in bucket]
         renormalise = bool(model.config["norm_topk_prob"])
         self.layers = [LayerState(n, model.experts, model.top_k, renormalise, kernel.SOFTMAX) for n in range(model.layers)]
-        for layer, own in zip(self.layers, given, strict=True):
-            policy = Policy.parse({"buckets": [{"minTokens": 1, "maxTokens": batch, **own}]})
-            policy.check_model(model.top_k)
+        for layer, policy in zip(self.layers, policies, strict=True):
             layer.load_table(policy.table_for(layer.number))
             if policy.needs_similarity():
                 layer.load_similarity(*sorted_neighbours(similarity[layer.number].float().cpu().numpy()))
+
+    def _policy(self, bucket: dict[str, Any]) -> Policy:
+        """The policy of one bucket for steps of up to B sequences, checked against the model."""
+        policy = Policy.parse({"buckets": [{"minTokens": 1, "maxTokens": self.batch, **bucket}]})
+        policy.check_model(self.model.top_k)
+        return policy
 
     def __call__(self, layer: int, logits: Tensor) -> Tensor:
         """Router logits [L, E] in, weight of every expert [L, E] out; rows of NaN (idle lanes) come back undefined."""

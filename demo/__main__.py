@@ -24,11 +24,10 @@ from rich.table import Table
 from demo import preflight
 from demo.screen import console
 from demo.watch import Watch
+from tests.assets.make.models import ROWS_MOE
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "demo"
-MODEL = ROOT / "tests" / "assets" / "rows_moe"
-EXPERTS = 64  # of each of its layers
 CALIBRATION_ITEMS = 400
 # Ten minutes pay for a certificate and a trial, not for a search of all kinds: that of `make bench-policies` is on the model's
 # page (docs/policies.md), and the demo takes what that page finds best.
@@ -38,9 +37,6 @@ MIN_SHARE = (0.0,)  # 0.5 costs about as much as the limit, which 1,000 items ca
 SEARCH_ITEMS = 160
 PAIRS = 4  # of blocks
 CONCURRENCY = 16
-LONGEST_ANSWER = 72  # tokens: 55 of a right answer and some room
-# A block of the CPU's KV cache holds 128 tokens, so one sequence of this engine; 64 of them take 8 MB instead of a GiB.
-ENGINE = ("--dtype", "bfloat16", "--enforce-eager", "--max-num-seqs", "32", "--num-gpu-blocks-override", "64")
 TUNE_MINUTES, CLUSTER_MINUTES = 7, 3  # on two quiet cores
 MINUTES = TUNE_MINUTES + CLUSTER_MINUTES
 # Helm uninstall and the end of a namespace, both within their own limits; or the end of a node and of its folder, of a gigabyte.
@@ -80,7 +76,7 @@ def heading(text: str) -> None:
 
 def make_items(split: str, count: int, out: Path) -> None:
     """Write items of a split of the model's tasks; the same count gives the same items."""
-    options = ("--model", MODEL.name, "--split", split, "--count", str(count), "--seed", "1", "--out", out)
+    options = ("--model", ROWS_MOE.name, "--split", split, "--count", str(count), "--seed", "1", "--out", out)
     run(sys.executable, "-m", "tests.assets.make.items", *options)
 
 
@@ -94,7 +90,7 @@ def calibrate() -> None:
         return
     make_items("calibration", CALIBRATION_ITEMS, BUILD / "calib.jsonl")
     narrow = BUILD / "narrow.safetensors"
-    run("sere", "calibrate", MODEL, "--data", BUILD / "calib.jsonl", "--out", narrow)
+    run("sere", "calibrate", ROWS_MOE.directory, "--data", BUILD / "calib.jsonl", "--out", narrow)
     run(sys.executable, "-m", "tests.assets.make.widen_similarity", narrow, BUILD / "model", BUILD / "similarity.safetensors")
 
 
@@ -103,12 +99,12 @@ def prepare(args: argparse.Namespace) -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     model = BUILD / "model"
     if not (model / "model.safetensors").exists():
-        run(sys.executable, "-m", "tests.assets.make.widen", MODEL, model)
+        run(sys.executable, "-m", "tests.assets.make.widen", ROWS_MOE.directory, model)
     make_items("eval", args.items, BUILD / "items.jsonl")
     slo = {"tpotMs": {"p95": args.tpot_p95_ms}, "ttftMs": {"p99": 5000}}
     tuning = {
         "model": str(model),
-        "engine": {"maxModelLen": 128, "extraArgs": list(ENGINE)},
+        "engine": {"maxModelLen": 128, "extraArgs": list(ROWS_MOE.engine_arguments)},
         **({"similarity": str(BUILD / "similarity.safetensors")} if needs_similarity(args) else {}),
         "workload": {"load": {"concurrency": [CONCURRENCY]}},
         "slo": slo,
@@ -116,7 +112,7 @@ def prepare(args: argparse.Namespace) -> Path:
             "maxDropPoints": args.max_drop_points,
             "confidence": 0.95,
             "searchItems": SEARCH_ITEMS,
-            "tasks": [{"file": str(BUILD / "items.jsonl"), "metric": "exact", "maxTokens": LONGEST_ANSWER}],
+            "tasks": [{"file": str(BUILD / "items.jsonl"), "metric": "exact", "maxTokens": ROWS_MOE.longest_answer}],
         },
         "search": {
             "policies": args.policies.split(","),
@@ -150,7 +146,7 @@ def stage_engine(args: argparse.Namespace) -> dict[str, Any]:
     os.environ["XDG_STATE_HOME"] = str(BUILD / "run" / "state")
     run_folder = BUILD / "run"
     console.print(f"[dim]logs and the study: {run_folder.relative_to(ROOT)}; Ctrl-C stops and leaves nothing running[/dim]")
-    watch = Watch(console, run_folder / "study.journal", EXPERTS, TUNE_MINUTES if args.no_cluster else MINUTES)
+    watch = Watch(console, run_folder / "study.journal", ROWS_MOE.experts, TUNE_MINUTES if args.no_cluster else MINUTES)
     status = run("sere", "tune", "-f", tuning, check=False, watch=watch)
     if status:
         report = BUILD / "run" / "report.html"

@@ -167,7 +167,7 @@ def ceiling_seconds(left_s: float) -> float:
     return found if found >= _LEAST_CEILING_S else 0.0
 
 
-def trial_seconds(spec: TuningSpec, pace: Pace | None, blocks: int = 1) -> float:
+def estimated_trial_seconds(spec: TuningSpec, pace: Pace | None, blocks: int = 1) -> float:
     """Estimated time of one trial at all load levels, in seconds.
 
     Args:
@@ -187,8 +187,10 @@ def seeks_order(search: SearchSpec) -> bool:
 
 def search_seconds(spec: TuningSpec, pace: Pace | None) -> float:
     """Estimated time of all search trials at all load levels, and of putting the layers in order, in seconds."""
-    order = trial_seconds(spec, pace, S_STEPS) if seeks_order(spec.search) else 0.0  # a part of a trial's items for each quarter
-    return spec.search.trials * trial_seconds(spec, pace) + order
+    order = (
+        estimated_trial_seconds(spec, pace, S_STEPS) if seeks_order(spec.search) else 0.0
+    )  # a part of a trial's items for each quarter
+    return spec.search.trials * estimated_trial_seconds(spec, pace) + order
 
 
 def candidate_seconds(spec: TuningSpec, pace: Pace | None, levels: int, items: int = 0) -> float:

@@ -56,7 +56,7 @@ def _layer_order(run: Run) -> tuple[int, ...]:
     the same for every kind.
     """
     space = run.space()
-    trials_left = (run.left_s() - reserve_s(run)) / planner.trial_seconds(run.spec, run.study.get(PACE))
+    trials_left = (run.left_s() - reserve_s(run)) / planner.estimated_trial_seconds(run.spec, run.study.get(PACE))
     if space.step == 1 or not planner.seeks_order(run.spec.search) or trials_left < planner.LEAST_TRIALS_TO_ORDER:
         return ()
     try:

@@ -16,7 +16,7 @@ def reserve_s(run: Run) -> float:
     return every if every < total / 2 else one
 
 
-def trial_seconds(run: Run) -> float:
+def longest_trial_seconds(run: Run) -> float:
     """The longest of the trials so far; the first one, of exact routing on every search item, counts only while it is alone."""
     times = [t.user_attrs["seconds"] for t in run.study.complete() if "seconds" in t.user_attrs]
     return float(max(times[1:] or times or [run.spec.search.trial_seconds]))
@@ -28,4 +28,4 @@ def time_left_s(run: Run) -> float:
     levels = len(run.spec.workload.load.levels)
     pace = run.study.get(PACE)
     certificates = run.spec.search.rungs * planner.candidate_seconds(run.spec, pace, levels, run.cert_items)
-    return max(0.0, min(trials * trial_seconds(run) + certificates, run.left_s()))
+    return max(0.0, min(trials * longest_trial_seconds(run) + certificates, run.left_s()))

@@ -13,7 +13,7 @@ from sere_autotune.search.blocks import measure, trial_items, window
 from sere_autotune.search.groundwork import lay_groundwork
 from sere_autotune.search.kinds import removed_kinds
 from sere_autotune.search.learned import propose, slots
-from sere_autotune.search.pacing import reserve_s, time_left_s, trial_seconds
+from sere_autotune.search.pacing import longest_trial_seconds, reserve_s, time_left_s
 from sere_autotune.search.sampler import make_sampler
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import LADDER, SEARCH_ENDED
@@ -48,7 +48,7 @@ def rank(run: Run) -> None:
     if study.complete() and study.get(LADDER) is None:
         lay_groundwork(run)  # what a run that was killed there left to do
     while (done := len(study.complete())) < search.trials and study.get(LADDER) is None:
-        if done and run.left_s() < reserve_s(run) + trial_seconds(run):
+        if done and run.left_s() < reserve_s(run) + longest_trial_seconds(run):
             study.put(
                 SEARCH_ENDED, f"{run.budget.which(time.monotonic())} after {done} trials, the rest is kept for certification"
             )

@@ -183,8 +183,8 @@ def test_an_order_is_sought_where_it_is_used_and_pays(tmp_path: Path, search: di
     changes = {f"search__{name}": value for name, value in search.items()}
     spec = bench.Ground(tmp_path, 100).spec(World("ramp", 3), 1, 0, **changes)
     assert planner.seeks_order(spec.search) is sought
-    trials = spec.search.trials * planner.trial_seconds(spec, None)
-    assert planner.search_seconds(spec, None) == pytest.approx(trials + sought * planner.trial_seconds(spec, None, 4))
+    trials = spec.search.trials * planner.estimated_trial_seconds(spec, None)
+    assert planner.search_seconds(spec, None) == pytest.approx(trials + sought * planner.estimated_trial_seconds(spec, None, 4))
 
 
 class Stopping(WorldEngine):

@@ -17,6 +17,7 @@ from demo import cluster, runs
 from demo.watch import Watch, active_experts
 from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.profile import Profile
+from tests.assets.make.models import ROWS_MOE
 from tests.kit import ROOT
 
 
@@ -68,7 +69,14 @@ def test_the_tuning_file_of_the_demo_is_one_the_tuner_takes(tmp_path: Path, monk
     spec = TuningSpec.model_validate(yaml.safe_load(demo.prepare(demo.arguments([])).read_text()))
     assert list(spec.workload.load.levels) == [16]
     assert spec.accuracy.max_drop_points == 1
-    assert spec.accuracy.tasks[0].max_tokens == demo.LONGEST_ANSWER
+    assert spec.accuracy.tasks[0].max_tokens == ROWS_MOE.longest_answer
+
+
+@pytest.mark.parametrize("sample", ["demo.yaml", "demo-profile.yaml"])
+def test_the_samples_start_the_engine_that_the_first_stage_tuned(sample: str) -> None:
+    spec = yaml.safe_load((ROOT / "manifests/samples" / sample).read_text())["spec"]
+    arguments = [part for argument in spec["engine"]["extraArgs"] for part in argument.split("=", 1)]
+    assert arguments == list(ROWS_MOE.engine_arguments)
 
 
 def test_what_was_gained_is_said_in_plain_words() -> None:
