@@ -38,7 +38,8 @@ from tests.kit import ROOT
 from tests.kit.planted import Quiet, spec_for, write_items
 from tests.kit.replayed import LAW as REPLAYED
 from tests.kit.replayed import Recording, Replayed
-from tests.kit.worlds import LAWS, Truth, WorldEngine, seeded
+from tests.kit.truth import Truth, WorldEngine
+from tests.kit.worlds import LAWS, seeded
 
 RESULT = ROOT / "benchmarks" / "results" / "tuner.json"
 OURS, RANDOM, TPE, BISECTION, ALWAYS = "ours", "random", "tpe", "bisection", "alwaysS2"

@@ -29,7 +29,7 @@ from sere_autotune.tuning.space import EXACT, Choice, Space
 from sere_ext.contract.errors import PolicyError
 from sere_ext.contract.policy import Kind, Policy
 from tests.kit import ROOT
-from tests.kit.worlds import EDGES, KINDS, Truth
+from tests.kit.truth import EDGES, KINDS, Truth
 
 RESULTS = ROOT / "benchmarks" / "results"
 LAW = "replayed"

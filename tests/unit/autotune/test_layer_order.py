@@ -23,7 +23,8 @@ from sere_autotune.tuning.space import Choice, Space, auto_buckets, spared_layer
 from sere_ext.contract.errors import UnsupportedError
 from sere_ext.contract.policy import EXACT_POLICY, MAX_LAYER_GROUPS, Kind, Policy
 from tests.kit.planted import Quiet
-from tests.kit.worlds import LAYERS, World, WorldEngine
+from tests.kit.truth import WorldEngine
+from tests.kit.worlds import LAYERS, World
 
 ITEMS = 125
 ORDERS = list(itertools.permutations(range(4)))  # of the quarters

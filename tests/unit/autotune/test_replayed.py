@@ -16,7 +16,7 @@ from sere_autotune.trial.load import Load
 from sere_autotune.tuning.space import EXACT, Choice
 from sere_ext.contract.policy import Kind, Policy
 from tests.kit.replayed import Recording, Replayed, step_cost
-from tests.kit.worlds import WorldEngine
+from tests.kit.truth import WorldEngine
 
 ITEMS, LAYERS, EXPERTS, TOP_K, COST = 10, 4, 8, 2, (1.0, 0.5, 0.25)
 WRONG = {  # item numbers that each run gets wrong

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import novices, policies, pruned, render, rerouted
+from benchmarks import novices, policies, policies_page, pruned, render, rerouted, results_page
 from benchmarks.experts import Experts, least, observed
 from benchmarks.lanes import Lanes, answers, prompted
 from sere_ext.contract.errors import PolicyError
@@ -278,7 +278,7 @@ def test_what_the_engine_benchmarks_write_is_what_the_page_reads(
         monkeypatch.setattr("sys.argv", ["benchmark", "--folder", str(tmp_path), "--out", str(out)])
         module.main()
     made = [json.loads((tmp_path / f"benchmarks.{name}.json").read_text()) for name in ("speedup", "tune")]
-    text = render.engine_runs(*made, committed["telemetry"])
+    text = results_page.engine_runs(*made, committed["telemetry"])
     assert asked["certify"][0] == {"buckets": [{"minTokens": 8, "maxTokens": 128, "kind": "oea", "S": 2}]}
     assert f"`rows_moe` (64 experts, top-8), widened {ROWS_MOE.widening} times, bfloat16, concurrency 16: oea" in text
     certified = "certificate passed in 1.5 minutes on 900 items; oea 2 for 8-64 tokens: 1.50x [1.40, 1.60]"
@@ -288,7 +288,7 @@ def test_what_the_engine_benchmarks_write_is_what_the_page_reads(
 @pytest.mark.parametrize(("seconds", "words"), [(25, "0 minutes"), (80, "1 minute"), (100, "2 minutes")])
 def test_processor_time_is_one_minute_or_some_minutes(seconds: float, words: str) -> None:
     result = json.loads((render.RESULTS / "policies-tiny_moe.json").read_text())
-    text = render.policies_run({**result, "batches": {"1": {"processorSeconds": seconds}}})
+    text = policies_page.policies_run({**result, "batches": {"1": {"processorSeconds": seconds}}})
     assert f"; {words} of processor time." in text
 
 

@@ -1,0 +1,62 @@
+"""The table of docs/results.md on runs of the tuner and on telemetry, from benchmarks/results/{speedup,tune,telemetry}.json."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from benchmarks.tables import interval, table
+from sere_ext.contract.policy import Policy
+
+
+def _widened(result: dict[str, Any]) -> str:
+    """Which model an engine ran."""
+    times = f", widened {result['factor']} times, {result['dtype']}" if "factor" in result else ", widened"
+    return f"`{result['model']}` ({result['experts']} experts, top-{result['topK']}){times}"
+
+
+def engine_runs(speedup: dict[str, Any], tune: dict[str, Any], telemetry: dict[str, Any]) -> str:
+    """A row for each benchmark that runs the tuner or the engine's telemetry once."""
+    evidence = speedup["evidence"]
+    accuracy, mean = evidence["accuracy"], evidence["speedupMean"]
+    tpot, active = evidence["tpotMeanMs"], evidence["activeExperts"]
+    policy = Policy.parse(json.dumps(speedup["policy"])).describe()
+    gain = interval(mean["value"], mean["low"], mean["high"], 2).replace(" [", "x [")
+    ranking, certification, chosen = tune["ranking"], tune["certification"], tune["speedup"]["meanTpot"]
+    if chosen:
+        gained = interval(chosen["value"], chosen["low"], chosen["high"], 2).replace(" [", "x [")
+        found = (
+            f"certificate {certification['verdict']} in {certification['seconds'] / 60:.1f} minutes on {certification['items']:,} items; "
+            f"{certification['policy']}: {gained} mean TPOT at {tune['speedup']['condition']}"
+        )
+    else:
+        found = f"nothing was certified ({tune['outcome']})"
+    shares = telemetry["shareOfStepTime"]
+    parts = {"operator with nothing to re-route": "operatorUnderExactRouting", "hook": "hookPerStep", "poll": "pollPerSecond"}
+    rows = [
+        [
+            f"{_widened(speedup)}, concurrency 16: {policy}",
+            f"mean TPOT {tpot['exact']:.1f} -> {tpot['chosen']:.1f} ms, {gain} at equal concurrency, {mean['pairs']} pairs; "
+            f"{-accuracy['dropPoints']:.2f} points, at most {accuracy['upperBoundPoints']:.2f} lost at 95 % on {accuracy['items']:,} held-out "
+            f"items; {active['exact']:.1f} -> {active['chosen']:.1f} active experts",
+            _source("speedup"),
+        ],
+        [
+            f"{_widened(tune)}: {ranking['trials']} ranking trials of {ranking['itemsPerTrial']} items, then a limit of "
+            f"{certification['limitPoints']} point tried ({certification['pairs']} pairs of {certification['blockSeconds']:.0f} s)",
+            f"{ranking['trialsIn10Minutes']:.0f} trials in 10 minutes, {found}; a restart per trial would cost "
+            f"{tune['restartPerTrial']['ratio']:.1f} times as much",
+            _source("tune"),
+        ],
+        [
+            f"{_widened(telemetry)}, concurrency {telemetry['concurrency']}: counters, polling and latency metrics",
+            f"{shares['total']:.1%} of a step's {telemetry['stepMs']:.1f} ms at most: ".replace("%", " %")
+            + ", ".join(f"{name} {100 * shares[key]:.2f} %" for name, key in parts.items()),
+            _source("telemetry"),
+        ],
+    ]
+    return table(["what", "figure", "how"], rows)
+
+
+def _source(name: str) -> str:
+    return f"`make bench-{name}`, [{name}.json](../benchmarks/results/{name}.json)"
