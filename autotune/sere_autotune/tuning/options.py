@@ -29,7 +29,7 @@ from typer.core import TyperCommand
 from sere_autotune.tuning.file import yaml_problem
 from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.errors import UsageError
-from sere_ext.contract.tuning import Unset
+from sere_ext.contract.record import Unset
 
 REQUIRED = "required"
 _SHOWN_UP_TO = 100_000  # bounds above this only keep out typing errors; help leaves them out

@@ -14,7 +14,8 @@ from pydantic import Field, field_validator, model_validator
 
 from sere_ext.contract.constraints import Constrained, at_most_one
 from sere_ext.contract.errors import UsageError
-from sere_ext.contract.record import Record
+from sere_ext.contract.record import Record, Unset
+from sere_ext.contract.slo import LatencySlo
 from sere_ext.contract.tuning import (
     MAX_TASKS,
     ONE_SOURCE,
@@ -22,12 +23,10 @@ from sere_ext.contract.tuning import (
     BucketEdges,
     CertifySpec,
     EngineOptions,
-    LatencySlo,
     LoadSpec,
     Scoring,
     SearchBudget,
     SearchDetails,
-    Unset,
     WorkloadShape,
     buckets_fit,
 )

@@ -11,7 +11,8 @@ import yaml
 
 from sere_ext.contract.record import Record
 from sere_operator.api import meta
-from sere_operator.api.deployment import SereDeploymentSpec, SereDeploymentStatus
+from sere_operator.api.deployment import SereDeploymentSpec
+from sere_operator.api.deployment_status import SereDeploymentStatus
 from sere_operator.api.profile import SereProfileSpec
 from sere_operator.api.rules import JOB_NAME, RULES, SERVICE_NAME, Rule
 from sere_operator.api.schema import structural_schema

@@ -12,12 +12,12 @@ from pydantic import Field, model_validator
 
 from sere_ext.contract.constraints import Constrained, exactly_one, rule
 from sere_ext.contract.record import Record
+from sere_ext.contract.slo import LatencySlo
 from sere_ext.contract.tuning import (
     MAX_TASKS,
     ONE_SOURCE,
     AccuracyLimits,
     CertifySpec,
-    LatencySlo,
     Scoring,
     SearchBudget,
     SearchDetails,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 
 def outside_name(name: str) -> str:
@@ -27,6 +30,17 @@ class Record(BaseModel):
     def to_json(self) -> str:
         """JSON text of `to_json_dict`."""
         return self.model_dump_json(by_alias=True, exclude_none=True)
+
+
+@dataclass(frozen=True)
+class Unset:
+    """What holds where an optional field is left out, in words for the help of a flag or a resource's field."""
+
+    text: str
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The field's JSON schema with the words beside it as `x-unset`."""
+        return {**handler(core_schema), "x-unset": self.text}
 
 
 def canonical_json(data: Any) -> bytes:

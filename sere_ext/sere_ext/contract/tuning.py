@@ -7,35 +7,20 @@ sources that the operator mounts (`sere_operator.api.tuning`). The descriptions 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import Field, GetJsonSchemaHandler, field_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import Field, field_validator
 
 from sere_ext.contract.answers import AnswerMetric
-from sere_ext.contract.constraints import Constrained, at_least_one, at_most_one, exactly_one, rule
+from sere_ext.contract.constraints import Constrained, at_most_one, exactly_one, rule
 from sere_ext.contract.engine_flags import extra_args_constraints
 from sere_ext.contract.policy import MAX_TOKENS, Kind
-from sere_ext.contract.record import Record
+from sere_ext.contract.record import Record, Unset
 
 MAX_LOADS: Final = 8
 MAX_TASKS: Final = 16
 _MAX_MODEL_LEN: Final = 16_777_216
-_MAX_MS: Final = 86_400_000  # a day
 _MAX_COUNT: Final = 10_000_000
-
-
-@dataclass(frozen=True)
-class Unset:
-    """What holds where an optional field is left out, in words for the help of a flag or a resource's field."""
-
-    text: str
-
-    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """The field's JSON schema with the words beside it as `x-unset`."""
-        return {**handler(core_schema), "x-unset": self.text}
 
 
 class EngineOptions(Constrained):
@@ -53,39 +38,6 @@ class EngineOptions(Constrained):
         tuple[Annotated[str, Field(min_length=1, max_length=4096)], ...],
         Field(max_length=64, description="further arguments of `vllm serve`; flags that other fields set are refused"),
     ] = ()
-
-
-class LatencyLimits(Constrained):
-    """Limits in milliseconds on percentiles of a latency over requests."""
-
-    constraints: ClassVar = (at_least_one("p50", "p90", "p95", "p99"),)
-
-    p50: Annotated[float | None, Field(gt=0, le=_MAX_MS, description="limit on the median, ms"), Unset("none")] = None
-    p90: Annotated[float | None, Field(gt=0, le=_MAX_MS, description="limit on the 90th percentile, ms"), Unset("none")] = None
-    p95: Annotated[float | None, Field(gt=0, le=_MAX_MS, description="limit on the 95th percentile, ms"), Unset("none")] = None
-    p99: Annotated[float | None, Field(gt=0, le=_MAX_MS, description="limit on the 99th percentile, ms"), Unset("none")] = None
-
-    def limits(self) -> dict[str, float]:
-        """The limits that are set, in milliseconds by percentile: {"p95": 20.0}."""
-        return {name: float(value) for name, value in self.model_dump().items() if value is not None}
-
-
-class LatencySlo(Constrained):
-    """Limits on the latencies of requests, which are defined as `vllm bench serve` defines them."""
-
-    constraints: ClassVar = (at_least_one("tpot_ms", "ttft_ms", "e2el_ms"),)
-
-    tpot_ms: Annotated[LatencyLimits | None, Field(description="time per output token after the first (TPOT), ms")] = None
-    ttft_ms: Annotated[LatencyLimits | None, Field(description="time to the first token (TTFT), ms")] = None
-    e2el_ms: Annotated[LatencyLimits | None, Field(description="time from request to last token, ms")] = None
-
-    def limits(self) -> list[tuple[str, str, float]]:
-        """(metric, percentile, limit in milliseconds) of every limit: [("tpot", "p95", 20.0)]."""
-        found = []
-        for metric in ("tpot", "ttft", "e2el"):
-            limits: LatencyLimits | None = getattr(self, f"{metric}_ms")
-            found += [(metric, name, limit) for name, limit in (limits.limits() if limits else {}).items()]
-        return found
 
 
 class ItemFields(Record):

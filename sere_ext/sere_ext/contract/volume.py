@@ -29,7 +29,7 @@ from sere_ext.contract.errors import PolicyError, ProfileError, SpecError
 from sere_ext.contract.policy import EXACT, EXACT_POLICY, Policy
 from sere_ext.contract.profile import ProfileKey
 from sere_ext.contract.shards import HEADER_BYTES, SHARD_BYTES
-from sere_ext.contract.tuning import LatencySlo
+from sere_ext.contract.slo import LatencySlo
 from sere_ext.contract.validation import explain
 
 STABLE = "stable"

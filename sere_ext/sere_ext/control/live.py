@@ -18,8 +18,8 @@ from sere_ext.contract.errors import (
     UnauthorizedError,
 )
 from sere_ext.contract.policy import Policy
+from sere_ext.contract.slo import LatencySlo
 from sere_ext.contract.state import EngineState, Note, PolicyChange, RankInForce
-from sere_ext.contract.tuning import LatencySlo
 from sere_ext.control import audit
 from sere_ext.control.switch import States, agree, ask_ranks, read_states, switch, total_counters
 

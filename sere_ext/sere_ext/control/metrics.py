@@ -19,8 +19,8 @@ from collections import Counter as Counts
 from collections import OrderedDict, defaultdict, deque
 from typing import Any
 
+from sere_ext.contract.slo import LatencyLimits
 from sere_ext.contract.state import CounterRow, EngineState, RowKey, by_key
-from sere_ext.contract.tuning import LatencyLimits
 from sere_ext.control.live import LiveControl
 
 logger = logging.getLogger("vllm.sere")

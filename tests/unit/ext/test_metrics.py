@@ -11,8 +11,8 @@ import pytest
 from prometheus_client import REGISTRY
 
 from sere_ext.contract.policy import Policy
+from sere_ext.contract.slo import LatencyLimits, LatencySlo
 from sere_ext.contract.state import COUNTED, CounterRow, EngineState
-from sere_ext.contract.tuning import LatencyLimits, LatencySlo
 from sere_ext.control import metrics as metrics_module
 from sere_ext.control.metrics import Metrics, Occupancy, batch_label, bounds
 from tests.kit.states import engine_state

@@ -15,8 +15,8 @@ from sere_ext.contract.policy import Policy
 from sere_ext.contract.profile import ProfileKey
 from sere_ext.contract.shards import split
 from sere_ext.contract.similarity import SimilarityMeta
+from sere_ext.contract.slo import LatencyLimits, LatencySlo
 from sere_ext.contract.state import Readiness
-from sere_ext.contract.tuning import LatencyLimits, LatencySlo
 from sere_ext.contract.volume import desired, piece_name, policy_files
 from sere_ext.control.live import LiveControl
 from sere_ext.control.watch import Watcher, read_directory

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sere_ext.contract.tuning import LatencyLimits, LatencySlo
+from sere_ext.contract.slo import LatencyLimits, LatencySlo
 from sere_ext.control.metrics import bounds
 from sere_operator.plan.histogram import Histogram, from_bounds, merged, packed, unpacked, window
 from sere_operator.plan.rollout.analysis import (

@@ -16,7 +16,7 @@ from sere_ext.contract.errors import SereError
 from sere_ext.contract.policy import EXACT, EXACT_POLICY, Policy
 from sere_ext.contract.profile import ProfileKey
 from sere_ext.contract.record import canonical_json
-from sere_ext.contract.tuning import LatencySlo
+from sere_ext.contract.slo import LatencySlo
 from sere_ext.contract.volume import (
     MAX_FILE_BYTES,
     OVERRIDE,

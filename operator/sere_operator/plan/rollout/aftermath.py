@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sere_operator.api.conditions import Reason
-from sere_operator.api.deployment import MAX_REJECTED, SereDeploymentSpec
+from sere_operator.api.deployment import SereDeploymentSpec
+from sere_operator.api.deployment_status import MAX_REJECTED
 from sere_operator.plan.objects.revision import revision
 from sere_operator.plan.rollout.evidence import Stage
 from sere_operator.plan.rollout.step import POLL_S, Step

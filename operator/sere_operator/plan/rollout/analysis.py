@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 
-from sere_ext.contract.tuning import LatencyLimits, LatencySlo
+from sere_ext.contract.slo import LatencyLimits, LatencySlo
 from sere_operator.plan.chain import first
 from sere_operator.plan.histogram import Histogram, total
 from sere_operator.plan.rollout.intervals import (

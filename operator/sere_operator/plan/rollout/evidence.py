@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from sere_ext.contract.policy import Kind, Policy
-from sere_ext.contract.tuning import LatencyLimits, LatencySlo
+from sere_ext.contract.slo import LatencyLimits, LatencySlo
 from sere_operator.plan import histogram
 from sere_operator.plan.rollout.analysis import Side
 from sere_operator.plan.rollout.wanted import Wanted, suited

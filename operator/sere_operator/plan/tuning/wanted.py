@@ -9,7 +9,8 @@ from sere_ext.contract.errors import SpecError
 from sere_operator.api import meta
 from sere_operator.api.common import parse_spec
 from sere_operator.api.conditions import ConditionType, find_condition
-from sere_operator.api.deployment import MAX_RUNS, RoutingMode, SereDeploymentSpec
+from sere_operator.api.deployment import RoutingMode, SereDeploymentSpec
+from sere_operator.api.deployment_status import MAX_RUNS
 from sere_operator.api.tuning import SereTuningJobSpec
 from sere_operator.plan.objects import children
 from sere_operator.plan.rollout.wanted import tuning_job_name
