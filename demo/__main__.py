@@ -191,6 +191,19 @@ def answers_per_minute(summary: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def most_load(found: dict[str, Any] | None) -> dict[str, Any]:
+    """What the closing bisection measured, or the sentence that says why it measured nothing."""
+    if not found or found["ratio"] is None:
+        return {"why_not": found["sentence"] if found else "was not asked for"}
+    return {
+        "requests": {"exact": found["tuned"], "tuned": found["load"]},
+        "at_least": found["at_least"],
+        "times": found["times"],
+        "tpot_ms": {"exact": found["tpot_ms"]["exact"], "tuned": found["tpot_ms"]["chosen"]},
+        "ratio": found["ratio"],
+    }
+
+
 def result(
     spec: dict[str, Any], summary: dict[str, Any], rollout: dict[str, Any] | None, why_not: str, seconds: dict[str, int]
 ) -> dict[str, Any]:
@@ -219,6 +232,7 @@ def result(
         "active_experts": pair(evidence.get("activeExperts")),
         "speedup_mean": evidence.get("speedupMean"),
         "answers_per_minute": answers_per_minute(summary),
+        "most_load": most_load(summary["mostLoad"]),
         "policy": spec["policy"],
         "seconds": seconds,
         "rollout": rollout,
@@ -239,8 +253,20 @@ def gained(answer: dict[str, Any]) -> str:
     return (
         f"With {CONCURRENCY} requests at a time the same engine gives each of them its next token {tpot['exact'] / tpot['tuned']:.2f} times "
         f"as fast {cost}{experts}. It finishes {rate['tuned']:.0f} answers a minute instead of {rate['exact']:.0f}: the same "
-        f"machine does {rate['tuned'] / rate['exact']:.2f} times the work. How many more requests at a time it would hold at the "
-        "old latency was not measured here."
+        f"machine does {rate['tuned'] / rate['exact']:.2f} times the work. {held(answer['most_load'])}"
+    )
+
+
+def held(most: dict[str, Any]) -> str:
+    """How much more load the same latency holds, as the closing bisection measured it."""
+    if "why_not" in most:
+        return f"How many more requests at a time it holds at the old latency: {most['why_not']}."
+    load, tpot, ratio = most["requests"], most["tpot_ms"], most["ratio"]
+    least = "at least " if most["at_least"] else ""
+    return (
+        f"The same engine holds {least}{most['times']:.1f}x the load at the same latency: {load['tuned']:.0f} requests at a time at "
+        f"{tpot['tuned']:.1f} ms where exact routing holds {load['exact']:.0f} at {tpot['exact']:.1f} ms (exact / tuned {ratio['value']:.2f} "
+        f"[{ratio['low']:.2f}, {ratio['high']:.2f}] in {ratio['pairs']} pairs of blocks). Accuracy is certified at {load['exact']:.0f} at a time."
     )
 
 

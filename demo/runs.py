@@ -13,7 +13,8 @@ from typing import Any
 
 LEAST_SPEEDUP, LEAST_LOW, MOST_POINTS, MOST_SECONDS = 1.6, 1.4, 1.0, 600
 HEAD = (
-    "| run | minutes: tune + cluster | mean TPOT, exact -> tuned | faster, 95 % limits | points lost | active experts | rollout |"
+    "| run | minutes: tune + cluster | mean TPOT, exact -> tuned | faster, 95 % limits | load at exact routing's TPOT | points lost | "
+    "active experts | rollout |"
 )
 
 
@@ -23,10 +24,16 @@ def row(number: int, run: dict[str, Any]) -> str:
     minutes = " + ".join(f"{run['seconds'][stage] / 60:.1f}" for stage in ("tune", "cluster"))
     lost = 100 * (run["accuracy"]["exact"] - run["accuracy"]["tuned"])
     experts = f"{active['exact']:.1f} -> {active['tuned']:.1f}" if active else "not counted"
+    most = run.get("most_load", {"why_not": ""})
+    load = "not measured"
+    if "why_not" not in most:
+        load = (
+            f"{'at least ' if most['at_least'] else ''}{most['times']:.1f}x, {most['requests']['tuned']:.0f} requests at a time"
+        )
     hot = f"{rollout['seconds']:.0f} s, {rollout['errors']} of {rollout['requests']} failed" if rollout else "not run"
     return (
         f"| {number} | {minutes} | {tpot['exact']:.1f} -> {tpot['tuned']:.1f} ms | {speed['value']:.2f}x [{speed['low']:.2f}, "
-        f"{speed['high']:.2f}] | {lost:.2f} | {experts} | {hot} |"
+        f"{speed['high']:.2f}] | {load} | {lost:.2f} | {experts} | {hot} |"
     )
 
 

@@ -23,6 +23,9 @@ _CEILING_S = 60.0  # that finding the ceiling takes where the budget allows it,
 _CEILING_SHARE = 0.03  # and the share of the budget that it may take;
 _LEAST_CEILING_S = 5.0  # with less than this the search begins at once
 SWITCH_S = 0.5  # of a live change of the policy
+LOAD_PAIRS = 3  # of blocks that confirm the most load
+_LOAD_PROBES = 3  # blocks that find it, as a rule
+_LOAD_BLOCK = 0.25  # of certify.blockSeconds, least length of a block of either
 LEAST_TRIALS_TO_ORDER = 16  # of a search that puts the layers in order first, which takes as long as one or two of them
 _INDENT = 11  # characters of the words before each line
 
@@ -56,6 +59,7 @@ class Plan:
     ceiling_s: float = 0.0
     search_s: float = 0.0
     certify_s: float = 0.0
+    most_load_s: float = 0.0
     start_s: float = 0.0
     trials: int = 0
     rungs: int = 0
@@ -70,7 +74,7 @@ class Plan:
             "needs": [{"discordance": n.discordance, "trueDropZero": n.true_zero, "trueDropSome": n.true_some} for n in self.needs],
             "smallestLimitPoints": None if self.smallest is None else round(self.smallest * 100, 2),
             "notes": self.notes, "openings": self.openings, "trials": self.trials, "rungs": self.rungs,
-            "seconds": {"start": self.start_s, "ceiling": self.ceiling_s, "search": self.search_s, "certification": self.certify_s},
+            "seconds": {"start": self.start_s, "ceiling": self.ceiling_s, "search": self.search_s, "certification": self.certify_s, "mostLoad": self.most_load_s},
         }  # fmt: skip
 
 
@@ -118,7 +122,7 @@ def make_plan(
         start_s=pace.start_s if pace else ASSUMED_START_S, trials=spec.search.trials if searches else 0,
         ceiling_s=ceiling_seconds(spec.search.device_hours * 3600 / spec.engine.tensor_parallel_size) if searches else 0.0,
         rungs=spec.search.rungs, search_s=search_seconds(spec, pace) if searches else 0.0, certify_s=spec.search.rungs * candidate_seconds(spec, pace, levels),
-        pace_known=pace is not None,
+        most_load_s=most_load_seconds(spec, pace), pace_known=pace is not None,
         notes=([warning] if warning else []) + (_notes(spec, items - cert_items, pace) if searches else []),
     )  # fmt: skip
 
@@ -206,6 +210,22 @@ def candidate_seconds(spec: TuningSpec, pace: Pace | None, levels: int, items: i
     return spec.certify.pairs * levels * (2.33 * block + 2 * (WARMUP_RESIDENCES * residence + SWITCH_S))
 
 
+def load_waves(spec: TuningSpec, residence_s: float) -> int:
+    """How many requests each place of a load answers in a block of the closing bisection, after one that warms it up.
+
+    A whole number: a request more than fills the places would make the block longer by its whole time.
+    """
+    return max(1, round(_LOAD_BLOCK * spec.certify.block_seconds / residence_s))
+
+
+def most_load_seconds(spec: TuningSpec, pace: Pace | None) -> float:
+    """Estimated time of finding and confirming the most load, in seconds; 0 where it is not asked for."""
+    block = _LOAD_BLOCK * spec.certify.block_seconds
+    if pace and pace.residence_s:
+        block = (1 + load_waves(spec, pace.residence_s)) * pace.residence_s
+    return (_LOAD_PROBES + 2 * LOAD_PAIRS) * (block + SWITCH_S) if spec.certify.most_load else 0.0
+
+
 def block_requests(spec: TuningSpec, rate: float, residence_s: float, labelled_share: float, needed: int) -> int:
     """Requests of a certification block.
 
@@ -267,12 +287,13 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
         else "a guess, since the first run shows how many answers a minute brings"
     )
     least = "" if plan.pace_known else "at least "
-    total = plan.start_s + plan.ceiling_s + plan.search_s + plan.certify_s
+    total = plan.start_s + plan.ceiling_s + plan.search_s + plan.certify_s + plan.most_load_s
+    most_load = f" most load {least}{about(plan.most_load_s)};" if plan.most_load_s else ""
     search = f"ceiling {about(plan.ceiling_s)}; " if plan.ceiling_s else ""
     search += f"search {plan.trials} trial{'s' if plan.trials > 1 else ''} {about(plan.search_s)}; " if plan.trials else ""
     lines.append(
         f"Time       start {about(plan.start_s)}; {search}certification "
-        f"of up to {plan.rungs} candidate{'s' if plan.rungs > 1 else ''} {least}{about(plan.certify_s)}; {least}{about(total)} in all ({basis})"
+        f"of up to {plan.rungs} candidate{'s' if plan.rungs > 1 else ''} {least}{about(plan.certify_s)};{most_load} {least}{about(total)} in all ({basis})"
     )
     wall = f", {spec.search.wall_minutes:g} minutes on the clock" if spec.search.wall_minutes else ""
     short = total * spec.engine.tensor_parallel_size > spec.search.device_hours * 3600

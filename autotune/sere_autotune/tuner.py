@@ -1,4 +1,4 @@
-"""One tuning run from its checked input to its outcome: rank, certify, write. A run goes on where a killed run was."""
+"""One tuning run from its checked input to its outcome: rank, certify, write, and find the most load. A run goes on where a killed run was."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sere_autotune import calibration
+from sere_autotune.certify import closing, most_load
 from sere_autotune.certify.stage import certify
 from sere_autotune.doctor import measure
 from sere_autotune.doctor.finding import NOTHING, Finding
@@ -25,14 +26,16 @@ from sere_autotune.study.journal import FULL
 from sere_autotune.study.ledger import Ledger, spent_alpha
 from sere_autotune.study.meter import Meter
 from sere_autotune.study.run import Engine, Reporter, Run
-from sere_autotune.study.schema import CEILING, ENGINE, OUTCOME, PACE, SEARCH_ENDED, SECONDS, SIMILARITY
+from sere_autotune.study.schema import CEILING, ENGINE, MOST_LOAD, OUTCOME, PACE, SEARCH_ENDED, SECONDS, SIMILARITY
 from sere_autotune.study.study import TuningStudy, fingerprint, forget, study_id
+from sere_autotune.trial.engine import EngineFacts
 from sere_autotune.trial.items import set_digest
 from sere_autotune.trial.traffic import Traffic
 from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.errors import BudgetExhaustedError, CannotCertifyError, DiskFullError, UsageError
 from sere_ext.contract.policy import Policy
 
+_LEAST_S = 10.0  # of a budget, with less of which no engine is started
 EngineFactory = Callable[[TuningSpec, str | None, Callable[[bool], None]], Engine]
 
 
@@ -75,15 +78,16 @@ def tune(
         stored = study.get(OUTCOME)
         # What a finished study found does not change; only a spent budget can be raised, or a certificate be gone without.
         again = stored and (stored.ending is Ending.BUDGET or (advisory and stored.ending is Ending.CANNOT_CERTIFY))
-        if stored and not again:
+        settled = stored if stored and not again else None
+        if settled and not _seeks_load(study, spec, settled):
             report.stage("this study has ended; --fresh begins anew", spec.search.trials)
             return results.finish(Run(spec, study, _NoEngine(), budget, Traffic(spec.workload, prepared.items),
-                                      prepared.search, prepared.cert, report), stored)  # fmt: skip
+                                      prepared.search, prepared.cert, report), settled)  # fmt: skip
         if prepared.source.origin is calibration.Origin.CALIBRATED:
             report.stage("calibrating", 1)
         similarity = calibration.provide(prepared.source, spec, prepared.search)
         digest = _settle_artefact(study, prepared, similarity, only, artefact_limit) if similarity is not None else None
-        if budget.left_s(time.monotonic()) < 10:
+        if settled is None and budget.left_s(time.monotonic()) < _LEAST_S:
             raise BudgetExhaustedError(f"{budget.which(time.monotonic())} is spent; raise it and run the same line again")
         with contextlib.closing(Meter(study, budget)) as meter:
             engine = make_engine(spec, str(similarity) if similarity else None, meter.engine)
@@ -94,10 +98,13 @@ def tune(
             run.similarity, run.similarity_digest = similarity, digest
             engine.limit(run.left_s)
             try:
-                outcome = _run(run, ledger, prepared, only)
+                outcome = settled or _run(run, ledger, prepared, only)
+                study.put(OUTCOME, outcome)
+                if _seeks_load(study, spec, outcome):
+                    results.finish(run, outcome, similarity)  # so that whoever stops it now has the certified policy
+                    _find_most_load(run, outcome)
             finally:
                 engine.stop()
-        study.put(OUTCOME, outcome)
         return results.finish(run, outcome, similarity)
     except OSError as error:
         if error.errno in FULL:
@@ -105,6 +112,28 @@ def tune(
         raise
     finally:
         study.close()
+
+
+def _seeks_load(study: TuningStudy, spec: TuningSpec, outcome: Outcome) -> bool:
+    """Whether the most load of the chosen policy is still to be measured."""
+    certified = outcome.chosen is not None and not outcome.advisory
+    return spec.certify.most_load and certified and study.get(MOST_LOAD) is None
+
+
+def _find_most_load(run: Run, outcome: Outcome) -> None:
+    """Measure the most load of the chosen policy. Whatever goes wrong in it leaves the outcome as it is, with a sentence why."""
+    assert outcome.chosen is not None
+    try:
+        with _timed(run, "mostLoad"):
+            if run.left_s() < _LEAST_S:
+                raise BudgetExhaustedError(f"{run.budget.which(time.monotonic())} is spent")
+            if run.facts is None:
+                _start(run)
+            found = closing.measure(run, outcome.chosen)
+    except Exception as error:  # the certificate stands
+        found = closing.unmeasured(run, str(error) or type(error).__name__)
+    run.study.put(MOST_LOAD, found)
+    run.report.step(f"most load: {most_load.sentence(found)}", 0.0)
 
 
 def _settle_artefact(study: TuningStudy, prepared: Prepared, path: Path, only: Policy | None, limit: int | None) -> str:
@@ -146,19 +175,25 @@ def _check_same_engine(study: TuningStudy, key: dict[str, Any]) -> None:
     )
 
 
+def _start(run: Run) -> EngineFacts:
+    """Start the engine, which must be the one that the study's trials were measured on."""
+    with _timed(run, "start"):
+        facts = run.facts = run.engine.start()
+    _check_same_engine(run.study, facts.key)
+    run.study.put(ENGINE, facts.key)
+    return facts
+
+
 def _run(run: Run, ledger: Ledger, prepared: Prepared, only: Policy | None) -> Outcome:
     """The engine's part. Every ending but a broken engine is an outcome."""
     study = run.study
     run.report.stage("starting the engine", run.spec.search.trials, len(study.complete()))
     try:
-        with _timed(run, "start"):
-            run.facts = run.engine.start()
-        _check_same_engine(study, run.facts.key)
-        study.put(ENGINE, run.facts.key)
+        facts = _start(run)
         if only is not None:
-            only.check_model(run.facts.top_k)
-            if run.facts.layers:
-                only.check_layers(run.facts.layers)
+            only.check_model(facts.top_k)
+            if facts.layers:
+                only.check_layers(facts.layers)
             ladder = given_ladder(run, only)
         else:
             with _timed(run, "ceiling"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "slo": {"tpotMs": {"p95": 2000}, "ttftMs": {"p99": 60000}},
         "accuracy": {"maxDropPoints": 2.0, "tasks": [{"file": str(folder / "items.jsonl"), "maxTokens": 24}], "searchItems": 400},
         "search": {"trials": TRIALS, "rungs": 1, "deviceHours": 0.5, "itemsPerTrial": 200, "trialSeconds": 60},
-        "certify": {"pairs": 5, "blockSeconds": 4},
+        "certify": {"pairs": 5, "blockSeconds": 4, "mostLoad": False},
         "out": str(folder / "run"),
     }))  # fmt: skip
     return folder
@@ -109,10 +110,11 @@ def test_the_accuracy_of_a_mild_policy_is_shown_and_its_profile_is_that_of_a_fas
     policy.write_text(json.dumps({"buckets": [{"minTokens": 2, "maxTokens": 128, "kind": "topk", "S": 3}]}))
     arguments = [
         sys.executable, "-m", "sere_ext.cli.main", "certify", str(policy), "-f", str(ground / "tuning.yaml"),
-        "--search-policies", "[topk]", "--out", str(ground / "certify"), "--json",
+        "--search-policies", "[topk]", "--out", str(ground / "certify"), "--json", "--certify-most-load", "true",
     ]  # fmt: skip
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=540, check=False)
-    (row,) = json.loads(done.stdout)["ladder"]
+    summary = json.loads(done.stdout)
+    (row,) = summary["ladder"]
     result = row["result"]
     assert result["p_value"] <= result["alpha"] == 0.0375
     assert result["active_after"] < result["active_before"] <= 16
@@ -124,6 +126,18 @@ def test_the_accuracy_of_a_mild_policy_is_shown_and_its_profile_is_that_of_a_fas
         profile = Profile.read(ground / "certify" / "profile.json").spec
         assert profile.evidence.certified and profile.evidence.speed_verdict == "faster"
         assert profile.key.device == "cpu"
+        assert_most_load(summary)
+
+
+def assert_most_load(summary: dict[str, Any]) -> None:
+    """Whether more load is held is the machine's mood as well; that it was measured up to what the engine runs at once is not."""
+    found = summary["mostLoad"]
+    assert found["load"] is not None, found["sentence"]
+    assert found["probes"][0]["load"] == 32, "--max-num-seqs of the engine, read from the engine"
+    assert 16 <= found["load"] <= 32
+    if found["load"] > 16:
+        assert found["ratio"]["pairs"] == 3
+        assert found["ratio"]["value"] >= 1
 
 
 def engine_core(mark: str) -> int:

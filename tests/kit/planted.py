@@ -59,10 +59,12 @@ class PlantedEngine:
 
     def __init__(
         self, wait_s: float = 0.0, crashes: Sequence[Kind] = (), tpot_ms: float = 20.0, log: Path | None = None,
-        experts_share: float = 0.7,
+        experts_share: float = 0.7, crowding: float = 0.0, most_requests: int = 0,
     ) -> None:  # fmt: skip
         self.wait_s, self.crashes, self.tpot_ms, self.log = wait_s, tuple(crashes), tpot_ms, log
         self.experts_share = experts_share  # of an exact decode step at 16 requests; what a wave shows
+        self.crowding = crowding  # power of the load, over 16 requests at a time or 20 requests/s, that TPOT goes with
+        self.most_requests = most_requests
         self.waves = 0
         self.start_seconds = 0.01
         self.policy = EXACT_POLICY
@@ -79,7 +81,7 @@ class PlantedEngine:
         return None
 
     def start(self) -> EngineFacts:
-        return EngineFacts(key=KEY, top_k=4, ranks=1)
+        return EngineFacts(key=KEY, top_k=4, ranks=1, most_requests=self.most_requests)
 
     def apply(self, policy: Policy) -> None:
         self.policy = policy
@@ -116,12 +118,13 @@ class PlantedEngine:
         self.cut.append(deadline_s or 0.0)
         lost, gained, speed = truth(self.policy)
         noise = random.Random(f"{self.blocks}")
+        crowd = (load.concurrency / 16 if load.concurrency else load.rate / 20) ** self.crowding
         rejector = DropRejector(reject.limit, reject.alpha) if reject else None
         sent, stopped = [], None
         for index, request in enumerate(requests):
             assert request.item is not None
             right = self.right(request.prompt, lost, gained)
-            tpot = self.tpot_ms / speed * noise.lognormvariate(0, 0.05)
+            tpot = self.tpot_ms * crowd / speed * noise.lognormvariate(0, 0.05)
             sent.append(Sent(request.item.digest, right, request.item.answer if right else "no", 16, 50.0, 50.0 + 15 * tpot,
                              index * 0.01, index * 0.01 + 0.3))  # fmt: skip
             exact = reject.exact.get(request.item.digest) if reject else None
@@ -155,6 +158,7 @@ def spec_for(out: Path, items: Path, **changes: Any) -> Any:
         ("model",): str(write_model(items.parent / "model")), ("accuracy", "tasks"): str(items), ("out",): str(out),
         ("slo", "tpotMs", "p95"): 40, ("search", "policies"): ["topk", "oea"], ("search", "trials"): 6,
         ("certify", "pairs"): 3, ("certify", "blockSeconds"): 1, ("search", "deviceHours"): 1,
+        ("certify", "mostLoad"): False,
     }  # fmt: skip
     values |= {tuple(key.split("__")): value for key, value in changes.items()}
     return load_spec(None, values)

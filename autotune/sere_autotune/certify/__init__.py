@@ -1,1 +1,1 @@
-"""The certificate: paired blocks of exact routing and a candidate on held-out items, and the verdict on them."""
+"""The certificate from paired blocks of exact routing and a candidate on held-out items, and the most load that the certified policy holds."""

@@ -134,6 +134,22 @@ def _certificate(summary: dict[str, Any]) -> str:
         "<h2>Certificate</h2>"
         + _table(["", "exact", "chosen", "limit", "difference"], rows, words=frozenset({4}))
         + f"<p class=soft>{_e(note)}</p>"
+        + _most_load(summary["mostLoad"])
+    )
+
+
+def _most_load(found: dict[str, Any] | None) -> str:
+    if not found:
+        return ""
+    held = ((f"{p['load']:.4g}", p["broken"] or f"held at mean TPOT {p['tpot_ms']:.1f} ms") for p in found["probes"])
+    tried = "".join(f"<li>{load}: {_e(words)}</li>" for load, words in held)
+    return (
+        f"<h2>Most load at the latency of exact routing</h2><p>{_e(found['sentence'][0].upper() + found['sentence'][1:])}.</p>"
+        + (
+            f"<p class=soft>Loads that were tried in one block each, on search items:</p><ul class=soft>{tried}</ul>"
+            if tried
+            else ""
+        )
     )
 
 

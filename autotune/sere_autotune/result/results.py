@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sere_autotune.certify import most_load
 from sere_autotune.outcome import Outcome
 from sere_autotune.result.profile import build_profile, condition, headline
 from sere_autotune.result.report import render
@@ -17,6 +18,7 @@ from sere_autotune.study.schema import (
     CEILING,
     LADDER,
     LADDER_ENDED,
+    MOST_LOAD,
     OPENING,
     PACE,
     SEARCH_ENDED,
@@ -111,12 +113,19 @@ def build_summary(run: Run, outcome: Outcome, profile: Profile | None) -> dict[s
                      "searchItems": len(run.search), "certItems": len(run.cert), "alpha": opening.alpha if opening else None,
                      "earlierOpenings": opening.earlier if opening else None},
         "noiseFloor": asdict(noise_floor(run)), "ceiling": ceiling.to_dict() if ceiling else None, "trials": tried(study), "counts": outcome.trials, "ladder": ladder,
+        "mostLoad": _most_load(study) if outcome.chosen is not None else None,
         "searchEnded": study.get(SEARCH_ENDED) or None, "ladderEnded": study.get(LADDER_ENDED),
         "spent": {"deviceHours": spent.device_s / 3600, "wallSeconds": spent.wall_s},
         "seconds": study.get(SECONDS) or {}, "pace": pace.to_dict() if pace else None,
         "budget": {"deviceHours": spec.search.device_hours, "wallMinutes": spec.search.wall_minutes, "trials": spec.search.trials},
         "profile": profile.to_json_dict() if profile else None, "out": str(study.out), "serve": serve_line(spec, study.out),
     }  # fmt: skip
+
+
+def _most_load(study: TuningStudy) -> dict[str, Any] | None:
+    """What the closing bisection found, with its sentence; None where it was not asked for or has not ended."""
+    found = study.get(MOST_LOAD)
+    return None if found is None else {**asdict(found), "times": found.times, "sentence": most_load.sentence(found)}
 
 
 def serve_line(spec: TuningSpec, out: Path) -> str:

@@ -58,6 +58,8 @@ def lines(summary: dict[str, Any]) -> str:
         found.append(
             f"experts     {result['active_before']:>6.1f}     {result['active_after']:>6.1f}              active per layer and step"
         )
+    if summary["mostLoad"]:
+        found.append(f"Most load {summary['mostLoad']['sentence']}")
     if summary["ceiling"]:
         found.append(f"Ceiling  {summary['ceiling']['sentence']}")
     if candidate["describe"] not in {trial["policy"] for trial in summary["trials"]}:

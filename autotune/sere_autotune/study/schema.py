@@ -185,6 +185,48 @@ class Verdict:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class LoadProbe:
+    """One block of the chosen policy at a greater load than the tuned one."""
+
+    load: float  # requests at a time, or requests/s
+    tpot_ms: float  # mean
+    broken: str = ""  # what did not hold there, in words
+
+    @property
+    def holds(self) -> bool:
+        return not self.broken
+
+
+@dataclass(frozen=True)
+class MostLoad:
+    """The most load that the chosen policy was shown to hold at exact routing's mean TPOT at the tuned load.
+
+    Attributes:
+        tuned: the highest tuned load: requests at a time, or requests/s where `open_loop`.
+        load: the most in the same unit, the tuned load where no greater one was shown; None where it was not measured.
+        at_least: no greater load could be tried.
+        ratio: exact / chosen mean TPOT of the confirming pairs; None where no greater load was shown.
+        tpot_ms: "exact" at the tuned and "chosen" at the most load, mean of the same pairs.
+        probes: loads that were tried to find it.
+        reason: why it was not measured, or no greater load was shown.
+    """
+
+    tuned: float
+    open_loop: bool
+    load: float | None = None
+    at_least: bool = False
+    ratio: Interval | None = None
+    tpot_ms: dict[str, float] = field(default_factory=dict)
+    probes: list[LoadProbe] = field(default_factory=list)
+    reason: str = ""
+
+    @property
+    def times(self) -> float | None:
+        """The most load over the tuned one."""
+        return None if self.load is None else self.load / self.tuned
+
+
 class Key(Generic[T]):
     """A name in the study and the type of its value."""
 
@@ -216,6 +258,7 @@ LADDER: Key[list[Candidate]] = Key("ladder", list[Candidate])  # frozen before t
 OPENING: Key[Opening] = Key("opening", Opening)
 LADDER_ENDED: Key[str] = Key("ladderEnded", str)  # why later candidates were left out
 OUTCOME: Key[Outcome] = Key("outcome", Outcome)
+MOST_LOAD: Key[MostLoad] = Key("mostLoad", MostLoad)  # measured after the outcome, which it does not change
 
 
 def exact_answers_key(level: int) -> Key[dict[str, tuple[bool, str]]]:
@@ -229,6 +272,11 @@ def counts_key(bucket: int) -> Key[CountedChoices]:
 
 def block_key(candidate: int, pair: int, level: int, routing: str) -> Key[MeasuredBlock]:
     return Key(f"block.{candidate}.{pair}.{level}.{routing}", MeasuredBlock)
+
+
+def load_block_key(load: float, pair: int | None, routing: str) -> Key[MeasuredBlock]:
+    """A block that measures the most load: of the search for it (no pair), or of a pair that confirms `load`."""
+    return Key(f"loadBlock.{load:.6g}.{'probe' if pair is None else pair}.{routing}", MeasuredBlock)
 
 
 def verdict_key(candidate: int) -> Key[Verdict]:

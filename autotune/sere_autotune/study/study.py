@@ -47,6 +47,7 @@ def fingerprint(spec: TuningSpec, cert_digest: str, config_digest: str) -> str:
     """
     kept = spec.model_dump(mode="json", exclude={"out"})
     kept["search"] = spec.search.model_dump(mode="json", exclude=_BUDGETS)
+    kept["certify"] = spec.certify.model_dump(mode="json", exclude={"most_load"})  # which is measured after the outcome
     text = canonical_json({"spec": kept, "cert": cert_digest, "model": config_digest})
     return "sha256:" + hashlib.sha256(text).hexdigest()
 

@@ -86,6 +86,11 @@ class EngineHost:
         self.defaults = server_defaults(self.engine.model_config)
         return await self.states()
 
+    async def most_requests(self) -> int:
+        """How many requests may be in a step, over all data-parallel engines; more than that wait."""
+        config = self.engine.vllm_config
+        return int(config.scheduler_config.max_num_seqs) * int(config.parallel_config.data_parallel_size)
+
     async def apply(self, policy_json: str) -> None:
         """Switch every engine cleanly: drain, set, read back from every rank, drop the prefix cache, go on.
 

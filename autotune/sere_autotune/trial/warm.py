@@ -79,6 +79,9 @@ class WarmEngine:
             ranks=len(states),
             layers=tuple(sorted(model.moe_layers)),
             experts=model.num_experts,
+            most_requests=self._call(
+                self.actor.most_requests.remote(), SWITCH_TIMEOUT_S, "saying how many requests it runs at once"
+            ),
         )
         return self.facts
 

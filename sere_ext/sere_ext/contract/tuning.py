@@ -282,6 +282,12 @@ class CertifySpec(Record):
         Field(ge=1, le=_MAX_COUNT, description="items for certification, per side"),
         Unset("as many as the blocks take"),
     ] = None
+    most_load: Annotated[
+        bool,
+        Field(
+            description="also find the most load at which the certified policy has the latency of exact routing at the tuned load"
+        ),
+    ] = True
 
 
 def buckets_fit(load: LoadSpec, details: SearchDetails | None) -> str | None:

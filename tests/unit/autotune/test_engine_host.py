@@ -90,6 +90,14 @@ async def test_what_the_routers_count_is_summed_over_engines() -> None:
     assert (report.active_before, report.active_after, report.covered) == (3.5, 1.5, 1.0)
 
 
+async def test_the_requests_that_run_at_once_are_those_of_all_engines() -> None:
+    host = hosted(Engines())
+    host.engine.vllm_config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=32), parallel_config=SimpleNamespace(data_parallel_size=2)
+    )
+    assert await host.most_requests() == 64
+
+
 async def test_steps_under_exact_routing_are_counted_by_their_size() -> None:
     """Two steps of 20 tokens and a prefill, on every rank of two engines: the median step has 20, whatever the concurrency."""
     engine = Engines()

@@ -9,7 +9,7 @@ from tests.kit.planted import PlantedEngine, run, spec_for, write_items
 
 
 def test_all_that_a_whole_run_stores_is_read_again_as_its_record(tmp_path: Path) -> None:
-    spec = spec_for(tmp_path / "out", write_items(tmp_path / "items.jsonl", 6000))
+    spec = spec_for(tmp_path / "out", write_items(tmp_path / "items.jsonl", 6000), certify__mostLoad=True)
     finished = run(spec, PlantedEngine())
     fixed = {key.name: key for key in vars(schema).values() if isinstance(key, Key)}
     study = TuningStudy(tmp_path / "out", None)
@@ -18,6 +18,7 @@ def test_all_that_a_whole_run_stores_is_read_again_as_its_record(tmp_path: Path)
         key = fixed.get(name) or {
             "exactAnswers": schema.exact_answers_key,
             "block": schema.block_key,
+            "loadBlock": schema.load_block_key,
             "verdict": schema.verdict_key,
             "counts": schema.counts_key,
         }[family](*[int(n) if n.isdigit() else n for n in numbers])

@@ -264,10 +264,13 @@ def test_budgets_may_change_within_a_study_and_nothing_else() -> None:
         "workload": {"load": {"concurrency": [4, 16]}}, "search": {"policies": ["sere"], "rungs": 2},
     }  # fmt: skip
 
-    def mark(**search: Any) -> str:
-        return fingerprint(TuningSpec.model_validate(plain | {"search": plain["search"] | search}), "sha256:1", "sha256:2")
+    def mark(certify: Any = None, **search: Any) -> str:
+        changed = {"search": plain["search"] | search, "certify": certify or {}}
+        return fingerprint(TuningSpec.model_validate(plain | changed), "sha256:1", "sha256:2")
 
     assert mark(trials=7) == mark(deviceHours=9) == mark(wallMinutes=3) == mark()
+    assert mark(certify={"mostLoad": False}) == mark(), "the most load is measured after the outcome"
+    assert mark(certify={"pairs": 4}) != mark()
     assert len({mark(), mark(minShare=[0, 0.7]), mark(rungs=3)}) == 3
 
 
