@@ -98,7 +98,7 @@ def serve(sample: Path) -> None:
     console.print(f"[dim]$ kubectl apply -f {sample.relative_to(ROOT)}[/dim]")
     kube.apply(resource, namespace=NAMESPACE)
     began = time.monotonic()
-    with waiting("vLLM to load the model in a pod and to answer with a first token, about 40 s"):
+    with waiting("vLLM to start in a pod and to answer, about 40 s"):
         kube.wait_for("Ready", lambda: state("Ready").get("status") == "True", 900, every_s=2)
     console.print(f"Ready after {time.monotonic() - began:.0f} s")
     show("get", "sere")
