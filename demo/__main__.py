@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.table import Table
 
 from demo import preflight
+from demo.figures import CONCURRENCY, result, show
 from demo.screen import console
 from demo.watch import Watch
 from tests.assets.make.models import ROWS_MOE
@@ -36,7 +36,6 @@ S_VALUES = (2.0,)
 MIN_SHARE = (0.0,)  # 0.5 costs about as much as the limit, which 1,000 items cannot tell
 SEARCH_ITEMS = 160
 PAIRS = 4  # of blocks
-CONCURRENCY = 16
 TUNE_MINUTES, CLUSTER_MINUTES = 7, 3  # on two quiet cores
 MINUTES = TUNE_MINUTES + CLUSTER_MINUTES
 # Helm uninstall and the end of a namespace, both within their own limits; or the end of a node and of its folder, of a gigabyte.
@@ -182,123 +181,6 @@ def stage_cluster(args: argparse.Namespace) -> tuple[dict[str, Any] | None, str]
     return json.loads(out.read_text()), ""
 
 
-def answers_per_minute(summary: dict[str, Any]) -> dict[str, float]:
-    """Answers that the certificate's blocks finished per minute: so many requests are always in flight, each for its mean time."""
-    latency = summary["ladder"][summary["chosen"] - 1]["result"]["latency_ms"]
-    return {
-        name: 60_000 * CONCURRENCY / latency[routing]["e2el"]["mean"]
-        for name, routing in (("exact", "exact"), ("tuned", "chosen"))
-    }
-
-
-def most_load(found: dict[str, Any] | None) -> dict[str, Any]:
-    """What the closing bisection measured, or the sentence that says why it measured nothing."""
-    if not found or found["ratio"] is None:
-        return {"why_not": found["sentence"] if found else "was not asked for"}
-    return {
-        "requests": {"exact": found["tuned"], "tuned": found["load"]},
-        "at_least": found["at_least"],
-        "times": found["times"],
-        "tpot_ms": {"exact": found["tpot_ms"]["exact"], "tuned": found["tpot_ms"]["chosen"]},
-        "ratio": found["ratio"],
-    }
-
-
-def result(
-    spec: dict[str, Any], summary: dict[str, Any], rollout: dict[str, Any] | None, why_not: str, seconds: dict[str, int]
-) -> dict[str, Any]:
-    """The content of build/demo.json.
-
-    Args:
-        spec: of the profile.
-        summary: what the tuner wrote beside it.
-        seconds: of each stage.
-    """
-    evidence = spec["evidence"]
-    accuracy = evidence["accuracy"]
-
-    def pair(value: dict[str, float] | None) -> dict[str, float] | None:
-        return {"exact": value["exact"], "tuned": value["chosen"]} if value else None
-
-    answer: dict[str, Any] = {
-        "tpot_ms": pair(evidence["tpotMeanMs"]),
-        "accuracy": {
-            "exact": accuracy["exact"],
-            "tuned": accuracy["chosen"],
-            "items": accuracy["items"],
-            "certified": evidence["certified"],
-            "noise_floor": accuracy["noiseFloor"],
-        },
-        "active_experts": pair(evidence.get("activeExperts")),
-        "speedup_mean": evidence.get("speedupMean"),
-        "answers_per_minute": answers_per_minute(summary),
-        "most_load": most_load(summary["mostLoad"]),
-        "policy": spec["policy"],
-        "seconds": seconds,
-        "rollout": rollout,
-    }
-    if rollout is None:
-        answer["rollout_skipped"] = why_not
-    return answer
-
-
-def gained(answer: dict[str, Any]) -> str:
-    """In plain words what was measured, what it means, and what was not measured."""
-    tpot, accuracy, active, rate = (answer[key] for key in ("tpot_ms", "accuracy", "active_experts", "answers_per_minute"))
-    points = 100 * (accuracy["exact"] - accuracy["tuned"])
-    cost = f"for {points:.2f} points of accuracy" if points > 0 else "for no accuracy"
-    experts = (
-        f", because a step touches {active['tuned']:.0f} experts of a layer instead of {active['exact']:.0f}" if active else ""
-    )
-    return (
-        f"With {CONCURRENCY} requests at a time the same engine gives each of them its next token {tpot['exact'] / tpot['tuned']:.2f} times "
-        f"as fast {cost}{experts}. It finishes {rate['tuned']:.0f} answers a minute instead of {rate['exact']:.0f}: the same "
-        f"machine does {rate['tuned'] / rate['exact']:.2f} times the work. {held(answer['most_load'])}"
-    )
-
-
-def held(most: dict[str, Any]) -> str:
-    """How much more load the same latency holds, as the closing bisection measured it."""
-    if "why_not" in most:
-        return f"How many more requests at a time it holds at the old latency: {most['why_not']}."
-    load, tpot, ratio = most["requests"], most["tpot_ms"], most["ratio"]
-    least = "at least " if most["at_least"] else ""
-    return (
-        f"The same engine holds {least}{most['times']:.1f}x the load at the same latency: {load['tuned']:.0f} requests at a time at "
-        f"{tpot['tuned']:.1f} ms where exact routing holds {load['exact']:.0f} at {tpot['exact']:.1f} ms (exact / tuned {ratio['value']:.2f} "
-        f"[{ratio['low']:.2f}, {ratio['high']:.2f}] in {ratio['pairs']} pairs of blocks). Accuracy is certified at {load['exact']:.0f} at a time."
-    )
-
-
-def show(answer: dict[str, Any], speedups: list[dict[str, Any] | None]) -> None:
-    table = Table(title="Measured in this run", title_justify="left")
-    for column in ("", "exact", "tuned"):
-        table.add_column(column, justify="right" if column else "left")
-    tpot, accuracy, active = answer["tpot_ms"], answer["accuracy"], answer["active_experts"]
-    table.add_row("mean TPOT", f"{tpot['exact']:.2f} ms", f"{tpot['tuned']:.2f} ms  ({tpot['exact'] / tpot['tuned']:.2f}x)")
-    table.add_row("accuracy", f"{accuracy['exact']:.2%}", f"{accuracy['tuned']:.2%}")
-    if active:
-        table.add_row("active experts per layer", f"{active['exact']:.1f}", f"{active['tuned']:.1f}")
-    console.print(table)
-    for ratio in speedups:
-        if ratio and ratio.get("low") is not None:
-            console.print(f"{ratio['condition']}: {ratio['value']:.2f}x, 95 % limits [{ratio['low']:.2f}, {ratio['high']:.2f}]")
-    console.print(gained(answer))
-    word = "certified" if accuracy["certified"] else "NOT certified"
-    console.print(
-        f"Accuracy {word} on {accuracy['items']} held-out items; exact differed from exact on {accuracy['noise_floor']:.1%} of search items."
-    )
-    if answer["rollout"]:
-        r = answer["rollout"]
-        console.print(
-            f"Rollout: hot in {r['seconds']:.1f} s; {r['requests']} client requests, {r['errors']} errors, {r['pod_restarts']} pod restarts."
-        )
-    else:
-        console.print(f"Rollout: not run: {answer['rollout_skipped']}")
-    console.print(f"Report: file://{BUILD / 'run' / 'report.html'}", soft_wrap=True)
-    console.print("Figures: build/demo.json")
-
-
 def arguments(given: list[str]) -> argparse.Namespace:
     """The command line; what cannot go together is refused."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__.split("\n\n", 1)[0])
@@ -356,7 +238,7 @@ def main() -> None:
     answer = result(spec, summary, rollout, why_not, seconds)
     (ROOT / "build" / "demo.json").write_text(json.dumps(answer, indent=2) + "\n")
     heading(f"Done in {(time.monotonic() - began) / 60:.1f} minutes")
-    show(answer, [spec["evidence"].get("speedupMean"), spec["evidence"]["speedup"]])
+    show(answer, [spec["evidence"].get("speedupMean"), spec["evidence"]["speedup"]], BUILD / "run" / "report.html")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from demo import __main__ as demo
-from demo import cluster, runs
+from demo import cluster, figures, runs
 from demo.watch import Watch, active_experts
 from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.profile import Profile
@@ -91,9 +92,9 @@ def test_what_was_gained_is_said_in_plain_words() -> None:
         "accuracy": {"exact": 1.0, "tuned": 0.9972},
         "active_experts": {"exact": 50.4, "tuned": 20.4},
         "answers_per_minute": {"exact": 240.0, "tuned": 400.0},
-        "most_load": demo.most_load(MOST_LOAD),
+        "most_load": figures.most_load(MOST_LOAD),
     }
-    said = demo.gained(answer)
+    said = figures.gained(answer)
     assert "1.88 times as fast for 0.28 points of accuracy" in said
     assert "20 experts of a layer instead of 50" in said
     assert "finishes 400 answers a minute instead of 240: the same machine does 1.67 times the work" in said
@@ -102,11 +103,25 @@ def test_what_was_gained_is_said_in_plain_words() -> None:
         in said
     )
     assert "(exact / tuned 1.02 [0.99, 1.05] in 3 pairs of blocks). Accuracy is certified at 16 at a time." in said
-    top = demo.most_load({**MOST_LOAD, "load": 32.0, "times": 2.0, "at_least": True})
-    assert "holds at least 2.0x the load at the same latency: 32 requests" in demo.gained({**answer, "most_load": top})
-    none = demo.most_load({**MOST_LOAD, "ratio": None, "sentence": "not measured: deviceHours 0.25 is spent"})
-    assert "at the old latency: not measured: deviceHours 0.25 is spent." in demo.gained({**answer, "most_load": none})
-    assert "for no accuracy" in demo.gained({**answer, "accuracy": {"exact": 0.99, "tuned": 0.99}})
+    top = figures.most_load({**MOST_LOAD, "load": 32.0, "times": 2.0, "at_least": True})
+    assert "holds at least 2.0x the load at the same latency: 32 requests" in figures.gained({**answer, "most_load": top})
+    none = figures.most_load({**MOST_LOAD, "ratio": None, "sentence": "not measured: deviceHours 0.25 is spent"})
+    assert "at the old latency: not measured: deviceHours 0.25 is spent." in figures.gained({**answer, "most_load": none})
+    assert "for no accuracy" in figures.gained({**answer, "accuracy": {"exact": 0.99, "tuned": 0.99}})
+
+
+def test_the_last_lines_name_one_ratio_and_one_interval_for_mean_tpot(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(figures, "console", Console(file=shown, width=400))
+    kept = json.loads((ROOT / "benchmarks/results/demo-run-1.json").read_text())
+    mean = kept["speedup_mean"]
+    assert f"{mean['value']:.2f}" != f"{kept['tpot_ms']['exact'] / kept['tpot_ms']['tuned']:.2f}", "of two means it is another"
+    figures.show({**kept, "most_load": {"why_not": "was not asked for"}}, [mean], Path("/there/report.html"))
+    text = shown.getvalue()
+    assert re.findall(r"\d\.\d\dx", text) == [f"{mean['value']:.2f}x"]
+    assert f"its next token {mean['value']:.2f} times as fast" in text
+    assert text.count("[") == 1 and f"95 % limits [{mean['low']:.2f}, {mean['high']:.2f}]" in text
+    assert "Report: file:///there/report.html" in text
 
 
 def test_the_certified_profile_is_carried_into_the_cluster_with_a_similarity_file_that_the_operator_can_read(
@@ -144,7 +159,7 @@ def test_answers_per_minute_are_those_of_so_many_requests_in_flight() -> None:
     """A request of 2.4 s and 16 of them at a time: 400 a minute."""
     latency = {"exact": {"e2el": {"mean": 2400.0}}, "chosen": {"e2el": {"mean": 1200.0}}}
     summary = {"chosen": 1, "ladder": [{"result": {"latency_ms": latency}}]}
-    assert demo.answers_per_minute(summary) == {"exact": 400.0, "tuned": 800.0}
+    assert figures.answers_per_minute(summary) == {"exact": 400.0, "tuned": 800.0}
 
 
 RUN = {
