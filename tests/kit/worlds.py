@@ -196,7 +196,7 @@ _UNIFORMS: dict[str, tuple[float, float]] = {}
 def uniforms(prompt: str) -> tuple[float, float]:
     """Two numbers of an item, always the same: whether exact routing is right, and how fragile its answer is."""
     if prompt not in _UNIFORMS:
-        digest = hashlib.sha256(prompt.encode()).digest()
+        digest = hashlib.sha256(f"world {prompt}".encode()).digest()  # no order that the items have by their own digests
         _UNIFORMS[prompt] = (int.from_bytes(digest[:6]) / 2**48, int.from_bytes(digest[6:12]) / 2**48)
     return _UNIFORMS[prompt]
 
