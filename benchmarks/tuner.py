@@ -29,6 +29,7 @@ from scipy import stats as sps
 
 from sere_autotune import tuner
 from sere_autotune.prepare import prepare, read_config
+from sere_autotune.trial.items import search_count
 from sere_autotune.tuning.space import Choice
 from sere_ext.contract.model_config import model_config_digest
 from sere_ext.contract.policy import Kind, Policy
@@ -46,7 +47,7 @@ OURS, RANDOM, TPE, BISECTION, ALWAYS = "ours", "random", "tpe", "bisection", "al
 NAMES = (OURS, RANDOM, TPE, BISECTION, ALWAYS)
 MAX_DROP = 0.01
 WORTH_HAVING = 1.1  # a best feasible speed-up from which a study should end with a policy
-ITEMS, SEARCH_ITEMS, TRIALS = 11_000, 1_000, 24
+ITEMS, TRIALS = 11_000, 24
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Ground:
         artefact = self.folder / f"{world.law}-{world.seed}.safetensors"
         values = {
             "search__policies": ["sere", "topk", "oea"], "search__trials": trials, "search__seed": seed, "slo__tpotMs__p95": 1000,
-            "accuracy__maxDropPoints": 100 * MAX_DROP, "accuracy__searchItems": SEARCH_ITEMS, "search__deviceHours": 1000,
+            "accuracy__maxDropPoints": 100 * MAX_DROP, "search__deviceHours": 1000,
             "certify__pairs": 10, "certify__blockSeconds": 1, "workload__seed": seed,
         }  # fmt: skip
         values["search__minShare"] = list(world.space.shares)
@@ -190,7 +191,7 @@ def summary(studies: list[Study]) -> dict[str, Any]:
         "infeasible": {name: sum(s.infeasible for s in some) for name, some in by.items()},
         "pairedWithOurs": paired,
         "engineSeconds": {name: round(float(np.mean([s.engine_s for s in some]))) for name, some in by.items()},
-        "conditions": {"maxDropPoints": 100 * MAX_DROP, "items": ITEMS, "searchItems": SEARCH_ITEMS, "trials": TRIALS},
+        "conditions": {"maxDropPoints": 100 * MAX_DROP, "items": ITEMS, "searchItems": search_count(ITEMS, None), "trials": TRIALS},
     }  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def pick_ladder(
     """The ladder of most worth: (share of the limit that it is predicted to cost, pick), safe to fast; [] where nothing gains.
 
     Args:
-        candidates: how many the ladder may have, 1 to 3.
+        candidates: how many the ladder may have, at least 1.
         noise: discordant share of exact routing against itself.
         allowed: [buckets, choices], False where a latency limit is predicted or was seen to break.
         items: held-out items that the certificate will have.
@@ -112,7 +112,7 @@ def best_ladder(speed: Floats, chance: Floats, candidates: int) -> list[int]:
     count = len(speed)
     best: tuple[int, ...] = ()
     score = worth(speed, chance, best)
-    # Each place is refined in turn, from one candidate up: all ladders of three are too many where buckets are several.
+    # Each place is refined in turn, from one candidate up: all ladders of that length are too many to try.
     for length in range(1, min(candidates, count) + 1):
         trials = {tuple(sorted({*best, extra})) for extra in range(count)} | (
             {(i,) for i in range(count)} if length == 1 else set()

@@ -8,12 +8,14 @@ from sere_autotune.study.schema import PACE
 
 
 def reserve_s(run: Run) -> float:
-    """Seconds that certifying the ladder will take; the first candidate alone where the budget is small."""
-    pace = run.study.get(PACE)
-    one = planner.candidate_seconds(run.spec, pace, len(run.spec.workload.load.levels)) * 1.15 + 5
-    every = one * run.spec.search.rungs
-    total = run.spec.search.device_hours * 3600 / run.budget.devices
-    return every if every < total / 2 else one
+    """Seconds that are kept for certifying the ladder: for as many of its candidates as half of the budget pays for, at least one."""
+    total_s, one_s = run.spec.search.device_hours * 3600 / run.budget.devices, _candidate_seconds(run)
+    return one_s * max(1, min(run.spec.search.rungs, int(total_s / 2 / one_s)))
+
+
+def _candidate_seconds(run: Run) -> float:
+    """Seconds that certifying one candidate will take, with a margin."""
+    return planner.candidate_seconds(run.spec, run.study.get(PACE), len(run.spec.workload.load.levels)) * 1.15 + 5
 
 
 def longest_trial_seconds(run: Run) -> float:
