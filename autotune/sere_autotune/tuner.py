@@ -124,11 +124,11 @@ def _find_most_load(run: Run, outcome: Outcome) -> None:
     """Measure the most load of the chosen policy. Whatever goes wrong in it leaves the outcome as it is, with a sentence why."""
     assert outcome.chosen is not None
     try:
+        if run.left_s() < _LEAST_S:
+            raise BudgetExhaustedError(f"{run.budget.which(time.monotonic())} is spent")
+        if run.facts is None:
+            _start(run)
         with _timed(run, "mostLoad"):
-            if run.left_s() < _LEAST_S:
-                raise BudgetExhaustedError(f"{run.budget.which(time.monotonic())} is spent")
-            if run.facts is None:
-                _start(run)
             found = closing.measure(run, outcome.chosen)
     except Exception as error:  # the certificate stands
         found = closing.unmeasured(run, str(error) or type(error).__name__)

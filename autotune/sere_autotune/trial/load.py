@@ -5,7 +5,7 @@ streamed chunk, E2EL to the last, TPOT = (E2EL - TTFT) / (output tokens - 1). In
 the scheduled arrival, so that a stalled engine cannot hide its queue.
 
 A block is: warm-up requests (not counted), the counted ones, then filler until the last counted one is done, so that
-every counted request runs under the full load. Results keep dispatch order.
+every counted request runs under the full load; what is in flight then is cancelled. Results keep dispatch order.
 
 A request that fails is a result; an engine that is gone (`EngineGoneError` from `send`) ends the block at once.
 """
@@ -16,8 +16,9 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sere_autotune.trial.items import Item
 from sere_ext.contract.records import Message
@@ -107,6 +108,7 @@ class _Runner:
         self.dispatched = 0
         self.stopped: str | None = None
         self.begin = time.perf_counter()
+        self.tasks: set[asyncio.Task[None]] = set()
 
     def plan(self) -> Iterator[tuple[int | None, Request]]:
         """Warm-up, counted requests with their index, then filler for as long as a counted request is in flight."""
@@ -156,6 +158,15 @@ class _Runner:
         while self.watch and self.stopped is None and self.judged in self.results:
             self.stopped = self.watch(self.judged, self.results[self.judged])
             self.judged += 1
+        if self.done:  # nothing that is still in flight is counted, and waiting for it would take a request's time
+            for task in self.tasks - {asyncio.current_task()}:
+                task.cancel()
+
+    def start(self, group: asyncio.TaskGroup, work: Coroutine[Any, Any, None]) -> None:
+        """Run a client or a request until the block is done."""
+        task = group.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     async def closed(self) -> None:
         plan = self.plan()
@@ -169,7 +180,7 @@ class _Runner:
 
         async with asyncio.TaskGroup() as clients:
             for _ in range(self.load.concurrency):
-                clients.create_task(client())
+                self.start(clients, client())
 
     async def open(self) -> None:
         gaps = random.Random(self.load.seed)
@@ -178,7 +189,7 @@ class _Runner:
             for index, request in self.plan():
                 due += gaps.expovariate(self.load.rate)
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                arrivals.create_task(self.one(index, request, scheduled=due))
+                self.start(arrivals, self.one(index, request, scheduled=due))
 
 
 async def run_block(

@@ -121,6 +121,28 @@ async def test_nothing_is_dispatched_after_the_deadline() -> None:
     assert 2 <= len(block.sent) < 30
 
 
+@pytest.mark.parametrize("load", [Load(concurrency=4), Load(rate=200.0, seed=1)], ids=["closed", "open"])
+async def test_a_block_ends_with_its_last_counted_request(load: Load) -> None:
+    """What keeps the load full meanwhile is cancelled: waiting for it took a request's time in every block."""
+    cancelled = 0
+
+    async def send(request: Request) -> AsyncIterator[tuple[str, int]]:
+        nonlocal cancelled
+        try:
+            await asyncio.sleep(3600 if request.prompt == "filler" else 0.1)
+        except asyncio.CancelledError:
+            cancelled += 1
+            raise
+        yield "aaaaa", 5
+
+    slow = [Request("filler", 5)]
+    last = [Request.of(Item(f"d{i}", "p", "aaaaa", TASK)) for i in range(7)]
+    block = await asyncio.wait_for(run_block(send, last, load, fillers=slow), timeout=10)
+    assert [s.correct for s in block.sent] == [True] * 7
+    assert cancelled > 0
+    assert block.stopped is None
+
+
 @pytest.mark.parametrize("load", [Load(concurrency=16, warmup=4), Load(rate=500.0, seed=1, warmup=4)], ids=["closed", "open"])
 @pytest.mark.parametrize("at", [2, 12])  # in the warm-up, among the counted
 async def test_a_dead_engine_ends_the_block_at_once_with_answers_in_flight(load: Load, at: int) -> None:
