@@ -189,6 +189,8 @@ class _Runner:
             for index, request in self.plan():
                 due += gaps.expovariate(self.load.rate)
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                if index is None and self.done:  # meanwhile
+                    break
                 self.start(arrivals, self.one(index, request, scheduled=due))
 
 
