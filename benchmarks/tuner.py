@@ -5,12 +5,15 @@
 Every study is `sere_autotune.tuner.tune` itself, from its items to its certificate. Behind its engine stands a made-up model of
 `tests/kit/worlds.py`, or the recorded answers of a real one (`tests/kit/replayed.py`; the studies that `--replayed` counts). Regret is the share of the best feasible policy's speed that the study's outcome leaves:
 1 - speed / best speed, with exact routing's speed of 1 where nothing is chosen. Rivals get the same trials, items, certificate
-and seeds: random and TPE propose the trials; bisection and S = 2 search nothing else than one kind.
+and seeds. `random` differs from ours in who proposes the trials: Optuna's random sampler in place of its TPE. `tpe` has our trials
+and none of our models: what it certifies are the policies that kept the limits in their trials. Bisection and S = 2 search nothing
+else than one kind.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -29,8 +32,12 @@ from scipy import stats as sps
 
 from sere_autotune import tuner
 from sere_autotune.prepare import prepare, read_config
+from sere_autotune.search import learned
+from sere_autotune.search.ladder import Pick
+from sere_autotune.search.posterior import PolicyModel
+from sere_autotune.study.run import Run
 from sere_autotune.trial.items import search_count
-from sere_autotune.tuning.space import Choice
+from sere_autotune.tuning.space import Choice, Space, Table
 from sere_ext.contract.model_config import model_config_digest
 from sere_ext.contract.policy import Kind, Policy
 from sere_ext.contract.similarity import SimilarityMeta
@@ -123,8 +130,9 @@ def study(ground: Ground, world: Truth, seed: int, name: str, trials: int = TRIA
         policy = world.space.policy((Choice(Kind.SERE, S),)) if S < world.top_k else None
         finished = tuned(ground, world, seed, engine, {"search__rungs": 1}, only=policy) if policy else None
     else:
-        sampler = {OURS: "model", RANDOM: "random", TPE: "tpe"}[name]
-        finished = tuned(ground, world, seed, engine, {"search__trials": trials, "search__sampler": sampler})
+        changes = {"search__trials": trials, "search__sampler": "random" if name == RANDOM else "tpe"}
+        with mock.patch.object(learned, "_picks", measured) if name == TPE else contextlib.nullcontext():
+            finished = tuned(ground, world, seed, engine, changes)
     profile = finished.profile if finished is not None else None
     chosen = world.choice_of(Policy.parse(profile["spec"]["policy"])) if profile else Choice(Kind.EXACT)
     return Study(
@@ -146,6 +154,23 @@ def tuned(ground: Ground, world: Truth, seed: int, engine: WorldEngine, changes:
         finished = tuner.tune(prepare(spec, only), make, Quiet(), only=only)
     ground.clean(spec)
     return finished
+
+
+def measured(run: Run, space: Space, model: PolicyModel) -> list[tuple[float, Pick]]:
+    """The ladder of a tuner without models: of the policies that kept all limits in their trials, the fastest, slow to fast.
+
+    The predictions that come with each are what its trial measured.
+    """
+    exact = next(t for t in run.study.complete() if space.table(t.params) == space.exact())
+    found: dict[Table, Pick] = {}
+    for trial in run.study.complete():
+        levels, table = run.study.levels(trial), space.table(trial.params)
+        if trial is not exact and levels and levels[0].items and all(by <= 0 for by in trial.constraints.values()):
+            level = levels[0]
+            drop, differ = (level.losses - level.gains) / level.items, (level.losses + level.gains) / level.items
+            found[table] = Pick(table, drop, differ, float(exact.value or 1) / float(trial.value or 1))
+    fastest = sorted(found.values(), key=lambda pick: pick.speedup)[-run.spec.search.rungs :]
+    return [(pick.drop / run.max_drop, pick) for pick in fastest if pick.speedup > 1]
 
 
 def bisected(ground: Ground, world: Truth, seed: int, trials: int, engine: WorldEngine) -> float:

@@ -1,8 +1,7 @@
-"""What the trials so far teach: the noise floor, the next proposal, and the ladder that is frozen at the end. No engine."""
+"""What the trials so far teach: the noise floor, and the ladder that is frozen at the end. No engine."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,8 @@ from sere_autotune.study.run import Run
 from sere_autotune.study.schema import LADDER, NOISE, PACE, SEARCH_ENDED, Candidate, CountedChoices, NoiseFloor, counts_key
 from sere_autotune.trial import stats
 from sere_autotune.trial.routing import Matrix, Routing
-from sere_autotune.tuning.space import EXACT, Space, Table, drawn
+from sere_autotune.tuning.space import EXACT, Space, Table
 from sere_ext.similarity.file import read_similarity
-
-_FINALS = 1 / 3  # of the trials, for the candidates that the ladder would have
-_DRAWS = 16  # attempts to draw a table that was not tried yet; after them one may be measured again
 
 
 def noise_floor(run: Run) -> NoiseFloor:
@@ -93,28 +89,6 @@ def _matrices(run: Run, routing: Routing) -> list[Matrix] | None:
     if len(found[0]) != routing.experts:
         return None
     return [found[layer % len(found)] for layer in range(len(routing.calls))]
-
-
-def propose(run: Run, space: Space, seed: int) -> Table:
-    """The next table: for each bucket a kind, and then one of its settings, all equally likely; later the ladder's candidates.
-
-    The last third of the trials goes to those candidates that the ladder would have now, the least measured one first: what they
-    cost and gain then rests on several blocks. Before that nothing is gained by asking the model: proposals from its posterior
-    (Thompson sampling) left no less of the best policy's speed than drawn ones, in the studies of `make bench-tuner`.
-    """
-    rng = np.random.default_rng(seed)
-    tried = Counter(space.table(trial.params) for trial in run.study.complete())
-    if sum(tried.values()) >= run.spec.search.trials * (1 - _FINALS):
-        finalists = [pick.table for _, pick in _picks(run, space, fitted_model(run, space, seed))]
-        if finalists:
-            return min(finalists, key=lambda table: tried[table])
-    gone = removed_kinds(run.study.complete())
-    choices = [choice for choice in space.choices() if choice.kind not in gone]
-    for _ in range(_DRAWS):
-        table = tuple(drawn(choices, rng) for _ in space.edges)
-        if not tried[table]:
-            break
-    return table
 
 
 def _picks(run: Run, space: Space, model: PolicyModel) -> list[tuple[float, Pick]]:

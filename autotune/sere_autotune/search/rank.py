@@ -12,9 +12,8 @@ from sere_autotune.search.baseline import check_baseline
 from sere_autotune.search.blocks import measure, trial_items, window
 from sere_autotune.search.groundwork import lay_groundwork
 from sere_autotune.search.kinds import removed_kinds
-from sere_autotune.search.learned import propose, slots
+from sere_autotune.search.learned import slots
 from sere_autotune.search.pacing import longest_trial_seconds, reserve_s, time_left_s
-from sere_autotune.search.sampler import make_sampler
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import LADDER, SEARCH_ENDED
 from sere_autotune.trial.measures import LevelResult, check_exact, constraints, objective
@@ -60,10 +59,9 @@ def rank(run: Run) -> None:
             _check_alive(run, gone)
             break
         space = run.space()
-        trial, table = study.ask(space, lambda number, space=space: make_sampler(  # type: ignore[misc]
-            search.sampler, space, lambda seed: propose(run, space, seed), search.seed, number))  # fmt: skip
-        if any(choice.kind in gone for choice in table):
-            study.skip(trial)  # planned before, or by a sampler that knows nothing of it
+        trial, table = study.ask(space, search.sampler, search.seed)
+        if any(choice.kind in gone for choice in table) or (done and table == space.exact()):
+            study.skip(trial)  # the sampler does not know what was given up, nor that exact routing was measured
             continue
         _evaluate(run, trial, table)
         if not done:

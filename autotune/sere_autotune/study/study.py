@@ -12,7 +12,6 @@ import io
 import os
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -159,8 +158,15 @@ class TuningStudy:
             self.study.enqueue_trial(space.params(table))
         self.put(ENQUEUED, True)
 
-    def ask(self, space: Space, sampler: Callable[[int], optuna.samplers.BaseSampler]) -> tuple[optuna.Trial, Table]:
-        self.study.sampler = sampler(len(self.study.get_trials(deepcopy=False)))
+    def ask(self, space: Space, sampler: str, seed: int) -> tuple[optuna.Trial, Table]:
+        """The next trial and its table, from those enqueued or from Optuna's sampler (`tpe` or `random`).
+
+        The sampler has a seed for each trial, so that a resumed study proposes as an uninterrupted one would.
+        """
+        seed += len(self.study.get_trials(deepcopy=False))
+        self.study.sampler = (
+            optuna.samplers.TPESampler(seed=seed, n_startup_trials=5) if sampler == "tpe" else optuna.samplers.RandomSampler(seed)
+        )
         trial = self.study.ask(space.distributions())
         return trial, space.table(trial.params)
 

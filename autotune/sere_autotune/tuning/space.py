@@ -80,14 +80,6 @@ def auto_buckets(levels: Sequence[int], batches: Sequence[float], steps: Sequenc
     return tuple(edges)
 
 
-def drawn(choices: Sequence[Choice], rng: np.random.Generator) -> Choice:
-    """A kind other than exact routing, and then one of its settings, all equally likely."""
-    kinds = sorted({choice.kind for choice in choices} - {Kind.EXACT})
-    kind = kinds[rng.integers(len(kinds))]
-    some = [choice for choice in choices if choice.kind is kind]
-    return some[rng.integers(len(some))]
-
-
 @dataclass(frozen=True)
 class Space:
     """All tables that a search may try."""

@@ -84,7 +84,7 @@ def test_only_model_tasks_and_one_limit_are_needed() -> None:
         ({("slo", "tpotMs", "p96"): 3}, "slo.tpotMs.p96: unknown field; did you mean p90 or p95 or p99?"),
         ({("calibrate", "zzz"): 3}, "calibrate.zzz: unknown field; remove it, or use one of data"),
         ({("search", "policies"): ["seer"]}, "search.policies.0: .*; did you mean sere?"),
-        ({("search", "sampler"): "modle"}, "search.sampler: .*; did you mean model?"),
+        ({("search", "sampler"): "tpee"}, "search.sampler: .*; did you mean tpe?"),
         ({("engine", "extraArgs"): ["--max-model-len=4096"]}, "--max-model-len may not stand here: set engine.maxModelLen"),
         (
             {("engine", "extraArgs"): ["--additional-config", "{}"]},
