@@ -5,9 +5,8 @@
 Every study is `sere_autotune.tuner.tune` itself, from its items to its certificate. Behind its engine stands a made-up model of
 `tests/kit/worlds.py`, or the recorded answers of a real one (`tests/kit/replayed.py`; the studies that `--replayed` counts). Regret is the share of the best feasible policy's speed that the study's outcome leaves:
 1 - speed / best speed, with exact routing's speed of 1 where nothing is chosen. Rivals get the same trials, items, certificate
-and seeds. `random` differs from ours in who proposes the trials: Optuna's random sampler in place of its TPE. `tpe` has our trials
-and none of our models: what it certifies are the policies that kept the limits in their trials. Bisection and S = 2 search nothing
-else than one kind.
+and seeds. Random and TPE are tuning without models: Optuna's sampler proposes the trials, and certified are the policies that kept
+the limits in them. Bisection and S = 2 search nothing else than one kind.
 """
 
 from __future__ import annotations
@@ -130,8 +129,8 @@ def study(ground: Ground, world: Truth, seed: int, name: str, trials: int = TRIA
         policy = world.space.policy((Choice(Kind.SERE, S),)) if S < world.top_k else None
         finished = tuned(ground, world, seed, engine, {"search__rungs": 1}, only=policy) if policy else None
     else:
-        changes = {"search__trials": trials, "search__sampler": "random" if name == RANDOM else "tpe"}
-        with mock.patch.object(learned, "_picks", measured) if name == TPE else contextlib.nullcontext():
+        changes = {"search__trials": trials, "search__sampler": "tpe" if name == TPE else "random"}
+        with mock.patch.object(learned, "_picks", measured) if name != OURS else contextlib.nullcontext():
             finished = tuned(ground, world, seed, engine, changes)
     profile = finished.profile if finished is not None else None
     chosen = world.choice_of(Policy.parse(profile["spec"]["policy"])) if profile else Choice(Kind.EXACT)

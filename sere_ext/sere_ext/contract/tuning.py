@@ -230,7 +230,7 @@ class SearchDetails(Record):
     wall_minutes: Annotated[
         float | None, Field(gt=0, le=1_000_000, description="budget: minutes on the clock"), Unset("none")
     ] = None
-    sampler: Annotated[Literal["tpe", "random"], Field(description="Optuna's sampler that proposes trials")] = "tpe"
+    sampler: Annotated[Literal["random", "tpe"], Field(description="Optuna's sampler that proposes trials")] = "random"
     items_per_trial: Annotated[int, Field(ge=16, le=_MAX_COUNT, description="labelled items per trial and load level")] = 500
     trial_seconds: Annotated[
         float, Field(gt=0, le=86_400, description="longest measurement of a trial, seconds per load level")

@@ -84,7 +84,7 @@ def test_every_option_of_the_tuning_file_stands_there_whole(command: str) -> Non
         ("--model", "<str>", f"[{REQUIRED}]"),
         ("--accuracy-confidence", "<float>", "[0.5<x<1] [default: 0.95]"),
         ("--search-trials", "<int>", "[1<=x<=10000] [default: 60]"),
-        ("--search-sampler", "tpe|random", "[default: tpe]"),
+        ("--search-sampler", "random|tpe", "[default: random]"),
         ("--search-policies", "<list>", "[default: [sere, topk, oea]]"),
         ("--search-layer-groups", "<bool>", "[default: true]"),
         ("--workload-load-concurrency", "<list>", "[default: [16]]"),  # of the section's default
