@@ -46,6 +46,7 @@ def rank(run: Run) -> None:
         run.report.trial(_row(old.number, space, space.table(old.params), study.levels(old), old.constraints, base))
     if study.complete() and study.get(LADDER) is None:
         lay_groundwork(run)  # what a run that was killed there left to do
+    skipped = False  # the last proposal
     while (done := len(study.complete())) < search.trials and study.get(LADDER) is None:
         if done and run.left_s() < reserve_s(run) + longest_trial_seconds(run):
             study.put(
@@ -59,9 +60,10 @@ def rank(run: Run) -> None:
             _check_alive(run, gone)
             break
         space = run.space()
-        trial, table = study.ask(space, search.sampler, search.seed)
-        if any(choice.kind in gone for choice in table) or (done and table == space.exact()):
-            study.skip(trial)  # the sampler does not know what was given up, nor that exact routing was measured
+        trial, table = study.ask(space, "random" if skipped else search.sampler, search.seed)
+        skipped = any(choice.kind in gone for choice in table) or (done > 0 and table == space.exact())
+        if skipped:  # no sampler knows what was given up or that exact routing was measured, and TPE would insist on it
+            study.skip(trial)
             continue
         _evaluate(run, trial, table)
         if not done:

@@ -310,6 +310,18 @@ def test_every_sampler_tells_the_same_constraints_for_every_trial(tmp_path: Path
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_exact_routing_is_tried_once_however_much_a_sampler_insists(tmp_path: Path, items: Path, sampler: str) -> None:
+    harmful = {"search__policies": ["topk"], "search__trials": 14, "accuracy__maxDropPoints": 0.5}  # all but exact routing
+    run(spec_for(tmp_path / "out", items, search__sampler=sampler, **harmful), PlantedEngine())
+    study = TuningStudy(tmp_path / "out", None)
+    tried = [trial.user_attrs["describe"] for trial in study.complete()]
+    asked = len(study.study.get_trials(deepcopy=False))
+    study.close()
+    assert len(tried) == 14 and tried.count(tried[0]) == 1
+    assert asked <= 3 * len(tried)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_min_share_is_searched_and_a_study_with_it_goes_on(tmp_path: Path, items: Path, sampler: str) -> None:
     changes = {"search__policies": ["oea"], "search__minShare": [0.7, 0, 0.7], "search__sampler": sampler, "search__seed": 2}
     spec = spec_for(tmp_path / "out", items, search__trials=12, **changes)
