@@ -155,7 +155,7 @@ def _main(
 
 
 def _run(spec: TuningSpec, only: Policy | None, dry: _Dry, advisory: bool, fresh: bool, as_json: bool, publisher: Any) -> int:
-    from sere_autotune import planner, prepare, tuner
+    from sere_autotune import plan_text, prepare, tuner
     from sere_autotune.progress import Progress
     from sere_autotune.result import screen
     from sere_autotune.trial import warm
@@ -168,7 +168,7 @@ def _run(spec: TuningSpec, only: Policy | None, dry: _Dry, advisory: bool, fresh
         return _dry_run(prepared, dry is _Dry.ENGINE, advisory, as_json)
     if not prepared.plan.can_certify and not advisory:
         raise CannotCertifyError(prepared.plan.problem)
-    console.print(_fitted(planner.describe(prepared.plan, spec), sys.stderr), markup=False, soft_wrap=True)
+    console.print(_fitted(plan_text.describe(prepared.plan, spec), sys.stderr), markup=False, soft_wrap=True)
 
     def make_engine(given: TuningSpec, similarity: str | None, on_start: Callable[[bool], None]) -> warm.WarmEngine:
         return warm.WarmEngine(given, similarity, on_start=on_start)
@@ -196,7 +196,7 @@ def _run(spec: TuningSpec, only: Policy | None, dry: _Dry, advisory: bool, fresh
 
 
 def _dry_run(prepared: Any, with_engine: bool, advisory: bool, as_json: bool) -> int:
-    from sere_autotune import planner
+    from sere_autotune import plan_text
     from sere_autotune.trial.traffic import Traffic
 
     plan = prepared.plan
@@ -206,7 +206,7 @@ def _dry_run(prepared: Any, with_engine: bool, advisory: bool, as_json: bool) ->
         ceiling = {"ceiling": finding.to_dict()} if finding else {}
         sys.stdout.write(json.dumps(plan.to_dict() | ceiling, indent=2) + "\n")
     else:
-        text = planner.describe(plan, prepared.spec) + (f"\nCeiling    {finding.sentence}" if finding else "")
+        text = plan_text.describe(plan, prepared.spec) + (f"\nCeiling    {finding.sentence}" if finding else "")
         sys.stdout.write(_fitted(text, sys.stdout) + "\n\n" + to_yaml(prepared.spec))
     if not possible:
         raise CannotCertifyError(plan.problem)
@@ -215,7 +215,7 @@ def _dry_run(prepared: Any, with_engine: bool, advisory: bool, as_json: bool) ->
 
 def _fitted(text: str, stream: TextIO) -> str:
     """The plan at the width of the screen; as it is where it goes into a file or pipe, so that each line can be searched for."""
-    from sere_autotune.planner import fitted
+    from sere_autotune.plan_text import fitted
 
     return fitted(text, shutil.get_terminal_size().columns) if stream.isatty() else text
 

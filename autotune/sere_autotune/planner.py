@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ from sere_autotune.study.schema import Pace
 from sere_autotune.trial.stats import items_needed, smallest_limit
 from sere_autotune.tuning.space import S_STEPS
 from sere_autotune.tuning.spec import SearchSpec, TuningSpec, flag_value
-from sere_autotune.words import about, percent
+from sere_autotune.words import percent
 
 ASSUMED_START_S = 60.0  # of an engine, until one was seen
 ASSUMED_TRUE_DROP = 0.3  # share of the limit that a good policy truly costs
@@ -27,7 +26,6 @@ LOAD_PAIRS = 3  # of blocks that confirm the most load
 _LOAD_PROBES = 3  # blocks that find it, as a rule
 _LOAD_BLOCK = 0.25  # of certify.blockSeconds, least length of a block of either
 LEAST_TRIALS_TO_ORDER = 16  # of a search that puts the layers in order first, which takes as long as one or two of them
-_INDENT = 11  # characters of the words before each line
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan as `--dry-run` prints it."""
+    """The plan that `--dry-run` prints (`plan_text`)."""
 
     limit: float  # share
     confidence: float
@@ -235,71 +233,3 @@ def block_requests(spec: TuningSpec, rate: float, residence_s: float, labelled_s
     seconds = max(spec.certify.block_seconds, spec.certify.block_residences * residence_s)
     blocks = spec.certify.pairs * len(spec.workload.load.levels)
     return max(math.ceil(seconds * rate), math.ceil(needed / blocks / labelled_share), 2)
-
-
-def fitted(text: str, width: int) -> str:
-    """The lines of `describe` broken at a screen's width in characters, with what goes on set below what it belongs to."""
-    return "\n".join(
-        textwrap.fill(line, width, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False)
-        for line in text.splitlines()
-    )
-
-
-def describe(plan: Plan, spec: TuningSpec) -> str:
-    """What a run will cost and whether it can succeed, one line for each finding."""
-    lines = [
-        f"Accuracy   limit {plan.limit * 100:g} point{'s' if plan.limit != 0.01 else ''} at {percent(plan.confidence)}; "
-        f"{plan.items:,} items, {plan.cert_items:,} of them kept for certification"
-    ]
-    if plan.openings:
-        lines.append(
-            f"           {plan.openings} earlier stud{'ies' if plan.openings > 1 else 'y'} opened these items, so only "
-            f"alpha = {plan.alpha:.3g} is left; fresh items restore it"
-        )
-    for index, need in enumerate(plan.needs):
-        if need.true_some is None:
-            continue
-        if plan.noise is not None and index == 0:
-            start = f"exact against exact is taken to differ on {need.discordance:.2%} of items, from last time: "
-        else:
-            start = f"at {need.discordance:.0%} difference "
-        lines.append(
-            f"           {start}{need.true_some:,} items certify a policy that truly costs "
-            f"{plan.limit * 100 * ASSUMED_TRUE_DROP:.2g} points, {need.true_zero:,} one that costs nothing"
-        )
-    if plan.smallest is not None:
-        lines.append(
-            f"           the smallest limit that {plan.cert_items:,} items could certify is {plan.smallest * 100:.2f} points"
-            + ("" if plan.noise is not None else ", if no answer differs at all")
-        )
-    lines.append(
-        "           "
-        + (
-            "this limit can be certified if answers differ little enough"
-            if plan.can_certify
-            else f"CANNOT CERTIFY: {plan.problem}"
-        )
-    )
-    lines.append(f"Similarity {plan.source.describe(plan.search_items)}")
-    basis = (
-        "at the pace of the last run"
-        if plan.pace_known
-        else "a guess, since the first run shows how many answers a minute brings"
-    )
-    least = "" if plan.pace_known else "at least "
-    total = plan.start_s + plan.ceiling_s + plan.search_s + plan.certify_s + plan.most_load_s
-    most_load = f" most load {least}{about(plan.most_load_s)};" if plan.most_load_s else ""
-    search = f"ceiling {about(plan.ceiling_s)}; " if plan.ceiling_s else ""
-    search += f"search {plan.trials} trial{'s' if plan.trials > 1 else ''} {about(plan.search_s)}; " if plan.trials else ""
-    lines.append(
-        f"Time       start {about(plan.start_s)}; {search}certification "
-        f"of up to {plan.rungs} candidate{'s' if plan.rungs > 1 else ''} {least}{about(plan.certify_s)};{most_load} {least}{about(total)} in all ({basis})"
-    )
-    wall = f", {spec.search.wall_minutes:g} minutes on the clock" if spec.search.wall_minutes else ""
-    short = total * spec.engine.tensor_parallel_size > spec.search.device_hours * 3600
-    cut = "; less than the estimate above, so trials or candidates may be cut (search.deviceHours)" if short else ""
-    lines.append(f"Budget     {spec.search.device_hours:g} device-hours{wall}; it is never exceeded{cut}")
-    if spec.search.device_hours * 3600 < plan.start_s * spec.engine.tensor_parallel_size:
-        lines.append(f"           it ends before an engine has started ({about(plan.start_s)}); raise search.deviceHours")
-    lines += [f"Note       {note}" for note in plan.notes]
-    return "\n".join(lines)

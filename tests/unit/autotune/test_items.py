@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sere_autotune import calibration, preflight
-from sere_autotune.planner import describe, fitted, make_plan
+from sere_autotune.plan_text import describe, fitted
+from sere_autotune.planner import make_plan
 from sere_autotune.prepare import prepare
 from sere_autotune.study.schema import Pace
 from sere_autotune.trial.chat import ChatTemplate

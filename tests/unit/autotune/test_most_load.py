@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sere_autotune import planner
+from sere_autotune import plan_text, planner
 from sere_autotune.certify.most_load import STEP, broken, found, grid, next_load, sentence
 from sere_autotune.outcome import Ending
 from sere_autotune.prepare import prepare
@@ -301,7 +301,7 @@ def test_the_dry_run_counts_it(tmp_path: Path, items: Path) -> None:
     assert planner.most_load_seconds(seeking(tmp_path, items, certify__blockSeconds=4), pace) == pytest.approx(9 * (2 + 2 + 0.5))
     without = spec_for(tmp_path / "out", items, certify__blockSeconds=60)
     plans = [prepare(given).plan for given in (spec, without)]
-    told = [planner.describe(plan, given) for plan, given in zip(plans, (spec, without), strict=True)]
+    told = [plan_text.describe(plan, given) for plan, given in zip(plans, (spec, without), strict=True)]
     assert "; most load at least about 2 min; at least about" in told[0]
     assert "most load" not in told[1]
     assert [plan.to_dict()["seconds"]["mostLoad"] for plan in plans] == [pytest.approx(9 * 15.5), 0]

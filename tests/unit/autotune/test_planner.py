@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sere_autotune import calibration, planner
+from sere_autotune import calibration, plan_text, planner
 from sere_autotune.outcome import Ending, nearest_miss
 from sere_autotune.prepare import Prepared, prepare
 from sere_autotune.study.ledger import Ledger
@@ -27,7 +27,7 @@ def prepared(tmp_path: Path, count: int, **changes) -> Prepared:
 
 def test_the_dry_run_says_items_limit_and_time(tmp_path: Path) -> None:
     ready = prepared(tmp_path, 8800)
-    text = planner.describe(ready.plan, ready.spec)
+    text = plan_text.describe(ready.plan, ready.spec)
     assert "8,800 items, 7,334 of them kept for certification" in text
     assert "at 1% difference 1,800 items certify a policy that truly costs 0.3 points" in text
     assert "this limit can be certified" in text
@@ -38,7 +38,7 @@ def test_a_stored_noise_floor_and_pace_are_used(tmp_path: Path) -> None:
     ready = prepared(tmp_path, 4000)
     Ledger(model_key(ready.spec.model, ready.config_digest), ready.out).note(0.009, Pace(50.0, 0.3, 31.0))
     again = prepare(ready.spec)
-    text = planner.describe(again.plan, again.spec)
+    text = plan_text.describe(again.plan, again.spec)
     assert "exact against exact is taken to differ on 0.90% of items, from last time" in text
     assert "start about 31 s" in text
     assert "at the pace of the last run" in text
@@ -48,7 +48,7 @@ def test_a_policy_to_certify_is_planned_without_a_search(tmp_path: Path) -> None
     ready = prepared(tmp_path, 8800)
     policy = Policy.parse({"buckets": [{"minTokens": 2, "kind": "topk", "S": 2}]})
     alone = prepare(ready.spec, policy)
-    text = planner.describe(alone.plan, alone.spec)
+    text = plan_text.describe(alone.plan, alone.spec)
     assert "search" not in text.split("Time", 1)[1].split("Budget")[0]
     assert alone.plan.search_s == 0 < ready.plan.search_s
     with pytest.raises(PolicyError, match=r"S = 9 .* above the model's top-k of 4"):
@@ -63,14 +63,14 @@ SERE = ["sere", "topk"]
 
 def test_the_plan_says_where_the_similarity_comes_from(tmp_path: Path) -> None:
     ready = prepared(tmp_path, 4000, search__policies=SERE)
-    text = planner.describe(ready.plan, ready.spec)
+    text = plan_text.describe(ready.plan, ready.spec)
     assert "Similarity none given; calibrated first, on prompts and answers of the 666 search items" in text
     made = str(tmp_path / "out" / "similarity.safetensors")
     assert ready.plan.to_dict()["similarity"] == {"origin": "calibrated", "path": made, "calibratedOn": "search items"}
 
     (data := tmp_path / "c.jsonl").write_text("")
     named = prepared(tmp_path, 4000, search__policies=SERE, calibrate__data=str(data))
-    assert f"calibrated first, on {data};" in planner.describe(named.plan, named.spec)
+    assert f"calibrated first, on {data};" in plan_text.describe(named.plan, named.spec)
     assert prepared(tmp_path, 4000, search__policies=["topk"]).source == calibration.Source(calibration.Origin.UNUSED)
 
 
@@ -99,7 +99,7 @@ def test_a_policy_that_needs_no_similarity_is_certified_without_calibration(tmp_
 )
 def test_confidence_and_alpha_are_shown_as_they_were_given(tmp_path: Path, confidence: float, shown: str, alpha: float) -> None:
     ready = prepared(tmp_path, 8800, accuracy__confidence=confidence, accuracy__maxDropPoints=0.7)
-    assert f"limit 0.7 points at {shown};" in planner.describe(ready.plan, ready.spec)
+    assert f"limit 0.7 points at {shown};" in plan_text.describe(ready.plan, ready.spec)
     assert json.dumps(ready.plan.to_dict()["alpha"]) == str(round(0.75 * alpha, 12)), (
         "a first study leaves a quarter for later ones"
     )
@@ -116,7 +116,7 @@ def test_a_budget_below_the_estimate_says_so(tmp_path: Path) -> None:
     spec = ready.spec
     for hours, short in ((0.01, True), (1000.0, False)):
         raised = spec.model_copy(update={"search": spec.search.model_copy(update={"device_hours": hours})})
-        assert ("less than the estimate above" in planner.describe(ready.plan, raised)) is short
+        assert ("less than the estimate above" in plan_text.describe(ready.plan, raised)) is short
 
 
 def test_too_few_items_are_refused_before_anything_is_spent(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sere_autotune import planner
+from sere_autotune import plan_text, planner
 from sere_autotune.calibration import Origin, Source
 from sere_autotune.outcome import Ending
 from sere_autotune.progress import Progress
@@ -69,7 +69,7 @@ def test_the_screen_needs_no_glossary(tmp_path: Path, items: Path) -> None:
     spec = spec_for(tmp_path / "out", items)
     finished = run(spec, PlantedEngine(), Progress(Console(file=shown, width=200), ""))
     plan = planner.make_plan(spec, 6000, 4000, None, 0, None, source=Source(Origin.UNUSED))
-    text = "\n".join([planner.describe(plan, spec), shown.getvalue(), screen.lines(finished.summary)])
+    text = "\n".join([plan_text.describe(plan, spec), shown.getvalue(), screen.lines(finished.summary)])
     assert "certification of up to" in text and "exact routing against itself" in text and "ceiling: round 1" in text
     assert not re.findall(r"\b(?:rungs?|noise floor|waves?)\b", text)
 

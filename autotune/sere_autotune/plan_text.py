@@ -1,0 +1,79 @@
+"""The plan of a run in words, as `--dry-run` prints it and every run begins. Pure."""
+
+from __future__ import annotations
+
+import textwrap
+
+from sere_autotune.planner import ASSUMED_TRUE_DROP, Plan
+from sere_autotune.tuning.spec import TuningSpec
+from sere_autotune.words import about, percent
+
+_INDENT = 11  # characters of the words before each line
+
+
+def fitted(text: str, width: int) -> str:
+    """The lines of `describe` broken at a screen's width in characters, with what goes on set below what it belongs to."""
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    )
+
+
+def describe(plan: Plan, spec: TuningSpec) -> str:
+    """What a run will cost and whether it can succeed, one line for each finding."""
+    lines = [
+        f"Accuracy   limit {plan.limit * 100:g} point{'s' if plan.limit != 0.01 else ''} at {percent(plan.confidence)}; "
+        f"{plan.items:,} items, {plan.cert_items:,} of them kept for certification"
+    ]
+    if plan.openings:
+        lines.append(
+            f"           {plan.openings} earlier stud{'ies' if plan.openings > 1 else 'y'} opened these items, so only "
+            f"alpha = {plan.alpha:.3g} is left; fresh items restore it"
+        )
+    for index, need in enumerate(plan.needs):
+        if need.true_some is None:
+            continue
+        if plan.noise is not None and index == 0:
+            start = f"exact against exact is taken to differ on {need.discordance:.2%} of items, from last time: "
+        else:
+            start = f"at {need.discordance:.0%} difference "
+        lines.append(
+            f"           {start}{need.true_some:,} items certify a policy that truly costs "
+            f"{plan.limit * 100 * ASSUMED_TRUE_DROP:.2g} points, {need.true_zero:,} one that costs nothing"
+        )
+    if plan.smallest is not None:
+        lines.append(
+            f"           the smallest limit that {plan.cert_items:,} items could certify is {plan.smallest * 100:.2f} points"
+            + ("" if plan.noise is not None else ", if no answer differs at all")
+        )
+    lines.append(
+        "           "
+        + (
+            "this limit can be certified if answers differ little enough"
+            if plan.can_certify
+            else f"CANNOT CERTIFY: {plan.problem}"
+        )
+    )
+    lines.append(f"Similarity {plan.source.describe(plan.search_items)}")
+    basis = (
+        "at the pace of the last run"
+        if plan.pace_known
+        else "a guess, since the first run shows how many answers a minute brings"
+    )
+    least = "" if plan.pace_known else "at least "
+    total = plan.start_s + plan.ceiling_s + plan.search_s + plan.certify_s + plan.most_load_s
+    most_load = f" most load {least}{about(plan.most_load_s)};" if plan.most_load_s else ""
+    search = f"ceiling {about(plan.ceiling_s)}; " if plan.ceiling_s else ""
+    search += f"search {plan.trials} trial{'s' if plan.trials > 1 else ''} {about(plan.search_s)}; " if plan.trials else ""
+    lines.append(
+        f"Time       start {about(plan.start_s)}; {search}certification "
+        f"of up to {plan.rungs} candidate{'s' if plan.rungs > 1 else ''} {least}{about(plan.certify_s)};{most_load} {least}{about(total)} in all ({basis})"
+    )
+    wall = f", {spec.search.wall_minutes:g} minutes on the clock" if spec.search.wall_minutes else ""
+    short = total * spec.engine.tensor_parallel_size > spec.search.device_hours * 3600
+    cut = "; less than the estimate above, so trials or candidates may be cut (search.deviceHours)" if short else ""
+    lines.append(f"Budget     {spec.search.device_hours:g} device-hours{wall}; it is never exceeded{cut}")
+    if spec.search.device_hours * 3600 < plan.start_s * spec.engine.tensor_parallel_size:
+        lines.append(f"           it ends before an engine has started ({about(plan.start_s)}); raise search.deviceHours")
+    lines += [f"Note       {note}" for note in plan.notes]
+    return "\n".join(lines)
