@@ -22,6 +22,7 @@ _CEILING_S = 60.0  # that finding the ceiling takes where the budget allows it,
 _CEILING_SHARE = 0.03  # and the share of the budget that it may take;
 _LEAST_CEILING_S = 5.0  # with less than this the search begins at once
 SWITCH_S = 0.5  # of a live change of the policy
+LEAST_CANDIDATES = 3  # of a ladder where the budget is small: it may be raised, and a ladder stays as it is
 LOAD_PAIRS = 3  # of blocks that confirm the most load
 _LOAD_PROBES = 3  # blocks that find it, as a rule
 _LOAD_BLOCK = 0.25  # of certify.blockSeconds, least length of a block of either
@@ -104,6 +105,7 @@ def make_plan(
     alpha = spent_alpha(spec.accuracy.alpha, openings)
     usable = min(cert_items, spec.certify.items or cert_items)
     levels = len(spec.workload.load.levels)
+    candidates = planned_candidates(spec, pace) if searches else 1
     grid: Sequence[float] = (noise, 0.05) if noise is not None else (0.01, 0.02, 0.05)
     needs = []
     if limit > 0:
@@ -119,7 +121,7 @@ def make_plan(
         can_certify=not problem, problem=problem,
         start_s=pace.start_s if pace else ASSUMED_START_S, trials=spec.search.trials if searches else 0,
         ceiling_s=ceiling_seconds(spec.search.device_hours * 3600 / spec.engine.tensor_parallel_size) if searches else 0.0,
-        rungs=spec.search.rungs, search_s=search_seconds(spec, pace) if searches else 0.0, certify_s=spec.search.rungs * candidate_seconds(spec, pace, levels),
+        rungs=candidates, search_s=search_seconds(spec, pace) if searches else 0.0, certify_s=candidates * candidate_seconds(spec, pace, levels),
         most_load_s=most_load_seconds(spec, pace), pace_known=pace is not None,
         notes=([warning] if warning else []) + (_notes(spec, items - cert_items, pace) if searches else []),
     )  # fmt: skip
@@ -206,6 +208,16 @@ def candidate_seconds(spec: TuningSpec, pace: Pace | None, levels: int, items: i
     if pace and pace.rate_per_s:
         block = max(block, items / (spec.certify.pairs * levels) / (1.33 * pace.rate_per_s))
     return spec.certify.pairs * levels * (2.33 * block + 2 * (WARMUP_RESIDENCES * residence + SWITCH_S))
+
+
+def planned_candidates(spec: TuningSpec, pace: Pace | None, items: int = 0) -> int:
+    """Candidates that the ladder may have: as many as half of the budget certifies, at least LEAST_CANDIDATES, at most search.rungs.
+
+    A finer ladder ends nearer to the limit, but only where it is walked to its end.
+    """
+    each_s = candidate_seconds(spec, pace, len(spec.workload.load.levels), items)
+    paid = int(spec.search.device_hours * 3600 / spec.engine.tensor_parallel_size / 2 / each_s)
+    return min(spec.search.rungs, max(LEAST_CANDIDATES, paid))
 
 
 def load_waves(spec: TuningSpec, residence_s: float) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from sere_autotune import planner
 from sere_autotune.search import replay
 from sere_autotune.search.kinds import removed_kinds
 from sere_autotune.search.ladder import Pick, pick_ladder
@@ -92,11 +93,10 @@ def _matrices(run: Run, routing: Routing) -> list[Matrix] | None:
 
 
 def _picks(run: Run, space: Space, model: PolicyModel) -> list[tuple[float, Pick]]:
-    """The ladder as the trials so far would have it."""
+    """The ladder that the trials teach."""
+    candidates = planner.planned_candidates(run.spec, run.study.get(PACE), run.cert_items)
     allowed = _allowed(run, space, model)
-    return pick_ladder(
-        model, run.max_drop, run.spec.search.rungs, noise_discordance(run), allowed, items=run.cert_items, alpha=run.alpha
-    )
+    return pick_ladder(model, run.max_drop, candidates, noise_discordance(run), allowed, items=run.cert_items, alpha=run.alpha)
 
 
 def freeze_ladder(run: Run) -> list[Candidate]:

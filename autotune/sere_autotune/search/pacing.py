@@ -9,13 +9,10 @@ from sere_autotune.study.schema import PACE
 
 def reserve_s(run: Run) -> float:
     """Seconds that are kept for certifying the ladder: for as many of its candidates as half of the budget pays for, at least one."""
-    total_s, one_s = run.spec.search.device_hours * 3600 / run.budget.devices, _candidate_seconds(run)
-    return one_s * max(1, min(run.spec.search.rungs, int(total_s / 2 / one_s)))
-
-
-def _candidate_seconds(run: Run) -> float:
-    """Seconds that certifying one candidate will take, with a margin."""
-    return planner.candidate_seconds(run.spec, run.study.get(PACE), len(run.spec.workload.load.levels)) * 1.15 + 5
+    pace = run.study.get(PACE)
+    one_s = planner.candidate_seconds(run.spec, pace, len(run.spec.workload.load.levels)) * 1.15 + 5
+    total_s = run.spec.search.device_hours * 3600 / run.budget.devices
+    return one_s * max(1, min(planner.planned_candidates(run.spec, pace), int(total_s / 2 / one_s)))
 
 
 def longest_trial_seconds(run: Run) -> float:
@@ -29,5 +26,6 @@ def time_left_s(run: Run) -> float:
     trials = max(0, run.spec.search.trials - len(run.study.complete()))
     levels = len(run.spec.workload.load.levels)
     pace = run.study.get(PACE)
-    certificates = run.spec.search.rungs * planner.candidate_seconds(run.spec, pace, levels, run.cert_items)
+    candidates = planner.planned_candidates(run.spec, pace, run.cert_items)
+    certificates = candidates * planner.candidate_seconds(run.spec, pace, levels, run.cert_items)
     return max(0.0, min(trials * longest_trial_seconds(run) + certificates, run.left_s()))

@@ -216,7 +216,10 @@ class SearchBudget(Record):
     device_hours: Annotated[float, Field(gt=0, le=100_000, description="budget: hours times devices, engine start included")] = (
         4.0
     )
-    rungs: Annotated[int, Field(ge=1, le=8, description="candidates that may be certified")] = 5
+    rungs: Annotated[
+        int,
+        Field(ge=1, le=8, description="candidates that may be certified, as far as half of the budget pays for more than three"),
+    ] = 8
 
     @field_validator("policies")
     @classmethod
