@@ -224,3 +224,24 @@ def test_a_certificates_estimate_grows_with_the_items_that_its_blocks_hold(tmp_p
     measured_s = 1000 / 7.5 + 1000 / (7.5 * 1.75) + 4 * 2 * planner.WARMUP_RESIDENCES * 2.0  # at 1.75 times the speed
     assert planner.candidate_seconds(spec, pace, 1, 1000) == pytest.approx(measured_s, rel=0.15)
     assert planner.candidate_seconds(spec, pace, 1) < 0.75 * measured_s
+
+
+@pytest.mark.parametrize(
+    ("device_hours", "rungs", "candidates"),
+    [(100, 8, 8), (4, 8, 5), (0.1, 8, planner.LEAST_CANDIDATES), (0.1, 2, 2), (100, 1, 1)],
+)
+def test_a_ladder_is_as_long_as_half_of_the_budget_pays_for(
+    tmp_path: Path, device_hours: float, rungs: int, candidates: int
+) -> None:
+    """Ten pairs of blocks of a minute take 23 minutes and a bit."""
+    spec = spec_for(
+        tmp_path / "out", tmp_path / "items.jsonl", search__deviceHours=device_hours, search__rungs=rungs, certify__pairs=10,
+        certify__blockSeconds=60,
+    )  # fmt: skip
+    assert planner.planned_candidates(spec, None) == candidates
+
+
+def test_a_given_policy_is_the_only_candidate_of_its_plan(tmp_path: Path) -> None:
+    topk = Policy.parse({"buckets": [{"minTokens": 8, "maxTokens": 64, "kind": "topk", "S": 3}]})
+    spec = spec_for(tmp_path / "out", write_items(tmp_path / "items.jsonl", 1000), search__rungs=8)
+    assert prepare(spec, topk).plan.rungs == 1 < prepare(spec).plan.rungs
