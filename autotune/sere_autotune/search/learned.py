@@ -21,6 +21,8 @@ from sere_autotune.trial.routing import Matrix, Routing
 from sere_autotune.tuning.space import EXACT, Space, Table
 from sere_ext.similarity.file import read_similarity
 
+_FINALS = 1 / 3  # of the trials, in which candidates of the ladder that were not measured yet come first
+
 
 def noise_floor(run: Run) -> NoiseFloor:
     """Exact against exact under the search's load, all measurements pooled."""
@@ -90,6 +92,19 @@ def _matrices(run: Run, routing: Routing) -> list[Matrix] | None:
     if len(found[0]) != routing.experts:
         return None
     return [found[layer % len(found)] for layer in range(len(routing.calls))]
+
+
+def untried_candidate(run: Run, space: Space) -> Table | None:
+    """Of those that the ladder would have now, the first that no trial measured; asked for in the last third of the trials.
+
+    What is certified then rests on what was seen of it, not on the model alone.
+    """
+    done = run.study.complete()
+    if len(done) < run.spec.search.trials * (1 - _FINALS):
+        return None
+    tried = {space.table(trial.params) for trial in done}
+    picks = _picks(run, space, fitted_model(run, space, run.spec.search.seed + len(done)))
+    return next((pick.table for _, pick in picks if pick.table not in tried), None)
 
 
 def _picks(run: Run, space: Space, model: PolicyModel) -> list[tuple[float, Pick]]:

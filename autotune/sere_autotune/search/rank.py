@@ -12,7 +12,7 @@ from sere_autotune.search.baseline import check_baseline
 from sere_autotune.search.blocks import measure, trial_items, window
 from sere_autotune.search.groundwork import lay_groundwork
 from sere_autotune.search.kinds import removed_kinds
-from sere_autotune.search.learned import slots
+from sere_autotune.search.learned import slots, untried_candidate
 from sere_autotune.search.pacing import longest_trial_seconds, reserve_s, time_left_s
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import LADDER, SEARCH_ENDED
@@ -60,6 +60,8 @@ def rank(run: Run) -> None:
             _check_alive(run, gone)
             break
         space = run.space()
+        if not study.waiting() and (candidate := untried_candidate(run, space)) is not None:
+            study.enqueue(space, candidate)
         trial, table = study.ask(space, "random" if skipped else search.sampler, search.seed)
         skipped = any(choice.kind in gone for choice in table) or (done > 0 and table == space.exact())
         if skipped:  # no sampler knows what was given up or that exact routing was measured, and TPE would insist on it

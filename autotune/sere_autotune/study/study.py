@@ -138,7 +138,7 @@ class TuningStudy:
         zombies = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         planned = {trial.number: trial.params or trial.system_attrs.get("fixed_params") for trial in zombies}
         again = {number: params for number, params in planned.items() if params}
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)) if again and not self.complete() else []
+        waiting = self.waiting() if again and not self.complete() else []
         for trial in zombies:
             self.study.tell(trial.number, state=TrialState.FAIL)
         for _ in waiting:
@@ -155,8 +155,16 @@ class TuningStudy:
             return
         done = len(self.study.get_trials(deepcopy=False))
         for table in space.first_trials(trials)[done:]:
-            self.study.enqueue_trial(space.params(table))
+            self.enqueue(space, table)
         self.put(ENQUEUED, True)
+
+    def waiting(self) -> list[FrozenTrial]:
+        """Trials that are enqueued and not begun."""
+        return self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+
+    def enqueue(self, space: Space, table: Table) -> None:
+        """Make a table the next trial, behind those that are enqueued already."""
+        self.study.enqueue_trial(space.params(table))
 
     def ask(self, space: Space, sampler: str, seed: int) -> tuple[optuna.Trial, Table]:
         """The next trial and its table, from those enqueued or from Optuna's sampler (`tpe` or `random`).

@@ -502,3 +502,12 @@ def test_the_declared_items_are_those_whose_chance_was_printed_and_all_where_the
         left_s=600.0, candidates=3,
     )[0]  # fmt: skip
     assert power(short, 0.01, 0.001, 0.01, 0.05) >= 0.95 and short < 5000
+
+
+def test_what_is_certified_was_measured_before(tmp_path: Path, items: Path) -> None:
+    """The model may think most of a policy that no trial tried; the last third of the trials is there for such."""
+    for seed in range(3):
+        spec = spec_for(tmp_path / f"{seed}" / "out", items, search__trials=12, search__rungs=1, search__seed=seed)
+        summary = run(spec, PlantedEngine()).summary
+        tried = {trial["policy"] for trial in summary["trials"]}
+        assert {candidate["policy"] for candidate in summary["ladder"]} <= tried, seed
