@@ -506,8 +506,8 @@ def test_the_declared_items_are_those_whose_chance_was_printed_and_all_where_the
 
 def test_what_is_certified_was_measured_before(tmp_path: Path, items: Path) -> None:
     """The model may think most of a policy that no trial tried; the last third of the trials is there for such."""
-    for seed in range(3):
-        spec = spec_for(tmp_path / f"{seed}" / "out", items, search__trials=12, search__rungs=1, search__seed=seed)
+    for seed in (1, 2, 3):
+        spec = spec_for(tmp_path / f"{seed}" / "out", items, search__trials=6, search__rungs=1, search__seed=seed)
         summary = run(spec, PlantedEngine()).summary
         tried = {trial["policy"] for trial in summary["trials"]}
-        assert {candidate["policy"] for candidate in summary["ladder"]} <= tried, seed
+        assert {candidate["describe"] for candidate in summary["ladder"]} <= tried, seed
