@@ -1,9 +1,8 @@
 """From a candidate's blocks to a verdict, and from verdicts to the chosen candidate. Pure.
 
-Facts page "statistics", section Selection. The checks of `judge` in order: failed requests, latency limits, speed,
-accuracy. A candidate that fails one of the first three is skipped, since the safe candidates are the slow ones and nothing
-of the significance level has been spent on it. The first that fails the accuracy test ends the ladder: a fixed sequence
-needs no correction. Of those that pass all checks, the one that was measured fastest is chosen.
+The checks of `judge` in order: failed requests, latency limits, speed, accuracy. A candidate that fails one of the first three is
+skipped, since the safe candidates are the slow ones and nothing of the significance level has been spent on it. The first that
+fails the accuracy test ends the ladder: a fixed sequence needs no correction. Of those that pass all checks, the one that was measured fastest is chosen.
 """
 
 from __future__ import annotations

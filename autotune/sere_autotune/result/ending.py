@@ -50,7 +50,7 @@ def counts(run: Run) -> dict[str, int]:
     complete = run.study.complete()
     crashed = sum(bool(t.user_attrs.get("crash")) for t in complete)
     feasible = sum(all(by <= 0 for by in t.constraints.values()) for t in complete)
-    # The names are the operator's (ARCHITECTURE.md): they become status.trials of the SereTuningJob.
+    # The names are the operator's (docs/reference.md): they become status.trials of the SereTuningJob.
     return {
         "scheduled": run.spec.search.trials,
         "completed": len(complete),

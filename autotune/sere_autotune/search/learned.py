@@ -1,4 +1,4 @@
-"""What the trials so far teach: the noise floor, and the ladder that is frozen at the end. No engine."""
+"""What the trials so far teach: the noise floor, the candidate of the ladder to measure next, and the ladder that is frozen at the end."""
 
 from __future__ import annotations
 

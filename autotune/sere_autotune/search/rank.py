@@ -1,4 +1,8 @@
-"""The ranking stage: trials on the warm engine until a budget ends. Search ranks, nothing more."""
+"""The ranking stage: trials on the warm engine until a budget ends. Search ranks, nothing more.
+
+Exact routing comes first, then a few settings that evidence suggests, then what Optuna's sampler draws. In the last third of the
+trials, candidates that the ladder would have now and that no trial measured come before the sampler's.
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Leaf:
     """One option: its place in the file, and what its help says."""
 
     path: tuple[str, ...]
-    type: str  # as help shows it: `<int>`, `model|tpe|random`
+    type: str  # as help shows it: `<int>`, `random|tpe`
     description: str
     bounds: str  # `x>=1`, or nothing
     default: str  # words where the model has no value; REQUIRED where one must be given
