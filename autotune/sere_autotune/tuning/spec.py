@@ -48,7 +48,7 @@ __all__ = [
 class CalibrateSpec(Record):
     """How to make the similarity artefact before the search."""
 
-    data: Annotated[str, Field(description="file of calibration prompts"), Unset("the search items' prompts")]
+    data: Annotated[str, Field(description="file of calibration prompts"), Unset("the search items with their answers")]
 
 
 class WorkloadSpec(WorkloadShape):

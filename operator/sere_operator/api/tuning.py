@@ -106,7 +106,7 @@ class Tuning(SearchBudget, Constrained):
     ] = None
     workload: Workload
     search: Annotated[SearchDetails | None, Field(description="how the search goes about it")] = None
-    certify: Annotated[CertifySpec | None, Field(description="how the finalists are measured")] = None
+    certify: Annotated[CertifySpec | None, Field(description="how the candidates that the search picked are measured")] = None
     resources: Annotated[Resources | None, Field(description="of the tuning pod. Default: spec.resources.")] = None
     volumes: Annotated[Volumes, Field(description="further claims, beside spec.volumes")] = ()
     pod_template: Annotated[

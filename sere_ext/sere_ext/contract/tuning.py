@@ -218,7 +218,11 @@ class SearchBudget(Record):
     )
     rungs: Annotated[
         int,
-        Field(ge=1, le=8, description="candidates that may be certified, as far as half of the budget pays for more than three"),
+        Field(
+            ge=1,
+            le=8,
+            description="candidates that go to certification at most; more than three only where half of the budget pays for them",
+        ),
     ] = 8
 
     @field_validator("policies")
@@ -233,7 +237,7 @@ class SearchDetails(Record):
     wall_minutes: Annotated[
         float | None, Field(gt=0, le=1_000_000, description="budget: minutes on the clock"), Unset("none")
     ] = None
-    sampler: Annotated[Literal["random", "tpe"], Field(description="Optuna's sampler that proposes trials")] = "random"
+    sampler: Annotated[Literal["random", "tpe"], Field(description="Optuna's sampler that draws the trials")] = "random"
     items_per_trial: Annotated[int, Field(ge=16, le=_MAX_COUNT, description="labelled items per trial and load level")] = 500
     trial_seconds: Annotated[
         float, Field(gt=0, le=86_400, description="longest measurement of a trial, seconds per load level")
@@ -246,7 +250,7 @@ class SearchDetails(Record):
     layer_groups: Annotated[
         bool,
         Field(
-            description="S between two whole numbers too, the larger in those layers that need it most, as measured; false: one S for all layers"
+            description="S between two whole numbers too, the larger in those layers that need it most, as a search of 16 trials or more measures; false: one S for all layers"
         ),
     ] = True
     min_share: Annotated[
@@ -271,7 +275,7 @@ class SearchDetails(Record):
 
 
 class CertifySpec(Record):
-    """How the finalists of the search are measured."""
+    """How the candidates that the search picked are measured."""
 
     pairs: Annotated[int, Field(ge=2, le=100, description="paired blocks, exact and candidate each once")] = 10
     block_seconds: Annotated[float, Field(ge=1, le=86_400, description="least length of a block of the faster side, seconds")] = (
@@ -282,8 +286,8 @@ class CertifySpec(Record):
     ] = 15.0
     items: Annotated[
         int | None,
-        Field(ge=1, le=_MAX_COUNT, description="items for certification, per side"),
-        Unset("as many as the blocks take"),
+        Field(ge=1, le=_MAX_COUNT, description="held-out items that a certificate may use, the same for both routings"),
+        Unset("all that the budget pays for"),
     ] = None
     most_load: Annotated[
         bool,
