@@ -155,7 +155,7 @@ def tuned(ground: Ground, world: Truth, seed: int, engine: WorldEngine, changes:
     return finished
 
 
-def measured(run: Run, space: Space, model: PolicyModel) -> list[tuple[float, Pick]]:
+def measured(run: Run, space: Space, model: PolicyModel) -> list[Pick]:
     """The ladder of a tuner without models: of the policies that kept all limits in their trials, the fastest, slow to fast.
 
     The predictions that come with each are what its trial measured.
@@ -169,7 +169,7 @@ def measured(run: Run, space: Space, model: PolicyModel) -> list[tuple[float, Pi
             drop, differ = (level.losses - level.gains) / level.items, (level.losses + level.gains) / level.items
             found[table] = Pick(table, drop, differ, float(exact.value or 1) / float(trial.value or 1))
     fastest = sorted(found.values(), key=lambda pick: pick.speedup)[-run.spec.search.rungs :]
-    return [(pick.drop / run.max_drop, pick) for pick in fastest if pick.speedup > 1]
+    return [pick for pick in fastest if pick.speedup > 1]
 
 
 def bisected(ground: Ground, world: Truth, seed: int, trials: int, engine: WorldEngine) -> float:

@@ -46,7 +46,6 @@ def given_ladder(run: Run, policy: Policy) -> list[Candidate]:
         Candidate(
             policy.to_json_dict(),
             policy.describe(),
-            1.0,
             min(drop, run.max_drop / 2),
             d,
             speed,

@@ -44,8 +44,8 @@ def pick_ladder(
     *,
     items: int,
     alpha: float = 0.05,
-) -> list[tuple[float, Pick]]:
-    """The ladder of most worth: (share of the limit that it is predicted to cost, pick), safe to fast; [] where nothing gains.
+) -> list[Pick]:
+    """The ladder of most worth, safe to fast; [] where nothing gains.
 
     Args:
         candidates: how many the ladder may have, at least 1.
@@ -71,14 +71,11 @@ def pick_ladder(
     order = [i for i in np.argsort(gains) if gains[i] > np.log(MIN_SPEEDUP)]
     ladder = best_ladder(speed[order], chance[order], candidates) if order else []
     return [
-        (
-            float(drop[i].mean() / max_drop) if max_drop else 0.0,
-            Pick(
-                tuple(model.choices[j] for j in tables[i]),
-                float(drop[i].mean()),
-                float(differ[i].mean()),
-                float(np.exp(gains[i])),
-            ),
+        Pick(
+            tuple(model.choices[j] for j in tables[i]),
+            float(drop[i].mean()),
+            float(differ[i].mean()),
+            float(np.exp(gains[i])),
         )
         for i in (order[place] for place in ladder)
     ]

@@ -104,10 +104,10 @@ def untried_candidate(run: Run, space: Space) -> Table | None:
         return None
     tried = {space.table(trial.params) for trial in done}
     picks = _picks(run, space, fitted_model(run, space, run.spec.search.seed + len(done)))
-    return next((pick.table for _, pick in picks if pick.table not in tried), None)
+    return next((pick.table for pick in picks if pick.table not in tried), None)
 
 
-def _picks(run: Run, space: Space, model: PolicyModel) -> list[tuple[float, Pick]]:
+def _picks(run: Run, space: Space, model: PolicyModel) -> list[Pick]:
     """The ladder that the trials teach."""
     candidates = planner.planned_candidates(run.spec, run.study.get(PACE), run.cert_items)
     allowed = _allowed(run, space, model)
@@ -122,13 +122,13 @@ def freeze_ladder(run: Run) -> list[Candidate]:
     space = run.space()
     model = fitted_model(run, space, run.spec.search.seed)
     picks = _picks(run, space, model)
-    ladder = [_candidate(run, space, model, fraction, pick, len(picks)) for fraction, pick in picks]
+    ladder = [_candidate(run, space, model, pick, len(picks)) for pick in picks]
     if ladder or not run.study.get(SEARCH_ENDED):  # a search cut short may go on with a raised budget
         run.study.put(LADDER, ladder)
     return ladder
 
 
-def _candidate(run: Run, space: Space, model: PolicyModel, fraction: float, pick: Pick, candidates: int) -> Candidate:
+def _candidate(run: Run, space: Space, model: PolicyModel, pick: Pick, candidates: int) -> Candidate:
     policy = space.policy(pick.table)
     index = [model.choices.index(choice) for choice in pick.table]
     drops = np.mean([model.drop(b)[:, i] for b, i in enumerate(index)], axis=0)
@@ -144,8 +144,8 @@ def _candidate(run: Run, space: Space, model: PolicyModel, fraction: float, pick
         stats.power(items, noise_discordance(run) + float(excess[i]), float(drops[i]), run.max_drop, run.alpha) for i in some
     ]
     return Candidate(
-        policy=policy.to_json_dict(), describe=policy.describe(), fraction=fraction, drop=pick.drop,
-        discordance=pick.discordance, speedup=pick.speedup, power=float(np.mean(chance)), items=items, per_block=per_block,
+        policy=policy.to_json_dict(), describe=policy.describe(), drop=pick.drop, discordance=pick.discordance,
+        speedup=pick.speedup, power=float(np.mean(chance)), items=items, per_block=per_block,
         slots=slots(run, space, pick.table),
     )  # fmt: skip
 

@@ -63,7 +63,6 @@ class Candidate:
 
     policy: dict[str, Any]
     describe: str
-    fraction: float  # share of the accuracy limit that it may be predicted to cost
     drop: float  # share of items
     discordance: float  # share of items, noise floor included
     speedup: float

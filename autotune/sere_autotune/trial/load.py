@@ -65,7 +65,6 @@ class Sent:
     e2el_ms: float
     start_s: float
     end_s: float
-    itl_max_ms: float = 0.0
     error: str | None = None
 
     @property
@@ -132,11 +131,10 @@ class _Runner:
     async def one(self, index: int | None, request: Request, scheduled: float | None) -> None:
         begin = time.perf_counter() if scheduled is None else scheduled
         first = last = None
-        text, tokens, gap, error = "", 0, 0.0, None
+        text, tokens, error = "", 0, None
         try:
             async for chunk, count in self.send(request):
                 now = time.perf_counter()
-                gap = max(gap, now - last) if last is not None else gap
                 first, last = first or now, now
                 text += chunk
                 tokens += count
@@ -153,7 +151,7 @@ class _Runner:
             correct=request.item.correct(text) if request.item is not None and error is None else None,
             text=text, tokens=tokens,
             ttft_ms=((first or end) - begin) * 1e3, e2el_ms=(end - begin) * 1e3,
-            start_s=begin - self.begin, end_s=end - self.begin, itl_max_ms=gap * 1e3, error=error,
+            start_s=begin - self.begin, end_s=end - self.begin, error=error,
         )  # fmt: skip
         while self.watch and self.stopped is None and self.judged in self.results:
             self.stopped = self.watch(self.judged, self.results[self.judged])

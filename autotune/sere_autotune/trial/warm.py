@@ -41,8 +41,6 @@ class WarmEngine:
     actor: Any = None
     facts: EngineFacts | None = None
     start_seconds: float = 0.0
-    switch_seconds: float = 0.0  # summed over switches
-    switches: int = 0
     on_start: Any = None  # called when device time begins and ends: (running: bool) -> None
     _ray: Any = field(default=None, repr=False)
     _left_s: Callable[[], float] | None = field(default=None, repr=False)
@@ -89,10 +87,7 @@ class WarmEngine:
         """Put a policy in force on every rank, with a clean prefix cache; also where it already is, for the cache's sake."""
         if self.actor is None:
             self.start()
-        began = time.monotonic()
         self._call(self.actor.apply.remote(json.dumps(policy.to_json_dict())), SWITCH_TIMEOUT_S, f"switching to {policy.digest}")
-        self.switch_seconds += time.monotonic() - began
-        self.switches += 1
 
     def block(
         self,

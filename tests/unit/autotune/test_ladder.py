@@ -67,7 +67,7 @@ def fitted(
         if number >= trials - trials // 3:
             model.fit(seen, seed + number)
             ladder = pick_ladder(model, limit, 1, 0.001, np.ones((1, len(model.choices)), bool), items=3000)
-            untried = [pick.table[0] for _, pick in ladder if pick.table[0] not in {o.choice for o in seen}]
+            untried = [pick.table[0] for pick in ladder if pick.table[0] not in {o.choice for o in seen}]
             choice = untried[0] if untried else choice
         excess, _, gain = world(choice)
         losses, gains = rng.poisson(items * excess * 0.8), rng.poisson(items * excess * 0.2)
@@ -81,9 +81,9 @@ def test_the_model_ranks_after_a_dozen_trials_and_the_ladder_keeps_the_budget() 
     for seed in range(3):
         model = fitted(12, seed)
         ladder = pick_ladder(model, 0.01, 3, 0.001, np.ones((1, len(model.choices)), bool), items=3000)
-        assert [c.speedup for _, c in ladder] == sorted(c.speedup for _, c in ladder)
-        broken += world(ladder[0][1].table[0])[1] > 0.01
-        gain = max(world(pick.table[0])[2] for _, pick in ladder if world(pick.table[0])[1] <= 0.01)
+        assert [c.speedup for c in ladder] == sorted(c.speedup for c in ladder)
+        broken += world(ladder[0].table[0])[1] > 0.01
+        gain = max(world(pick.table[0])[2] for pick in ladder if world(pick.table[0])[1] <= 0.01)
         best = max(world(c)[2] for c in model.choices[1:] if world(c)[1] <= 0.01)
         regrets.append(best - gain)
     assert broken == 0
@@ -97,7 +97,7 @@ def test_one_candidate_after_few_small_trials_certifies_nearly_always(speed_nois
     for seed in range(6):
         model = fitted(8, seed, items=160, speed_noise=speed_noise, limit=0.02)
         found = pick_ladder(model, 0.02, 1, 0.001, np.ones((1, len(model.choices)), bool), items=1100)
-        excess, drop, _ = world(found[0][1].table[0]) if found else (0.0, 1.0, 0.0)
+        excess, drop, _ = world(found[0].table[0]) if found else (0.0, 1.0, 0.0)
         chances.append(power(1100, 0.001 + excess, drop, 0.02, 0.05))
     assert np.mean(chances) > 0.9, chances
 
@@ -170,9 +170,9 @@ def test_one_candidate_is_of_those_that_certify_and_gain_most_surely(
     )
     allowed = np.ones((1, 4), bool)
     (first, *_) = pick_ladder(model, 0.02, 1, 0.001, allowed, items=1000)
-    assert first[1].table == (SAFE,), why
+    assert first.table == (SAFE,), why
     model.drops[2], model.speeds[2] = (0.001, 0.002), (0.3, 0.3)
-    assert pick_ladder(model, 0.02, 1, 0.001, allowed, items=1000)[0][1].table == (LUCKY,), "as sure as the other, and faster"
+    assert pick_ladder(model, 0.02, 1, 0.001, allowed, items=1000)[0].table == (LUCKY,), "as sure as the other, and faster"
     allowed[0, 1:3] = False
     assert pick_ladder(model, 0.02, 1, 0.001, allowed, items=1000) == [], "what gains under 2 % needs no certificate"
 
@@ -183,7 +183,7 @@ def test_a_safe_candidate_comes_before_a_daring_one_where_there_is_room_for_both
         {SAFE: (0.16, 0.2), LUCKY: (0.5, 0.5), NOTHING: (0.01, 0.01)},
     )
     found = pick_ladder(model, 0.02, 3, 0.001, np.ones((1, 4), bool), items=1000)
-    assert [pick.table for _, pick in found] == [(SAFE,), (LUCKY,)]
+    assert [pick.table for pick in found] == [(SAFE,), (LUCKY,)]
 
 
 def test_the_best_ladder_is_nearly_that_of_brute_force() -> None:
