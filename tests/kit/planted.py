@@ -81,7 +81,7 @@ class PlantedEngine:
         return None
 
     def start(self) -> EngineFacts:
-        return EngineFacts(key=KEY, top_k=4, ranks=1, most_requests=self.most_requests)
+        return EngineFacts(key=KEY, top_k=4, most_requests=self.most_requests)
 
     def apply(self, policy: Policy) -> None:
         self.policy = policy

@@ -103,7 +103,7 @@ class WorldEngine:
 
     def start(self) -> EngineFacts:
         world = self.world
-        return EngineFacts(key=KEY, top_k=world.top_k, ranks=1, layers=tuple(range(world.layers)), experts=world.experts)
+        return EngineFacts(key=KEY, top_k=world.top_k, layers=tuple(range(world.layers)), experts=world.experts)
 
     def apply(self, policy: Policy) -> None:
         self.policy = policy

@@ -130,8 +130,8 @@ class TuningStudy:
 
     # Trials.
 
-    def heal(self) -> list[int]:
-        """Enqueue again what a killed tuner left running, and close it. Returns the trials' numbers.
+    def heal(self) -> None:
+        """Enqueue again what a killed tuner left running, and close it.
 
         Where exact routing's trial was killed, the policies that are enqueued go behind it again: they are measured against it.
         """
@@ -147,7 +147,6 @@ class TuningStudy:
             self.study.enqueue_trial(params, user_attrs={"retry_of": number})
         for trial in waiting:
             self.study.enqueue_trial(trial.system_attrs["fixed_params"])
-        return list(planned)
 
     def enqueue_first(self, space: Space, trials: int) -> None:
         """Trial 0 is exact routing, then come the settings that evidence and the paper of SERE suggest; once per study."""

@@ -61,7 +61,6 @@ class EngineFacts:
 
     key: dict[str, Any]
     top_k: int
-    ranks: int
     layers: tuple[int, ...] = ()  # model layer numbers of the MoE layers
     experts: int = 0  # of each of them; 0 where nobody said
     most_requests: int = 0  # that it runs at once; 0 where nobody said

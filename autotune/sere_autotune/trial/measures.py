@@ -84,8 +84,6 @@ class Pairs:
     gains: int = 0
     differ: int = 0
     n: int = 0
-    exact_right: int = 0
-    chosen_right: int = 0
     seen: set[str] = field(default_factory=set)
 
     def add(self, item: str, exact: Answer, chosen: Answer) -> None:
@@ -97,8 +95,6 @@ class Pairs:
         self.losses += exact.correct and not chosen.correct
         self.gains += chosen.correct and not exact.correct
         self.differ += exact.text != chosen.text
-        self.exact_right += exact.correct
-        self.chosen_right += chosen.correct
 
 
 def answers(sent: Sequence[Sent]) -> dict[str, Answer]:

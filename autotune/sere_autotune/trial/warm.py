@@ -74,7 +74,6 @@ class WarmEngine:
         self.facts = EngineFacts(
             key=key.to_json_dict(),
             top_k=model.top_k,
-            ranks=len(states),
             layers=tuple(sorted(model.moe_layers)),
             experts=model.num_experts,
             most_requests=self._call(

@@ -199,7 +199,7 @@ def test_a_small_budget_is_left_to_the_search(tmp_path: Path, items: Path) -> No
 def look_at(engine: Any, *, top_k: int = 4) -> Any:
     served = Engine("model", "", EngineOptions(), "")
     work = Work(served, WorkloadSpec(), [Request(f"text {i}", 8) for i in range(64)], False, {})
-    return examine(engine, EngineFacts(KEY, top_k, 1), work, 1.02, 1.0, lambda _: None)
+    return examine(engine, EngineFacts(KEY, top_k), work, 1.02, 1.0, lambda _: None)
 
 
 def test_what_keeps_it_from_telling_is_one_sentence() -> None:
