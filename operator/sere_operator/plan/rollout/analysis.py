@@ -161,7 +161,7 @@ def golden_prompts_unanswered(case: Case) -> Verdict | None:
 
 def too_few_requests(case: Case) -> Verdict | None:
     """A side finished too few requests to be judged."""
-    for name, side in (("canary", case.canary), ("stable", case.stable)):
+    for name, side in (("canary", case.canary), ("stable side", case.stable)):
         if side.requests < case.min_requests:
             words = f"{name} finished {side.requests} of {case.min_requests} requests that are needed to judge"
             return Verdict(case.if_unknown, words)
