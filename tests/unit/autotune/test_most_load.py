@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,7 @@ def test_another_device_measures_no_load_and_keeps_the_outcome(tmp_path: Path, i
     class Elsewhere(PlantedEngine):
         def start(self) -> Any:
             facts = super().start()
-            return type(facts)(key={**facts.key, "device": "other"}, top_k=4, ranks=1)
+            return replace(facts, key={**facts.key, "device": "other"})
 
     first = run(spec_for(tmp_path / "out", items), PlantedEngine())
     second = run(seeking(tmp_path, items), Elsewhere())

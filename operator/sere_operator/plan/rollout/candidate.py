@@ -258,7 +258,9 @@ def _analyse(attempt: Attempt) -> Step:
     answered = golden_answers(attempt.known, "canary") and golden_answers(attempt.known, "stable")
     if prompts and not attempt.overdue and not answered:
         # Latency is counted from after the golden prompts on: they are not the traffic that is served.
-        return attempt.step(f"{prompts} golden prompts, of known answer, go to the canary and to the stable side, pods under the old policy")
+        return attempt.step(
+            f"{prompts} golden prompts, of known answer, go to the canary and to the stable side, pods under the old policy"
+        )
     if wanted.profile is not None and not prompts:
         return _ask(attempt, "the profile has no golden prompts, so the canary cannot be checked for harm to answers")
     if wanted.profile is not None and (why := golden_beyond_reach(wanted.profile.policy)):
