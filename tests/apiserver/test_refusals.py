@@ -77,13 +77,17 @@ def blocked(world: World, kind: str, condition: str, reason: str, words: str, na
         assert words in judged["message"], judged
         return True
 
+    def warned() -> bool:
+        told = [
+            event
+            for event in world.items("Event")
+            if event["type"] == "Warning" and event["involvedObject"]["kind"] == kind and words in event["message"]
+        ]
+        assert [event["reason"] for event in told] == [reason]
+        return True
+
     eventually(check, 40, f"{kind} says {words}")
-    told = [
-        event
-        for event in world.items("Event")
-        if event["type"] == "Warning" and event["involvedObject"]["kind"] == kind and words in event["message"]
-    ]
-    assert [event["reason"] for event in told] == [reason]
+    eventually(warned, 10, f"one Warning about {kind}")  # it is posted after the status
 
 
 def test_a_quota_on_pods_is_said_of_engines_and_of_a_tuning_run(world: World) -> None:
