@@ -134,6 +134,10 @@ def prepare(args: argparse.Namespace) -> Path:
 def stage_engine(args: argparse.Namespace) -> dict[str, Any]:
     """Calibrate and tune; returns the profile's spec. Ends the program with the tuner's exit code if it chose nothing."""
     heading(f"1/2  Tune: a real MoE model on a live vLLM engine, about {TUNE_MINUTES} minutes on two quiet cores")
+    console.print(
+        "The model has 64 experts, 8 of them for a token, and was trained in this repository to work out rows of digits, which are the "
+        "questions. Its experts are widened (each neuron repeated, the same function) until reading weights is most of a step's time, as in large models."
+    )
     tuning = prepare(args)
     if needs_similarity(args):
         calibrate()

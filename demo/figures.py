@@ -36,6 +36,7 @@ def result(
             "items": accuracy["items"],
             "certified": evidence["certified"],
             "noise_floor": accuracy["noiseFloor"],
+            "points_lost_at_most": accuracy["upperBoundPoints"],
         },
         "active_experts": pair(evidence.get("activeExperts")),
         "speedup_mean": evidence.get("speedupMean"),
@@ -95,7 +96,8 @@ def show(answer: dict[str, Any], speedups: list[dict[str, Any] | None], report: 
     console.print(gained(answer))
     word = "certified" if accuracy["certified"] else "NOT certified"
     console.print(
-        f"Accuracy {word} on {accuracy['items']} held-out items; exact routing, asked twice, "
+        f"Accuracy {word} on {accuracy['items']} held-out items: at most {accuracy['points_lost_at_most']:.2f} points are lost, at 95 %. "
+        "Exact routing, asked twice, "
         f"answered {accuracy['noise_floor']:.1%} of search items differently."
     )
     if answer["rollout"]:

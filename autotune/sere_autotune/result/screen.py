@@ -45,7 +45,7 @@ def lines(summary: dict[str, Any]) -> str:
     sure = "NOT certified (advisory)" if summary["advisory"] else f"certified at {percent(accuracy['confidence'])}"
     found.append(
         f"accuracy    {result['exact_accuracy']:>7.2%}    {result['chosen_accuracy']:>7.2%}    -{accuracy['maxDropPoints']:<8g} "
-        f"{sure} on {result['items']:,} held-out items"
+        f"{sure} on {result['items']:,} held-out items: at most {result['upper_bound'] * 100:.2f} points lost"
     )
     # The test of speed is stricter than the limits that are shown, which are the same 95 % as those of every other ratio.
     speed = result["speed"]

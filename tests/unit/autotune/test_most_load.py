@@ -291,7 +291,27 @@ def test_pairs_that_contradict_the_search_step_down(tmp_path: Path, items: Path)
     found = run(seeking(tmp_path, items), Flattering(most_requests=24), report).summary["mostLoad"]
     assert found["load"] == 20
     assert not found["at_least"]
-    assert any("the policy was slower" in step and "a lower load is tried" in step for step in report.steps)
+    assert any("was not shown to be as fast" in step and "a lower load is tried" in step for step in report.steps)
+
+
+@pytest.mark.parametrize(("slow", "shown"), [(1.1, True), (1.9, False)], ids=["shown by more pairs", "not shown"])
+def test_no_load_is_named_whose_latency_is_not_shown(tmp_path: Path, items: Path, slow: float, shown: bool) -> None:
+    """At a greater load every other block of the policy is slower; three pairs cannot tell whether it keeps the latency."""
+
+    class Restless(PlantedEngine):
+        greater = 0
+
+        def block(self, requests: list[Request], load: Load, *rest: Any, **options: Any) -> BlockReport:
+            self.greater += load.concurrency > 16
+            self.tpot_ms = 20.0 * (slow if load.concurrency > 16 and self.greater % 2 == 0 else 1.0)
+            return super().block(requests, load, *rest, **options)
+
+    found = run(seeking(tmp_path, items), Restless(most_requests=18)).summary["mostLoad"]
+    if shown:
+        assert found["load"] == 18 and found["ratio"]["pairs"] == 6 and found["ratio"]["low"] >= 1
+    else:
+        assert found["load"] == 16 and found["ratio"] is None
+        assert "no more than the tuned 16 requests at a time was shown" in found["sentence"]
 
 
 def test_the_dry_run_counts_it(tmp_path: Path, items: Path) -> None:

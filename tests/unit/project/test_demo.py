@@ -116,8 +116,12 @@ def test_the_last_lines_name_one_ratio_and_one_interval_for_mean_tpot(monkeypatc
     kept = json.loads((ROOT / "benchmarks/results/demo-run-1.json").read_text())
     mean = kept["speedup_mean"]
     assert f"{mean['value']:.2f}" != f"{kept['tpot_ms']['exact'] / kept['tpot_ms']['tuned']:.2f}", "of two means it is another"
-    figures.show({**kept, "most_load": {"why_not": "was not asked for"}}, [mean], Path("/there/report.html"))
+    accuracy = {**kept["accuracy"], "points_lost_at_most": 0.8}
+    figures.show(
+        {**kept, "accuracy": accuracy, "most_load": {"why_not": "was not asked for"}}, [mean], Path("/there/report.html")
+    )
     text = shown.getvalue()
+    assert "at most 0.80 points are lost, at 95 %" in text, "what the certificate proves"
     assert re.findall(r"\d\.\d\dx", text) == [f"{mean['value']:.2f}x"]
     assert f"its next token {mean['value']:.2f} times as fast" in text
     assert text.count("[") == 1 and f"95 % limits [{mean['low']:.2f}, {mean['high']:.2f}]" in text
