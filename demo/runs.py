@@ -27,6 +27,8 @@ def row(number: int, run: dict[str, Any]) -> str:
     most = run.get("most_load", {"why_not": ""})
     load = "not measured"
     if "why_not" not in most:
+        load = "not shown"
+    if "why_not" not in most and most["ratio"]["low"] >= 1:
         load = (
             f"{'at least ' if most['at_least'] else ''}{most['times']:.1f}x, {most['requests']['tuned']:.0f} requests at a time"
         )
