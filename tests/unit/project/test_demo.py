@@ -171,7 +171,7 @@ RUN = {
     "speedup_mean": {"value": 1.75, "low": 1.66, "high": 1.84, "pairs": 4},
     "accuracy": {"exact": 0.999, "tuned": 0.998, "certified": True},
     "active_experts": {"exact": 48.5, "tuned": 22.2},
-    "most_load": {"requests": {"exact": 16.0, "tuned": 31.0}, "at_least": False, "times": 31 / 16},
+    "most_load": {"requests": {"exact": 16.0, "tuned": 31.0}, "at_least": False, "times": 31 / 16, "ratio": {"low": 1.0}},
     "seconds": {"tune": 402, "cluster": 162},
     "rollout": {"requests": 400, "errors": 0, "pod_restarts": 0, "seconds": 61.4},
 }
@@ -181,6 +181,11 @@ def test_several_runs_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "1.json").write_text(json.dumps(RUN))
     assert runs.main([str(tmp_path / "1.json")]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
+    (tmp_path / "2.json").write_text(
+        json.dumps({**RUN, "most_load": {"at_least": True, "times": 2.0, "requests": {"tuned": 32.0}, "ratio": {"low": 0.97}}})
+    )
+    runs.main([str(tmp_path / "2.json")])
+    assert "| not shown |" in capsys.readouterr().out, "an interval that holds less than 1 shows no load"
     assert (
         line
         == "| 1 | 6.7 + 2.7 | 35.0 -> 20.0 ms | 1.75x [1.66, 1.84] | 1.9x, 31 requests at a time | 0.10 | 48.5 -> 22.2 | 61 s, 0 of 400 failed |"
