@@ -115,7 +115,7 @@ def test_the_last_lines_name_one_ratio_and_one_interval_for_mean_tpot(monkeypatc
     monkeypatch.setattr(figures, "console", Console(file=shown, width=400))
     kept = json.loads((ROOT / "benchmarks/results/demo-run-1.json").read_text())
     mean = kept["speedup_mean"]
-    assert f"{mean['value']:.2f}" != f"{kept['tpot_ms']['exact'] / kept['tpot_ms']['tuned']:.2f}", "of two means it is another"
+    kept["tpot_ms"]["tuned"] = 1.02 * kept["tpot_ms"]["exact"] / mean["value"]  # the ratio of the two means is another
     accuracy = {**kept["accuracy"], "points_lost_at_most": 0.8}
     figures.show(
         {**kept, "accuracy": accuracy, "most_load": {"why_not": "was not asked for"}}, [mean], Path("/there/report.html")
