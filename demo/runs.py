@@ -25,10 +25,11 @@ def row(number: int, run: dict[str, Any]) -> str:
     lost = 100 * (run["accuracy"]["exact"] - run["accuracy"]["tuned"])
     experts = f"{active['exact']:.1f} -> {active['tuned']:.1f}" if active else "not counted"
     most = run.get("most_load", {"why_not": ""})
-    load = "not measured"
-    if "why_not" not in most:
+    if "why_not" in most:
+        load = "not measured"
+    elif most["ratio"]["low"] < 1:
         load = "not shown"
-    if "why_not" not in most and most["ratio"]["low"] >= 1:
+    else:
         load = (
             f"{'at least ' if most['at_least'] else ''}{most['times']:.1f}x, {most['requests']['tuned']:.0f} requests at a time"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from sere_autotune.planner import ASSUMED_TRUE_DROP, Plan
+from sere_autotune.planner import ASSUMED_TRUE_DROP, Plan, budget_seconds
 from sere_autotune.tuning.spec import TuningSpec
 from sere_autotune.words import about, percent
 
@@ -70,10 +70,10 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
         f"of up to {plan.rungs} candidate{'s' if plan.rungs > 1 else ''} {least}{about(plan.certify_s)};{most_load} {least}{about(total)} in all ({basis})"
     )
     wall = f", {spec.search.wall_minutes:g} minutes on the clock" if spec.search.wall_minutes else ""
-    short = total * spec.engine.tensor_parallel_size > spec.search.device_hours * 3600
+    short = total > budget_seconds(spec)
     cut = "; less than the estimate above, so trials or candidates may be cut (search.deviceHours)" if short else ""
     lines.append(f"Budget     {spec.search.device_hours:g} device-hours{wall}; it is never exceeded{cut}")
-    if spec.search.device_hours * 3600 < plan.start_s * spec.engine.tensor_parallel_size:
+    if budget_seconds(spec) < plan.start_s:
         lines.append(f"           it ends before an engine has started ({about(plan.start_s)}); raise search.deviceHours")
     lines += [f"Note       {note}" for note in plan.notes]
     return "\n".join(lines)

@@ -120,7 +120,7 @@ def make_plan(
         search_items=items - cert_items, source=source, noise=noise, needs=needs, smallest=smallest, openings=openings,
         can_certify=not problem, problem=problem,
         start_s=pace.start_s if pace else ASSUMED_START_S, trials=spec.search.trials if searches else 0,
-        ceiling_s=ceiling_seconds(spec.search.device_hours * 3600 / spec.engine.tensor_parallel_size) if searches else 0.0,
+        ceiling_s=ceiling_seconds(budget_seconds(spec)) if searches else 0.0,
         rungs=candidates, search_s=search_seconds(spec, pace) if searches else 0.0, certify_s=candidates * candidate_seconds(spec, pace, levels),
         most_load_s=most_load_seconds(spec, pace), pace_known=pace is not None,
         notes=([warning] if warning else []) + (_notes(spec, items - cert_items, pace) if searches else []),
@@ -163,6 +163,11 @@ def _notes(spec: TuningSpec, search_items: int, pace: Pace | None) -> list[str]:
     if spec.search.trials == 1:
         found.append("trials 1 is exact routing alone, so no policy is searched; give 2 or more")
     return found
+
+
+def budget_seconds(spec: TuningSpec) -> float:
+    """How long an engine may run for search.deviceHours, in seconds."""
+    return spec.search.device_hours * 3600 / spec.engine.tensor_parallel_size
 
 
 def ceiling_seconds(left_s: float) -> float:
@@ -216,7 +221,7 @@ def planned_candidates(spec: TuningSpec, pace: Pace | None, items: int = 0) -> i
     A finer ladder ends nearer to the limit, but only where it is walked to its end.
     """
     each_s = candidate_seconds(spec, pace, len(spec.workload.load.levels), items)
-    paid = int(spec.search.device_hours * 3600 / spec.engine.tensor_parallel_size / 2 / each_s)
+    paid = int(budget_seconds(spec) / 2 / each_s)
     return min(spec.search.rungs, max(LEAST_CANDIDATES, paid))
 
 

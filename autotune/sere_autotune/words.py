@@ -1,4 +1,4 @@
-"""Shares and times as people read them."""
+"""Shares, times and intervals as people read them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from __future__ import annotations
 def percent(share: float) -> str:
     """A share in [0, 1] in percent: `95%`, and `97.5%` where that is what was asked for."""
     return f"{round(share * 100, 6):g}%"
+
+
+def bracketed(low: float | None, high: float | None) -> str:
+    """An interval behind its value: ` [1.63, 1.81]`; nothing where it has no limits."""
+    return f" [{low:.2f}, {high:.2f}]" if low is not None and high is not None else ""
 
 
 def duration(seconds: float) -> str:

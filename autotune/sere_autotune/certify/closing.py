@@ -22,6 +22,7 @@ from sere_autotune.study.run import Run
 from sere_autotune.study.schema import LADDER, Interval, Key, LoadProbe, MeasuredBlock, MostLoad, block_key, load_block_key
 from sere_autotune.trial.items import Item
 from sere_autotune.trial.load import Load
+from sere_autotune.words import bracketed
 from sere_ext.contract.errors import BudgetExhaustedError
 from sere_ext.contract.policy import EXACT_POLICY, Policy
 
@@ -191,7 +192,7 @@ def _confirm(ground: _Ground, loads: Sequence[float], probes: list[LoadProbe]) -
             broken = (
                 "no TPOT was measured"
                 if ratio is None
-                else f"the policy was not shown to be as fast, exact / chosen {ratio.value:.2f} {_limits(ratio)}"
+                else f"the policy was not shown to be as fast, exact / chosen {ratio.value:.2f}{bracketed(ratio.low, ratio.high) or ' in one pair'}"
             )
         reason = f"at {ground.words(load)} {broken}"
         ground.run.report.step(f"{reason}; a lower load is tried", 0.0)
@@ -201,10 +202,6 @@ def _confirm(ground: _Ground, loads: Sequence[float], probes: list[LoadProbe]) -
 def _as_fast(ratio: Interval) -> bool:
     """Whether the policy at the greater load is shown to be as fast as exact routing at the tuned one."""
     return ratio.low is not None and ratio.low >= 1
-
-
-def _limits(ratio: Interval) -> str:
-    return f"[{ratio.low:.2f}, {ratio.high:.2f}]" if ratio.low is not None and ratio.high is not None else "in one pair"
 
 
 def _geometric_mean(blocks: Sequence[MeasuredBlock]) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from sere_autotune.certify import latency
 from sere_autotune.study.schema import LoadProbe, MeasuredBlock, MostLoad
+from sere_autotune.words import bracketed
 
 STEP = 1.12  # of the grid, at most: the load that is found is within so much of the most
 TIMES = 4.0  # the tuned load, at most
@@ -114,10 +115,8 @@ def sentence(most: MostLoad) -> str:
         return f"not measured: {most.reason}"
     if most.ratio is None:
         return f"no more than the tuned {most.tuned:g} {unit} was shown: {most.reason}"
-    low, high = most.ratio.low, most.ratio.high
-    interval = f" [{low:.2f}, {high:.2f}]" if low is not None and high is not None else ""
     return (
         f"{'at least ' if most.at_least else ''}{most.load:.4g} {unit} ({most.times:.2f}x) at mean TPOT {most.tpot_ms['chosen']:.1f} ms, "
-        f"where exact routing has {most.tpot_ms['exact']:.1f} ms at {most.tuned:g} (exact / chosen {most.ratio.value:.2f}{interval}, "
+        f"where exact routing has {most.tpot_ms['exact']:.1f} ms at {most.tuned:g} (exact / chosen {most.ratio.value:.2f}{bracketed(most.ratio.low, most.ratio.high)}, "
         f"{most.ratio.pairs} pairs); accuracy is certified at {most.tuned:g} {unit}"
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from sere_autotune.result import step_time
 from sere_autotune.result.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes
+from sere_autotune.words import bracketed
 
 _STYLE = """
 :root{--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--paper:#fff;--good:#1a7f37;--bad:#c4392b;--mark:#0969da;--wash:#f6f8fa}
@@ -96,8 +97,7 @@ def _certificate(summary: dict[str, Any]) -> str:
     for metric, name in shown:
         exact, chosen = (result["latency_ms"][routing][metric][name] for routing in ("exact", "chosen"))
         ratio = (result["speedup"].get(name) or {}) if metric == "tpot" else {}
-        interval = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio.get("low") is not None else ""
-        faster = f"{ratio['value']:.2f}x{interval}" if ratio else ""
+        faster = f"{ratio['value']:.2f}x{bracketed(ratio['low'], ratio['high'])}" if ratio else ""
         bound = limit.get((metric, name))
         rows.append([f"{metric.upper()} {name}", _number(exact, ".2f", " ms"), _number(chosen, ".2f", " ms"),
                      _number(bound, "g", " ms"), faster])  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sere_autotune.outcome import Ending
-from sere_autotune.words import percent
+from sere_autotune.words import bracketed, percent
 
 
 def lines(summary: dict[str, Any]) -> str:
@@ -37,7 +37,9 @@ def lines(summary: dict[str, Any]) -> str:
         exact, chosen = (result["latency_ms"][routing][metric][statistic] for routing in ("exact", "chosen"))
         bound = limit.get((metric, statistic))
         extra = (
-            f"{ratio['value']:.2f}x{_limits(ratio)} at {summary['condition']}, {ratio['pairs']} pairs" if metric == "tpot" else ""
+            f"{ratio['value']:.2f}x{bracketed(ratio['low'], ratio['high'])} at {summary['condition']}, {ratio['pairs']} pairs"
+            if metric == "tpot"
+            else ""
         )
         left = f"{metric.upper()} {statistic}"
         found.append(f"{left:<11} {exact:>6.1f} ms  {chosen:>6.1f} ms  {f'{bound:g} ms' if bound else '':<9} {extra}".rstrip())
@@ -48,10 +50,10 @@ def lines(summary: dict[str, Any]) -> str:
         f"{sure} on {result['items']:,} held-out items: at most {result['upper_bound'] * 100:.2f} points lost"
     )
     # The test of speed is stricter than the limits that are shown, which are the same 95 % as those of every other ratio.
-    speed = result["speed"]
+    speed, mean = result["speed"], result["speedup"]["mean"]
     found.append(
         f"speed       {speed['verdict']}, shown at {percent(1 - speed['alpha'])}: mean TPOT {speed['value']:.2f}x"
-        f"{_limits(result['speedup']['mean'])}; limits in brackets are at 95%"
+        f"{bracketed(mean['low'], mean['high'])}; limits in brackets are at 95%"
     )
     found += [f"  {part}" for part in parts(result)]
     if result["active_before"] is not None:
@@ -65,10 +67,6 @@ def lines(summary: dict[str, Any]) -> str:
     if candidate["describe"] not in {trial["policy"] for trial in summary["trials"]}:
         found.append(f"Picked   by a model of all {len(summary['trials'])} trials, none of which was this policy")
     return "\n".join([*found, *_not_taken(summary), report, f"Serve    {summary['serve']}"])
-
-
-def _limits(ratio: dict[str, Any]) -> str:
-    return f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio["low"] is not None else ""
 
 
 def parts(result: dict[str, Any]) -> list[str]:

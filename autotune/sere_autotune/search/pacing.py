@@ -11,8 +11,7 @@ def reserve_s(run: Run) -> float:
     """Seconds that are kept for certifying the ladder: for as many of its candidates as half of the budget pays for, at least one."""
     pace = run.study.get(PACE)
     one_s = planner.candidate_seconds(run.spec, pace, len(run.spec.workload.load.levels)) * 1.15 + 5
-    total_s = run.spec.search.device_hours * 3600 / run.budget.devices
-    return one_s * max(1, min(planner.planned_candidates(run.spec, pace), int(total_s / 2 / one_s)))
+    return one_s * max(1, min(planner.planned_candidates(run.spec, pace), int(planner.budget_seconds(run.spec) / 2 / one_s)))
 
 
 def longest_trial_seconds(run: Run) -> float:

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from sere_autotune.doctor.finding import Finding
 from sere_autotune.outcome import Outcome
 from sere_autotune.tuning.spec import BucketEdges
+from sere_autotune.words import bracketed
 
 T = TypeVar("T")
 
@@ -127,8 +128,7 @@ class SpeedVerdict:
     alpha: float
 
     def __str__(self) -> str:
-        limits = f" [{self.low:.2f}, {self.high:.2f}]" if self.low is not None and self.high is not None else ""
-        return f"{self.value:.2f}x{limits}"
+        return f"{self.value:.2f}x{bracketed(self.low, self.high)}"
 
 
 @dataclass(frozen=True)
