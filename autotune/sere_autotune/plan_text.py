@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 
 from sere_autotune.planner import ASSUMED_TRUE_DROP, Plan, budget_seconds
@@ -25,11 +26,18 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
         f"Accuracy   limit {plan.limit * 100:g} point{'s' if plan.limit != 0.01 else ''} at {percent(plan.confidence)}; "
         f"{plan.items:,} items, {plan.cert_items:,} of them kept for certification"
     ]
+    if plan.trials:
+        per_trial = min(spec.search.items_per_trial, plan.search_items)
+        lines.append(
+            f"           {plan.search_items:,} others are searched on: exact routing answers all of them and a trial {per_trial:,}; how often "
+            f"exact routing differs from itself is asked on {per_trial:,} of them once and on a quarter as many beside each trial"
+        )
     if plan.openings:
         lines.append(
             f"           {plan.openings} earlier stud{'ies' if plan.openings > 1 else 'y'} opened these items, so only "
             f"alpha = {plan.alpha:.3g} is left; fresh items restore it"
         )
+    lines.append(f"           {_outlook(plan)}" if plan.can_certify else f"           CANNOT CERTIFY: {plan.problem}")
     for index, need in enumerate(plan.needs):
         if need.true_some is None:
             continue
@@ -39,21 +47,13 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
             start = f"at {need.discordance:.0%} difference "
         lines.append(
             f"           {start}{need.true_some:,} items certify a policy that truly costs "
-            f"{plan.limit * 100 * ASSUMED_TRUE_DROP:.2g} points, {need.true_zero:,} one that costs nothing"
+            f"{_true_cost(plan)}, {need.true_zero:,} one that costs nothing"
         )
     if plan.smallest is not None:
         lines.append(
             f"           the smallest limit that {plan.cert_items:,} items could certify is {plan.smallest * 100:.2f} points"
             + ("" if plan.noise is not None else ", if no answer differs at all")
         )
-    lines.append(
-        "           "
-        + (
-            "this limit can be certified if answers differ little enough"
-            if plan.can_certify
-            else f"CANNOT CERTIFY: {plan.problem}"
-        )
-    )
     lines.append(f"Similarity {plan.source.describe(plan.search_items)}")
     basis = (
         "at the pace of the last run"
@@ -77,3 +77,25 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
         lines.append(f"           it ends before an engine has started ({about(plan.start_s)}); raise search.deviceHours")
     lines += [f"Note       {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _true_cost(plan: Plan) -> str:
+    return f"{plan.limit * 100 * ASSUMED_TRUE_DROP:.2g} points"
+
+
+def _outlook(plan: Plan) -> str:
+    """Up to which difference the items that are kept certify the limit, and what a difference is."""
+    some = f"up to {_at_most(plan.most_some)} for one that" if plan.most_some is not None else "at none for one that"
+    return (
+        f"this limit can be certified if answers differ little enough: {plan.cert_items:,} items suffice up to {_at_most(plan.most_zero or 0.0)} "
+        f"difference for a policy that costs nothing, {some} truly costs {_true_cost(plan)} (difference: items that only one of the "
+        "two routings answers right; suffice: with a chance of 80%)"
+    )
+
+
+def _at_most(share: float) -> str:
+    """A share in percent, two digits of it and never rounded up: `1.2%` for 0.0129."""
+    if share <= 0:
+        return "0%"
+    places = 1 - math.floor(math.log10(share * 100))
+    return f"{math.floor(share * 100 * 10**places) / 10**places:g}%"

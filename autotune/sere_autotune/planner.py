@@ -10,7 +10,7 @@ from typing import Any
 from sere_autotune.calibration import Source
 from sere_autotune.study.ledger import spent_alpha
 from sere_autotune.study.schema import Pace
-from sere_autotune.trial.stats import items_needed, smallest_limit
+from sere_autotune.trial.stats import items_needed, largest_difference, smallest_limit
 from sere_autotune.tuning.space import S_STEPS
 from sere_autotune.tuning.spec import SearchSpec, TuningSpec, flag_value
 from sere_autotune.words import percent
@@ -51,6 +51,8 @@ class Plan:
     source: Source
     noise: float | None  # discordance of exact against exact last time
     needs: list[Need] = field(default_factory=list)
+    most_zero: float | None = None  # largest discordance at which the items kept certify a policy that costs nothing,
+    most_some: float | None = None  # and one that truly costs ASSUMED_TRUE_DROP of the limit; None: at none
     smallest: float | None = None  # share that the items could certify at the least discordance in question
     openings: int = 0
     can_certify: bool = True
@@ -112,12 +114,13 @@ def make_plan(
         needs = [
             Need(d, items_needed(d, 0.0, limit, alpha), items_needed(d, ASSUMED_TRUE_DROP * limit, limit, alpha)) for d in grid
         ]
+    most_zero, most_some = (largest_difference(usable, drop * limit, limit, alpha) for drop in (0.0, ASSUMED_TRUE_DROP))
     least = noise if noise is not None else 0.0
     smallest = smallest_limit(usable, least, alpha)
     problem = _problem(spec, limit, usable, least, alpha, smallest)
     return Plan(
         limit=limit, confidence=spec.accuracy.confidence, alpha=alpha, items=items, cert_items=usable,
-        search_items=items - cert_items, source=source, noise=noise, needs=needs, smallest=smallest, openings=openings,
+        search_items=items - cert_items, source=source, noise=noise, needs=needs, most_zero=most_zero, most_some=most_some, smallest=smallest, openings=openings,
         can_certify=not problem, problem=problem,
         start_s=pace.start_s if pace else ASSUMED_START_S, trials=spec.search.trials if searches else 0,
         ceiling_s=ceiling_seconds(budget_seconds(spec)) if searches else 0.0,

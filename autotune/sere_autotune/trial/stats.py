@@ -138,6 +138,25 @@ def smallest_limit(n: int, d: float, alpha: float = 0.05, wanted_power: float = 
     return high
 
 
+def largest_difference(n: int, true_drop: float, limit: float, alpha: float = 0.05, wanted_power: float = 0.8) -> float | None:
+    """The largest share of discordant items at which n items certify `limit` with the wanted power; None where they never do.
+
+    Args:
+        true_drop: share that the policy truly costs. At least so many items differ.
+    """
+
+    def enough(d: float) -> bool:
+        return power(n, d, true_drop, limit, alpha) >= wanted_power
+
+    low, high = true_drop, 1.0
+    if not enough(low):
+        return None
+    while high - low > 0.0001:
+        middle = (low + high) / 2
+        low, high = (middle, high) if enough(middle) else (low, middle)
+    return low
+
+
 _BETS = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9])
 
 

@@ -13,6 +13,7 @@ from sere_autotune.study.ledger import Ledger
 from sere_autotune.study.schema import Pace
 from sere_autotune.study.weights import model_key
 from sere_autotune.trial.items import Item, load_items, search_count, split
+from sere_autotune.trial.stats import items_needed, largest_difference, power
 from sere_autotune.tuning.spec import AccuracySpec, TaskSpec
 from sere_ext.contract.errors import CannotCertifyError, PolicyError, UsageError
 from sere_ext.contract.policy import Policy
@@ -32,6 +33,43 @@ def test_the_dry_run_says_items_limit_and_time(tmp_path: Path) -> None:
     assert "at 1% difference 1,800 items certify a policy that truly costs 0.3 points" in text
     assert "this limit can be certified" in text
     assert "Budget     1 device-hours" in text
+
+
+def test_the_dry_run_says_which_items_are_for_what(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 1160, accuracy__searchItems=160, search__itemsPerTrial=96)
+    text = plan_text.describe(ready.plan, ready.spec)
+    assert "1,160 items, 1,000 of them kept for certification" in text
+    assert "160 others are searched on: exact routing answers all of them and a trial 96;" in text
+    assert "on 96 of them once and on a quarter as many beside each trial" in text
+    few = prepared(tmp_path, 1160, accuracy__searchItems=50, search__itemsPerTrial=96)
+    assert "answers all of them and a trial 50;" in plan_text.describe(few.plan, few.spec)
+    alone = prepare(ready.spec, Policy.parse({"buckets": [{"minTokens": 2, "kind": "topk", "S": 2}]}))
+    assert "searched on" not in plan_text.describe(alone.plan, alone.spec), "a given policy is not searched"
+
+
+def test_the_dry_run_says_up_to_which_difference_the_items_that_are_there_suffice(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 1160, accuracy__searchItems=160)
+    lines = plan_text.describe(ready.plan, ready.spec).splitlines()
+    (line,) = [line for line in lines if "this limit can be certified" in line]
+    assert (
+        "1,000 items suffice up to 1.2% difference for a policy that costs nothing, up to 0.34% for one that truly costs 0.3"
+        in line
+    )
+    assert lines.index(line) < min(i for i, other in enumerate(lines) if "difference 1,800 items certify" in other), (
+        "before what more would need"
+    )
+    few = prepared(tmp_path, 500, accuracy__searchItems=160)
+    text = plan_text.describe(few.plan, few.spec)
+    assert "340 items suffice up to 0.12% difference for a policy that costs nothing, at none for one that" in text
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.003])
+def test_the_largest_difference_is_the_one_at_which_so_many_items_are_needed(drop: float) -> None:
+    found = largest_difference(2000, drop, 0.01)
+    assert found is not None
+    assert power(2000, found, drop, 0.01, 0.05) >= 0.8 > power(2000, found + 0.001, drop, 0.01, 0.05)
+    assert items_needed(found, drop, 0.01) == pytest.approx(2000, rel=0.02)
+    assert largest_difference(200, drop, 0.01) is None
 
 
 def test_a_stored_noise_floor_and_pace_are_used(tmp_path: Path) -> None:
