@@ -212,7 +212,11 @@ def _trials(summary: dict[str, Any]) -> str:
         rows.append([str(trial["number"]), trial["policy"], _number(trial["tpotMs"]), _number(trial["accuracy"], ".2%"),
                      _points(trial["dropPoints"]), f"{trial['differShare']:.1%}", _number(active, ".1f"), str(trial["items"] or "–"), state])  # fmt: skip
     head = ["trial", "policy", "mean TPOT ms", "accuracy", "points", "answers differ", "experts", "items", ""]
-    note = "<p class=soft>Points and items: against exact routing's answers in trial 0 to the same items.</p>"
+    note = (
+        "<p class=soft>A trial only ranks. Mean TPOT: over several loads their geometric mean; what the machine was slower or faster than in "
+        "trial 0 is taken out, by answers under exact routing beside each trial. Points and items: against exact routing's answers in trial "
+        "0 to the same items.</p>"
+    )
     return "<h2>Trials</h2>" + _table(head, rows, raw=frozenset({8}), words=frozenset({1, 8})) + note
 
 

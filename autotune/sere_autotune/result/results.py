@@ -30,8 +30,10 @@ from sere_autotune.study.schema import (
     verdict_key,
 )
 from sere_autotune.study.study import TuningStudy
+from sere_autotune.trial.measures import objective
 from sere_autotune.tuning.spec import TuningSpec, engine_options
 from sere_ext.contract.files import write_whole
+from sere_ext.contract.policy import EXACT
 from sere_ext.contract.profile import Profile
 
 
@@ -77,13 +79,15 @@ def candidates(run: Run) -> list[tuple[Candidate, Verdict | None]]:
 
 def tried(study: TuningStudy) -> list[dict[str, Any]]:
     """Every complete trial, as summary.json lists it."""
-    trials = []
-    for trial in study.complete():
+    trials, complete = [], study.complete()
+    exact = next((study.levels(trial) for trial in complete if trial.user_attrs.get("digest") == EXACT), [])
+    exact_tpot_ms = [level.latency_ms["tpot"]["p50"] for level in exact]
+    for trial in complete:
         levels = study.levels(trial)
         items = sum(level.items for level in levels)
         trials.append({
             "number": trial.number, "policy": trial.user_attrs.get("describe", ""), "digest": trial.user_attrs.get("digest"),
-            "tpotMs": trial.value, "items": items,
+            "tpotMs": trial.value, "firstLoadTpotMs": objective(levels[:1], exact_tpot_ms) if levels else None, "items": items,
             "accuracy": sum(level.accuracy for level in levels) / len(levels) if levels else None,
             "dropPoints": 100 * sum(level.losses - level.gains for level in levels) / items if items else 0.0,
             "differShare": sum(level.differ for level in levels) / items if items else 0.0,

@@ -1,8 +1,12 @@
 """Step time against active experts: what a study measured, the line through it, and its plot as SVG. Pure.
 
 A step takes T = a + b U + c s, with U the active experts of an MoE layer and s the slots of a token, means over layers and steps.
-Active experts and slots are counted by the engine and by the replay of recorded routing, so they carry no noise; the milliseconds
-are those of the trials and of the certificate. The mean TPOT stands for the step time: a decoding request gets one token a step.
+Active experts and slots are counted by the engine and by the replay of recorded routing, so they carry no noise. The mean TPOT
+stands for the step time, since a decoding request gets one token a step; it holds the prompts that are computed between the steps, too.
+A trial's is the one of the report's table of trials (the machine's drift taken out), the certificate's the one of its blocks.
+
+The ceiling (`sere_autotune.doctor`) fits a law of the same form to decode steps alone, under policies whose slots differ. It therefore
+tells what slots cost, which the constant a holds here wherever all policies compute nearly the same number of them.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ class Point:
     Attributes:
         active: active experts per MoE layer and step.
         slots: of a token.
-        step_ms: mean TPOT in milliseconds.
+        step_ms: mean TPOT at the first load in milliseconds.
         name: what it is, in words.
         certified: of the certificate, and not a trial.
     """
@@ -54,7 +58,7 @@ class Line:
         return self.a + self.b * active + self.c * slots
 
     def share(self, active: float, slots: float) -> float:
-        """Share of a step that experts and slots take."""
+        """Share of a step that active experts take, and slots where they have a cost of their own in the line."""
         return 1 - self.a / self.at(active, slots)
 
 
@@ -63,9 +67,9 @@ def points(summary: dict[str, Any]) -> list[Point]:
     found = []
     for trial in summary["trials"]:
         level = trial["levels"][0] if trial["levels"] else None
-        if level is None or level["active_after"] is None or not trial["slots"] or not math.isfinite(trial["tpotMs"] or math.nan):
+        step = trial.get("firstLoadTpotMs") or math.nan
+        if level is None or level["active_after"] is None or not trial["slots"] or not math.isfinite(step):
             continue
-        step = level["latency_ms"]["tpot"]["mean"]
         found.append(Point(level["active_after"], trial["slots"][0], step, f"trial {trial['number']}: {trial['policy']}"))
     exact = next((trial for trial in summary["trials"] if trial["digest"] == "exact" and trial["slots"]), None)
     for candidate in summary["ladder"]:
@@ -112,12 +116,17 @@ def section(summary: dict[str, Any]) -> str:
     line = fit(measured)
     return (
         f"<h2>Step time against active experts</h2>{_svg(measured, line)}<p class=soft>{html.escape(_words(measured, line))}</p>"
+        + (f"<p class=soft>{html.escape(_beside_the_ceiling(summary['ceiling'], line))}</p>" if line is not None else "")
     )
 
 
 def _words(measured: Sequence[Point], line: Line | None) -> str:
     """What the fitted line says, and how much of the speed-up that it predicts was measured."""
-    what = "Filled: trials. Diamonds: the certificate. Active experts are counted by the engine, milliseconds are mean TPOT."
+    what = (
+        "Filled: trials. Diamonds: the certificate. Active experts are counted by the engine. Milliseconds are mean TPOT, with the prompts "
+        "that come between decode steps: a trial's at the first load with the machine's drift taken out, as in the table of trials; the "
+        "certificate's as measured in its blocks."
+    )
     if line is None:
         return f"{what} The points are too close together for a line."
     slots = f" + {line.c:.2f} ms x slots" if line.c > 0 else ""
@@ -126,9 +135,12 @@ def _words(measured: Sequence[Point], line: Line | None) -> str:
         "off the line (root mean square)."
     )
     exact = max(measured, key=lambda point: point.active)
-    text += f" Of a step with {exact.active:.1f} active experts, experts take {line.share(exact.active, exact.slots):.0%} by this line."
+    takers = "active experts and slots take" if line.c > 0 else "active experts take"
+    text += (
+        f" Of a step with {exact.active:.1f} active experts, {takers} {line.share(exact.active, exact.slots):.0%} by this line."
+    )
     if line.c <= 0:
-        text += " What a slot costs shows in none of these policies, so it is in the line's constant; the fit of `sere doctor` tells it apart."
+        text += " These policies compute nearly the same number of slots, so what slots cost is in the line's constant."
     certified = [point for point in measured if point.certified]
     if len(certified) >= 2:
         before, after = certified[-2:]
@@ -137,12 +149,37 @@ def _words(measured: Sequence[Point], line: Line | None) -> str:
     return text
 
 
+def _beside_the_ceiling(ceiling: dict[str, Any] | None, line: Line) -> str:
+    """Why the ceiling names another share of experts than the line, with the ceiling's share in its parts; empty without a ceiling.
+
+    Args:
+        ceiling: of the summary; where nothing could be told it has no law.
+    """
+    if not ceiling or "law" not in ceiling:
+        return ""
+    load = next((found for found in ceiling["ceilings"] if found["asked"]), None)
+    step = next((s for s in ceiling["steps"] if load and s["exact"] and s["requests"] == load["requests"]), None)
+    if load is None or step is None:
+        return ""
+    law, whole_ms = ceiling["law"], step["predictedMs"][0]
+    active, slots = (
+        law[cost][0] * step[count] / whole_ms for cost, count in (("msPerActiveExpert", "activeExperts"), ("msPerSlot", "slots"))
+    )
+    prompts = f" ({load['promptsShare']:.0%} of it)" if load["promptsShare"] is not None else ""
+    where = "its slots together with active experts" if line.c > 0 else "slots in its constant"
+    return (
+        f"Ceiling, from decode steps alone that were timed before the search under policies that differ in slots, too: {ceiling['sentence']}. "
+        f"Of such a step of {load['requests']} requests under exact routing active experts take {active:.0%} and slots {slots:.0%}, "
+        f"together the {load['expertsShare'][0]:.0%} that the ceiling calls the share of experts. The line above has prompts in its step{prompts}, and {where}."
+    )
+
+
 def _svg(measured: Sequence[Point], line: Line | None) -> str:
     right = max(point.active for point in measured) * 1.08
     axes = Axes((0.0, right), (0.0, max(point.step_ms for point in measured) * 1.1))
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="Step time over active experts">',
-        axes.grid("active experts per layer and step", "step time (mean TPOT), ms"),
+        axes.grid("active experts per layer and step", "mean TPOT (trials: drift taken out), ms"),
     ]
     if line is not None:
         slots = max(measured, key=lambda point: point.active).slots  # exact routing's: the line is drawn for all slots in use

@@ -45,6 +45,18 @@ def test_the_page_is_whole_and_loads_nothing(finished) -> None:
     assert page.count("<circle") == len(finished.summary["trials"])
 
 
+def test_the_plot_and_the_table_of_trials_have_one_figure_for_each_trial(finished) -> None:
+    """Each trial is measured while the machine is faster or slower than it was in trial 0."""
+    page = render(finished.summary)
+    tuned = [trial for trial in finished.summary["trials"] if trial["levels"] and trial["digest"] != "exact"]
+    assert any(abs(trial["tpotMs"] / trial["levels"][0]["latency_ms"]["tpot"]["mean"] - 1) > 0.001 for trial in tuned)
+    plot = page.partition("Step time against active experts")[2].partition("</svg>")[0]
+    for trial in tuned:
+        assert trial["firstLoadTpotMs"] == pytest.approx(trial["tpotMs"]), "there is one load"
+        assert re.search(rf"<title>trial {trial['number']}: [^<]*, {trial['tpotMs']:.2f} ms</title>", plot)
+    assert "Mean TPOT: over several loads" in page
+
+
 def test_names_are_escaped(finished) -> None:
     page = render({**finished.summary, "model": "</script><b>x", "message": "<i>"})
     assert "<b>x" not in page

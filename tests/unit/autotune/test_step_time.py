@@ -37,10 +37,18 @@ def level(active: float, ms: float) -> dict:
 
 
 SUMMARY = {
+    "ceiling": None,
     "trials": [
-        {"number": 0, "policy": "exact", "digest": "exact", "tpotMs": 33.0, "slots": [8.0], "levels": [level(48, 33)]},
-        {"number": 1, "policy": "oea S=2 <b>", "digest": "x", "tpotMs": 19.5, "slots": [8.0], "levels": [level(21, 19.5)]},
-        {"number": 2, "policy": "crashed", "digest": "y", "tpotMs": 330.0, "slots": [], "levels": []},
+        {"number": 0, "policy": "exact", "digest": "exact", "firstLoadTpotMs": 33.0, "slots": [8.0], "levels": [level(48, 33)]},
+        {
+            "number": 1,
+            "policy": "oea S=2 <b>",
+            "digest": "x",
+            "firstLoadTpotMs": 19.5,
+            "slots": [8.0],
+            "levels": [level(21, 18.0)],
+        },
+        {"number": 2, "policy": "crashed", "digest": "y", "firstLoadTpotMs": None, "slots": [], "levels": []},
     ],
     "ladder": [
         {
@@ -65,9 +73,43 @@ def test_trials_and_certificate_are_points_and_the_page_compares_prediction_and_
     page = section(SUMMARY)
     assert page.count("<rect") == 2
     assert page.count("<path") == 2
-    assert "experts take 7" in page  # 1 - a/T with a = 9.25 of 33.5
+    assert "active experts take 7" in page  # 1 - a/T with a = 9.25 of 33.5
     assert "For the certified policy it predicts 1.70x; measured: 1.70x." in page
     assert "<b>" not in page
+
+
+def test_a_trials_milliseconds_are_those_of_the_table_of_trials_and_the_axis_says_what_they_are() -> None:
+    page = section(SUMMARY)
+    assert "trial 1: oea S=2 &lt;b&gt;, 21.0 active experts, 8.0 slots, 19.50 ms" in page, "not the 18 ms of a faster moment"
+    assert ">mean TPOT (trials: drift taken out), ms<" in page
+
+
+def ceiling(**changed: object) -> dict:
+    """Of a model whose exact step of 40 ms has 50 active experts and 128 slots."""
+    load = {"requests": 16, "asked": True, "expertsShare": [0.92, 0.91, 0.93], "promptsShare": 0.06}
+    smaller = {"requests": 4, "asked": False, "expertsShare": [0.8, 0.7, 0.9], "promptsShare": 0.06}
+    step = {"requests": 16, "exact": True, "predictedMs": [40.0, 39.0, 41.0], "activeExperts": 50.0, "slots": 128.0}
+    steps = [{**step, "requests": 4}, {**step, "exact": False}, step]
+    law = {"msPerActiveExpert": [0.56, 0.5, 0.6], "msPerSlot": [0.07, 0.06, 0.08]}
+    found = {"sentence": "at most 3.8x; experts take 92%", "ceilings": [smaller, load], "law": law, "steps": steps}
+    return {key: value for key, value in (found | changed).items() if value is not None}
+
+
+def test_the_page_says_why_the_ceiling_and_the_line_name_two_shares_of_experts() -> None:
+    page = section({**SUMMARY, "ceiling": ceiling()})
+    assert (
+        "at most 3.8x; experts take 92%. Of such a step of 16 requests under exact routing active experts take 70% and slots 22%"
+        in page
+    )
+    assert "together the 92% that the ceiling calls the share of experts" in page
+    assert "The line above has prompts in its step (6% of it), and slots in its constant." in page
+    apart = [{**trial, "slots": [slots]} for trial, slots in zip(SUMMARY["trials"], (8.0, 2.0), strict=False)]
+    assert "active experts and slots take" in section({**SUMMARY, "trials": apart, "ceiling": ceiling()})
+
+
+@pytest.mark.parametrize("found", [None, ceiling(law=None), ceiling(ceilings=[]), ceiling(steps=[])])
+def test_without_a_ceiling_that_was_measured_nothing_is_compared(found: dict | None) -> None:
+    assert "The line above" not in section({**SUMMARY, "ceiling": found})
 
 
 def test_an_engine_that_counts_no_experts_has_no_plot() -> None:
