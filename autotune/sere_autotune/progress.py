@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sere_autotune.words import about
+from sere_autotune.words import about, over_limits
 
 _ROWS = 14
 
@@ -77,7 +77,7 @@ class Progress:
     def _row_text(row: dict[str, Any]) -> str:
         if row.get("crash"):
             return f"  trial {row['number']:>3}  {row['policy']:<42} engine crashed: {row['crash']}"
-        broken = f"  {_over(row)}" if row["broken"] else ""
+        broken = f"  {over_limits(row['broken'], row['items'])}" if row["broken"] else ""
         stopped = f"  ({row['stopped']})" if row["stopped"] else ""
         error = f"  first failed request: {row['error']}" if row.get("error") else ""
         points = f"{-row['dropPoints'] + 0.0:+6.2f} points" if row["items"] or row["exact"] else "no items to compare"
@@ -87,7 +87,13 @@ class Progress:
         )
 
     def _draw(self) -> Group:
-        table = Table(title=self.title, title_justify="left", expand=False)
+        judged = max((row["items"] for row in self.rows if "items" in row), default=0)
+        caption = (
+            f"Trials only rank: on {judged:,} items one answer is {100 / judged:.2f} points. Held-out items decide."
+            if judged
+            else None
+        )
+        table = Table(title=self.title, title_justify="left", caption=caption, caption_justify="left", expand=False)
         for name, right in (("trial", True), ("policy", False), ("TPOT ms", True), ("accuracy", True), ("points", True),
                             ("experts", True), ("", False)):  # fmt: skip
             table.add_column(name, justify="right" if right else "left", no_wrap=True)
@@ -95,7 +101,9 @@ class Progress:
             if row.get("crash"):
                 table.add_row(str(row["number"]), row["policy"], "", "", "", "", "[red]engine crashed[/red]")
                 continue
-            state = f"[red]{_over(row)}[/red]" if row["broken"] else "[green]feasible[/green]"
+            # The screen is narrow: what a trial's items can tell stands once, below the table.
+            short = over_limits(row["broken"], 0) if row["broken"] else ""
+            state = f"[red]{short}[/red]" if short else "[green]feasible[/green]"
             state += f" {escape(row['error'])}" if row.get("error") else ""
             active = f"{row['active']:.1f}" if row.get("active") is not None else ""
             table.add_row(str(row["number"]), row["policy"], f"{row['tpotMs']:.2f}", f"{row['accuracy']:.2%}",
@@ -103,9 +111,3 @@ class Progress:
         gone = time.monotonic() - self.began
         left = f", {about(self.left_s)} left" if self.left_s > 0 else ""
         return Group(table, Text(f"{self.name}   {self.now}   {gone:.0f} s gone{left}"))
-
-
-def _over(row: dict[str, Any]) -> str:
-    """Which limits a trial is over. Its few items only rank it, so how many they are stands beside the limit of accuracy."""
-    words = {"accuracy": f"accuracy on {row['items']} items"}
-    return f"over the limit of {', '.join(words.get(key, key) for key in row['broken'])}"

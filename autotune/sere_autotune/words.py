@@ -1,6 +1,8 @@
-"""Shares, times and intervals as people read them."""
+"""Shares, times, intervals and what a trial is over, as people read them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def percent(share: float) -> str:
@@ -25,3 +27,17 @@ def duration(seconds: float) -> str:
 def about(seconds: float) -> str:
     """An estimated time: `about 4 min`."""
     return f"about {duration(seconds)}"
+
+
+def over_limits(broken: Sequence[str], items: int) -> str:
+    """Which limits a trial is over. Its few items only rank policies, so the limit of accuracy comes with what one answer weighs.
+
+    Args:
+        broken: keys of the limits, such as `tpot.p95`; at least one.
+        items: that the trial's accuracy was compared on.
+    """
+    words = [key for key in broken if key != "accuracy" or not items]
+    if "accuracy" in broken and items:
+        answer = 100 / items
+        words.append(f"accuracy on {items:,} items, where one answer is {answer:.2f} points; a trial only ranks")
+    return f"over the limit of {', '.join(words)}"

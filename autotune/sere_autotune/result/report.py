@@ -11,7 +11,7 @@ from typing import Any
 
 from sere_autotune.result import step_time
 from sere_autotune.result.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes
-from sere_autotune.words import bracketed
+from sere_autotune.words import bracketed, over_limits
 
 _STYLE = """
 :root{--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--paper:#fff;--good:#1a7f37;--bad:#c4392b;--mark:#0969da;--wash:#f6f8fa}
@@ -203,7 +203,11 @@ def _trials(summary: dict[str, Any]) -> str:
     rows = []
     for trial in summary["trials"]:
         broken = [key for key, by in trial["violations"].items() if by > 0]
-        state = "<span class=good>feasible</span>" if not broken else f"<span class=bad>breaks {_e(', '.join(broken))}</span>"
+        state = (
+            "<span class=good>feasible</span>"
+            if not broken
+            else f"<span class=bad>{_e(over_limits(broken, trial['items']))}</span>"
+        )
         if trial["crash"]:
             state = "<span class=bad>engine crashed</span>"
         elif trial["stopped"]:
