@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 BAR = 32  # characters that stand for all experts of a layer
+LEGEND = "█ active with the policy, ░ active under exact routing alone, · not active"
 
 
 def pairs(value: Any) -> Iterator[tuple[float, float]]:
@@ -47,7 +48,10 @@ def active_experts(journal: str) -> tuple[float, float] | None:
 
 
 class Watch:
-    """Prints what a process says and keeps the live line under it; without a terminal a changed line is printed as it is.
+    """Prints what a process says and keeps the live line under it, with what its bar's parts are.
+
+    Without a terminal the line is printed as soon as there is one and then at the end of each stage, where it has changed. A stage
+    ends where the process prints a line that is not indented.
 
     Args:
         journal: of the study, read again at most once a second.
@@ -61,9 +65,13 @@ class Watch:
         self._read_at, self._printed = 0.0, ""
         self._found: tuple[float, float] | None = None
 
-    def line(self) -> str:
-        """Active experts as figures and bars, the minutes gone and to come."""
-        if time.monotonic() - self._read_at > 1:
+    def line(self, *, now: bool = False) -> str:
+        """Active experts as figures and a bar; empty before a policy was measured.
+
+        Args:
+            now: read the journal also where it was read less than a second ago.
+        """
+        if now or time.monotonic() - self._read_at > 1:
             self._read_at = time.monotonic()
             self._found = active_experts(self.journal.read_text()) if self.journal.exists() else None
         if self._found is None:
@@ -79,13 +87,25 @@ class Watch:
         live = Live(get_renderable=self._clock, console=self.console, refresh_per_second=2, transient=True)
         with live if self.console.is_terminal else nullcontext():
             for text in process.stdout:
+                if not text[0].isspace() or not text.strip():
+                    self._show(now=True)
                 self.console.print(text.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
-                if not self.console.is_terminal and (line := self.line()) != self._printed:
-                    self._printed = line
-                    self.console.print(line, markup=False, soft_wrap=True)
+                if not self._printed:
+                    self._show()
+            self._show(now=True)
         return process.wait()
+
+    def _show(self, *, now: bool = False) -> None:
+        """Print the line where there is no terminal and it says something new."""
+        if self.console.is_terminal or (line := self.line(now=now)) in ("", self._printed):
+            return
+        if not self._printed:
+            self.console.print(LEGEND, markup=False, soft_wrap=True)
+        self._printed = line
+        self.console.print(line, markup=False, soft_wrap=True)
 
     def _clock(self) -> Text:
         gone = (time.monotonic() - self.began) / 60
         left = f"about {self.minutes - gone:.0f} to go" if gone < self.minutes else "longer than expected"
-        return Text("\n".join(filter(None, (self.line(), f"{gone:.1f} minutes gone, {left}"))))
+        line = self.line()
+        return Text("\n".join(filter(None, (line, LEGEND if line else "", f"{gone:.1f} minutes gone, {left}"))))

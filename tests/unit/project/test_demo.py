@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +19,7 @@ from rich.console import Console
 
 from demo import __main__ as demo
 from demo import cluster, figures, runs
-from demo.watch import Watch, active_experts
+from demo.watch import LEGEND, Watch, active_experts
 from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.profile import Profile
 from tests.assets.make.models import ROWS_MOE
@@ -57,6 +61,42 @@ def test_a_process_is_followed_with_its_lines_its_status_and_the_live_line(tmp_p
     assert "trial 1 [bold]" in said, "brackets in the tuner's lines are no markup"
     assert "oh" in said
     assert said.count("50.4 exact -> 20.5 with the policy") == 1, "a line that did not change is not printed again"
+
+
+def test_a_log_has_what_the_bars_parts_are_once_and_the_line_first_and_at_the_end_of_each_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = tmp_path / "study.journal"
+    clock = itertools.count(0, 2)  # the journal is read at most once a second
+    monkeypatch.setattr("demo.watch.time.monotonic", lambda: next(clock))
+
+    def output() -> Iterator[str]:
+        for heading, counted in (("search", (20, 21, 22)), ("certify candidate 1", (30, 31, 32)), ("", (33,)), ("Chosen", ())):
+            yield f"{heading}\n"
+            for active in counted:
+                with journal.open("a") as file:
+                    file.write(block(50.0, active) + "\n")
+                yield f"  block of {active}\n"
+
+    process: Any = SimpleNamespace(stdout=output(), wait=lambda: 0)
+    screen = io.StringIO()
+    assert Watch(Console(file=screen, width=200), journal, 64, 10).follow(process) == 0
+    shown = [re.sub(r"active experts per .*-> (\S+) with the policy.*", r"\1", line) for line in screen.getvalue().splitlines()]
+    assert [line for line in shown if not line.startswith("  block")] == [
+        "search", LEGEND, "20.0", "22.0", "certify candidate 1", "32.0", "", "33.0", "Chosen",
+    ]  # fmt: skip
+    assert shown.index("20.0") < shown.index("  block of 21"), "as soon as there is one"
+
+
+def test_on_a_terminal_the_bars_parts_stand_below_it(tmp_path: Path) -> None:
+    journal = tmp_path / "study.journal"
+    watch = Watch(Console(file=io.StringIO(), force_terminal=True, width=200), journal, 64, 10)
+    assert LEGEND not in watch._clock().plain
+    journal.write_text(block(48.0, 16.0) + "\n")
+    watch.line(now=True)
+    shown = watch._clock().plain.splitlines()
+    assert shown[0].endswith("█" * 8 + "░" * 16 + "·" * 8)
+    assert shown[1] == LEGEND
 
 
 def test_without_a_study_nothing_is_invented(tmp_path: Path) -> None:
