@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from benchmarks import recorded
 from benchmarks import tuner as bench
 from sere_autotune.trial.load import Load
 from sere_autotune.tuning.space import EXACT, Choice
 from sere_ext.contract.policy import Kind, Policy
+from tests.kit import ROOT
 from tests.kit.replayed import Recording, Replayed, step_cost
 from tests.kit.truth import WorldEngine
 
@@ -141,6 +143,23 @@ def test_a_replayed_study_ends_with_a_policy_of_the_recording(tmp_path: Path) ->
     world = Replayed(Recording(held(wrong, 500), COST), seed=1)
     found = bench.study(bench.Ground(tmp_path, items=5000), world, 1, bench.OURS, trials=6)
     assert (found.law, found.policy.split()[0], found.regret) == ("replayed", "oea", 0.0), found
+
+
+def test_the_search_of_the_samples_ends_with_a_policy_nearly_always(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the recorded answers of the model that the sample serves: cluster tests and the demo's --tune-in-cluster go on from its profile."""
+    given = yaml.safe_load((ROOT / "manifests/samples/demo.yaml").read_text())["spec"]
+    monkeypatch.setattr(bench, "MAX_DROP", given["accuracy"]["maxDropPoints"] / 100)
+    recording, ground = Recording.read(), bench.Ground(tmp_path, items=1500)  # as many as the claim holds
+    asked = {
+        f"search__{key}": given["tuning"][key] for key in given["tuning"].keys() & {"trials", "deviceHours", "rungs", "policies"}
+    }
+    asked |= {f"search__{key}": value for key, value in given["tuning"]["search"].items()}
+    asked |= {f"certify__{key}": given["tuning"]["certify"][key] for key in ("pairs", "items")}
+    chosen = 0
+    for seed in range(12):
+        world = Replayed(recording, seed)
+        chosen += bench.tuned(ground, world, seed, WorldEngine(world, seed), asked.copy()).profile is not None
+    assert chosen >= 11
 
 
 def test_cells_that_the_file_has_are_not_decoded_again() -> None:
