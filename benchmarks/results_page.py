@@ -33,7 +33,8 @@ def engine_runs(speedup: dict[str, Any], tune: dict[str, Any], telemetry: dict[s
         found = f"nothing was certified ({tune['outcome']})"
     shares = telemetry["shareOfStepTime"]
     parts = {"operator with nothing to re-route": "operatorUnderExactRouting", "hook": "hookPerStep", "poll": "pollPerSecond"}
-    low, high = telemetry["tpotOnOverOff"]["interval95"]
+    ratios = [telemetry["tpotOverNone"][kind] for kind in ("hook", "hookAndPolling")]
+    hook, both = (interval(each["mean"], *each["interval95"], 2).replace(" [", "x [") for each in ratios)
     rows = [
         [
             f"{_widened(speedup)}, concurrency 16: {policy}",
@@ -53,8 +54,7 @@ def engine_runs(speedup: dict[str, Any], tune: dict[str, Any], telemetry: dict[s
             f"{_widened(telemetry)}, concurrency {telemetry['concurrency']}: counters, polling and latency metrics",
             f"{shares['total']:.1%} of a step's {telemetry['stepMs']:.1f} ms by parts timed alone: ".replace("%", " %")
             + ", ".join(f"{name} {100 * shares[key]:.2f} %" for name, key in parts.items())
-            + f"; blocks with polling and metrics have {telemetry['tpotOnOverOff']['mean']:.2f}x "
-            f"[{low:.2f}, {high:.2f}] the TPOT of the blocks without that follow each of them",
+            + f"; blocks of the same requests in turn, {telemetry['rounds']} rounds: {hook} the TPOT with the hook, {both} with hook and polling",
             _source("telemetry"),
         ],
     ]

@@ -1,10 +1,12 @@
 """`make bench-telemetry`: what counters, polling and latency metrics cost, as a share of step time. Writes JSON.
 
-    python -m benchmarks.telemetry [--pairs N] [--block-seconds S] [--out FILE]
+    python -m benchmarks.telemetry [--rounds N] [--waves N] [--out FILE]
 
 On the widened `rows_moe` at 16 concurrent requests, two ways in one run: the parts are timed where they run (the re-routing
 operator with nothing to re-route, which leaves counting; the hook called each step; what the engine does for a poll), and blocks
-with and without telemetry alternate on one engine. The operator always counts, so the blocks differ by polling and hook alone.
+without telemetry, with the hook, and with hook and polling alternate on one engine. The operator always counts, so the blocks differ
+by hook and polling alone. The blocks of a round send the same requests; from round to round their order turns, so that each kind
+of block is first, second and third equally often.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from scipy import stats as sps
+
 from benchmarks.ground import RESULTS, keep, machine, shape, widened
 from tests.assets.make.models import ROWS_MOE
 from tests.kit import ROOT
 
 CONCURRENCY, TOKENS = 16, 64
+NOTHING, HOOK, BOTH = KINDS = ("none", "hook", "hookAndPolling")  # what a block has of telemetry
 
 
 def operator_us(experts: int, top_k: int) -> float:
@@ -46,7 +51,15 @@ def operator_us(experts: int, top_k: int) -> float:
     return statistics.median(times) * 1e6
 
 
-async def measure(model: Path, pairs: int, block_s: float) -> dict[str, Any]:
+def ratio(ratios: list[float]) -> dict[str, Any]:
+    """Geometric mean of ratios and its 95 % limits."""
+    logs = [math.log(each) for each in ratios]
+    mean = statistics.mean(logs)
+    half = float(sps.t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return {"mean": math.exp(mean), "interval95": [math.exp(mean - half), math.exp(mean + half)]}
+
+
+async def measure(model: Path, rounds: int, waves: int) -> dict[str, Any]:
     os.environ["VLLM_PLUGINS"] = "sere,sere_control"
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -69,36 +82,42 @@ async def measure(model: Path, pairs: int, block_s: float) -> dict[str, Any]:
     loggers = engine.logger_manager.stat_loggers
     recorder = _Timed(_Recorder(metrics))
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True)
-    number = 0
 
-    async def one(until: float, tpots: list[float]) -> None:
-        nonlocal number
-        while time.monotonic() < until:
-            number += 1
-            first = last = 0.0
-            async for output in engine.generate(f"{number}+{number % 97}=", sampling, request_id=str(number)):
-                last = time.perf_counter()
-                first = first or last
-                tokens = len(output.outputs[0].token_ids)
-            tpots.append((last - first) / (tokens - 1))
+    async def one(name: str, prompt: str) -> float:
+        """TPOT of a request in seconds."""
+        first = last = 0.0
+        async for output in engine.generate(prompt, sampling, request_id=name):
+            last = time.perf_counter()
+            first = first or last
+            tokens = len(output.outputs[0].token_ids)
+        return (last - first) / (tokens - 1)
 
-    async def block(telemetry: bool, seconds: float) -> float:
-        """Mean TPOT of the block's requests in seconds."""
-        polling = asyncio.create_task(metrics.run()) if telemetry else None
+    async def block(kind: str, number: int) -> float:
+        """Mean TPOT of a block's requests in seconds.
+
+        Args:
+            number: of the round, which decides the prompts.
+        """
+        polling = asyncio.create_task(metrics.run()) if kind == BOTH else None
         await asyncio.sleep(0)
         kept = [logger for logger in loggers if not isinstance(logger, _Recorder | _Timed)]
-        loggers[:] = [*kept, recorder] if telemetry else kept
+        loggers[:] = kept if kind == NOTHING else [*kept, recorder]
         tpots: list[float] = []
-        await asyncio.gather(*(one(time.monotonic() + seconds, tpots) for _ in range(CONCURRENCY)))
+        for wave in range(waves):
+            requests = [number * waves * CONCURRENCY + wave * CONCURRENCY + i for i in range(CONCURRENCY)]
+            tpots += await asyncio.gather(*(one(f"{kind}-{n}", f"M{1_000_000 + 7919 * n % 9_000_000}=") for n in requests))
         if polling:
             polling.cancel()
         return statistics.mean(tpots)
 
     try:
         state = await control.state()
-        await block(True, 3)  # warm-up
+        await block(BOTH, -1)  # warm-up
         recorder.calls, recorder.seconds = 0, 0.0
-        found = [(await block(True, block_s), await block(False, block_s)) for _ in range(pairs)]
+        found: list[dict[str, float]] = []
+        for number in range(rounds):
+            turned = KINDS[number % len(KINDS) :] + KINDS[: number % len(KINDS)]
+            found.append({kind: await block(kind, number) for kind in turned})
         polls = []
         for _ in range(200):
             at = time.perf_counter()
@@ -110,9 +129,7 @@ async def measure(model: Path, pairs: int, block_s: float) -> dict[str, Any]:
         publish_s = (time.perf_counter() - at) / 200
     finally:
         engine.shutdown()
-    logs = [math.log(on / off) for on, off in found]
-    half = 1.96 * statistics.stdev(logs) / math.sqrt(pairs)
-    step_s = statistics.median(off for _, off in found)
+    step_s = statistics.median(each[NOTHING] for each in found)
     layers = len(state.model.moe_layers)
     op_us = operator_us(state.model.num_experts, state.model.top_k)
     shares = {
@@ -124,10 +141,7 @@ async def measure(model: Path, pairs: int, block_s: float) -> dict[str, Any]:
         "stepMs": step_s * 1e3, "operatorUs": op_us, "moeLayers": layers, "hookUs": recorder.seconds / recorder.calls * 1e6,
         "pollMs": statistics.median(polls) * 1e3, "publishMs": publish_s * 1e3,
         "shareOfStepTime": {**shares, "total": sum(shares.values())},
-        "tpotOnOverOff": {
-            "mean": math.exp(statistics.mean(logs)),
-            "interval95": [math.exp(statistics.mean(logs) - half), math.exp(statistics.mean(logs) + half)], "pairs": pairs,
-        },
+        "tpotOverNone": {kind: ratio([each[kind] / each[NOTHING] for each in found]) for kind in (HOOK, BOTH)}, "rounds": rounds,
     }  # fmt: skip
 
 
@@ -149,12 +163,12 @@ class _Timed:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--block-seconds", type=float, default=5)
+    parser.add_argument("--rounds", type=int, default=12, help="a multiple of three, so that every order is met as often")
+    parser.add_argument("--waves", type=int, default=3, help="of 16 requests, in a block")
     parser.add_argument("--out", type=Path, default=RESULTS / "telemetry.json")
     args = parser.parse_args()
     model, _ = widened(ROWS_MOE, ROOT / "build" / "bench-tune")
-    result = asyncio.run(measure(model, args.pairs, args.block_seconds))
+    result = asyncio.run(measure(model, args.rounds, args.waves))
     keep(args.out, {"machine": machine(), **shape(ROWS_MOE), "concurrency": CONCURRENCY, **result})
 
 

@@ -1,9 +1,9 @@
 """`make bench-tune`: how fast the tuner ranks and certifies, on the widened `rows_moe`. Writes JSON.
 
-    python -m benchmarks.tune [--trials N] [--pairs N] [--block-seconds S] [--out FILE] [--folder DIR]
+    python -m benchmarks.tune [--trials N] [--pairs N] [--block-seconds S] [--items N] [--out FILE] [--folder DIR]
 
-Runs `sere tune` once: ranking trials of 200 items at concurrency 16, then one rung certified at a limit of 1 point with
-10 pairs of blocks of at least 10 s and 15 residences. Both sides of each ratio are in the output, with the machine and versions.
+Runs `sere tune` once: ranking trials of 200 items at concurrency 16, then one candidate certified at a limit of 1 point with
+10 pairs of blocks of at least 10 s and 15 residences, on the given number of items at most. Both sides of each ratio are in the output, with the machine and versions.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench-tune")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--block-seconds", type=float, default=10)
+    parser.add_argument("--items", type=int, default=4000, help="of the certificate")
     parser.add_argument("--out", type=Path, default=RESULTS / "tune.json")
     args = parser.parse_args()
     flags = {
         **tuner_flags(args.folder.resolve(), "run", limit_points=1),
         "--search-trials": args.trials, "--search-items-per-trial": ITEMS_PER_TRIAL, "--search-trial-seconds": 30, "--search-rungs": 1,
-        "--search-device-hours": 2, "--certify-pairs": args.pairs, "--certify-block-seconds": args.block_seconds,
+        "--search-device-hours": 2, "--certify-pairs": args.pairs, "--certify-block-seconds": args.block_seconds, "--certify-items": args.items,
     }  # fmt: skip
     began = time.monotonic()
     summary = sere(["tune"], flags, accept=(0, 3))
