@@ -34,7 +34,7 @@ def engine_runs(speedup: dict[str, Any], tune: dict[str, Any], telemetry: dict[s
     shares = telemetry["shareOfStepTime"]
     parts = {"operator with nothing to re-route": "operatorUnderExactRouting", "hook": "hookPerStep", "poll": "pollPerSecond"}
     ratios = [telemetry["tpotOverNone"][kind] for kind in ("hook", "hookAndPolling")]
-    hook, both = (interval(each["mean"], *each["interval95"], 2).replace(" [", "x [") for each in ratios)
+    hook, both = (interval(each["mean"], each["interval95"][0], each["interval95"][1], 2).replace(" [", "x [") for each in ratios)
     rows = [
         [
             f"{_widened(speedup)}, concurrency 16: {policy}",
