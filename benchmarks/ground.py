@@ -15,8 +15,6 @@ from typing import Any
 from tests.assets.make.items import lines
 from tests.assets.make.models import ROWS_MOE, Recipe
 from tests.assets.make.tasks import Split
-from tests.assets.make.widen import widen
-from tests.assets.make.widen_similarity import widen_similarity
 from tests.kit import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,6 +48,9 @@ def widened(recipe: Recipe, folder: Path, factor: int = 0) -> tuple[Path, Path]:
     Args:
         factor: of the widening; 0 takes the recipe's own.
     """
+    from tests.assets.make.widen import widen  # with torch, which takes seconds that `machine` need not wait for
+    from tests.assets.make.widen_similarity import widen_similarity
+
     factor = factor or recipe.widening
     model, similarity = folder / f"model-{factor}", folder / f"similarity-{factor}.safetensors"
     if not (model / "model.safetensors").exists():

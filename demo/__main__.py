@@ -233,13 +233,15 @@ def main() -> None:
         except preflight.RefusedError as error:
             console.print(str(error), soft_wrap=True)
             raise SystemExit(2) from None
-    began = time.monotonic()
+    from benchmarks.ground import machine
+
+    began, ground = time.monotonic(), machine()
     spec = stage_engine(args)
     tuned = time.monotonic()
     rollout, why_not = stage_cluster(args)
     seconds = {"tune": round(tuned - began), "cluster": round(time.monotonic() - tuned)}
     summary = json.loads((BUILD / "run" / "summary.json").read_text())
-    answer = result(spec, summary, rollout, why_not, seconds)
+    answer = result(spec, summary, rollout, why_not, seconds, ground)
     (ROOT / "build" / "demo.json").write_text(json.dumps(answer, indent=2) + "\n")
     heading(f"Done in {(time.monotonic() - began) / 60:.1f} minutes")
     show(answer, [spec["evidence"].get("speedupMean"), spec["evidence"]["speedup"]], BUILD / "run" / "report.html")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from demo.screen import console
+from tests.kit import ROOT
 
 CONCURRENCY = 16  # requests at a time, for which stage 1 tunes
 
 
 def result(
-    spec: dict[str, Any], summary: dict[str, Any], rollout: dict[str, Any] | None, why_not: str, seconds: dict[str, int]
+    spec: dict[str, Any],
+    summary: dict[str, Any],
+    rollout: dict[str, Any] | None,
+    why_not: str,
+    seconds: dict[str, int],
+    machine: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of build/demo.json.
 
@@ -21,6 +28,7 @@ def result(
         spec: of the profile.
         summary: what the tuner wrote beside it.
         seconds: of each stage.
+        machine: processor, versions, and the load before stage 1, as `benchmarks.ground.machine` gives them.
     """
     evidence = spec["evidence"]
     accuracy = evidence["accuracy"]
@@ -45,10 +53,22 @@ def result(
         "policy": spec["policy"],
         "seconds": seconds,
         "rollout": rollout,
+        "machine": machine,
     }
+    if tree := commit():
+        answer["commit"] = tree
     if rollout is None:
         answer["rollout_skipped"] = why_not
     return answer
+
+
+def commit() -> str:
+    """The commit of this tree, with `-dirty` where files differ from it; empty where git or its folder is missing."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def answers_per_minute(summary: dict[str, Any]) -> dict[str, float]:

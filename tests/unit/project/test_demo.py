@@ -17,6 +17,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from benchmarks.ground import machine
 from demo import __main__ as demo
 from demo import cluster, figures, runs
 from demo.watch import LEGEND, Watch, active_experts
@@ -230,6 +231,28 @@ def test_several_runs_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[
         line
         == "| 1 | 6.7 + 2.7 | 35.0 -> 20.0 ms | 1.75x [1.66, 1.84] | 1.9x, 31 requests at a time | 0.10 | 48.5 -> 22.2 | 61 s, 0 of 400 failed |"
     )
+
+
+def test_a_run_names_its_machine_and_its_commit_and_the_table_has_them_where_they_are_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latency = {"tpot": {"mean": 20.0}, "e2el": {"mean": 1200.0}}
+    summary = {"chosen": 1, "ladder": [{"result": {"latency_ms": {"exact": latency, "chosen": latency}}}], "mostLoad": None}
+    accuracy = {"exact": 1.0, "chosen": 1.0, "items": 1000, "noiseFloor": 0.0, "upperBoundPoints": 0.4}
+    spec = {"evidence": {"accuracy": accuracy, "tpotMeanMs": None, "certified": True}, "policy": {}}
+    made = figures.result(spec, summary, None, "left out", {"tune": 1, "cluster": 1}, machine())
+    assert made["machine"]["cpus"] and made["machine"]["cpu"] and made["machine"]["torch"]
+    assert made.get("commit", "") == figures.commit()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert figures.commit() == "", "no git"
+
+    files = [tmp_path / "1.json", tmp_path / "2.json"]
+    files[0].write_text(json.dumps(RUN))
+    files[1].write_text(json.dumps({**RUN, "machine": made["machine"], "commit": "c0ffee"}))
+    assert runs.main([str(file) for file in files]) == 0
+    *_, row, gap, named = capsys.readouterr().out.splitlines()
+    assert row.startswith("| 2 |") and not gap
+    assert named.startswith(f"Run 2: {made['machine']['cpus']} cores, ") and named.endswith("commit c0ffee.")
 
 
 @pytest.mark.parametrize(
