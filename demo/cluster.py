@@ -27,6 +27,7 @@ from rich.markup import escape
 from demo import kube, site
 from demo.preflight import RefusedError
 from demo.screen import console, waiting
+from demo.story import Story
 from demo.traffic import Traffic
 from sere_ext.contract.policy import EXACT
 from sere_ext.contract.profile import Profile, SimilarityRef
@@ -175,14 +176,11 @@ def roll_out(prompts: list[str], profile_digest: str | None) -> dict[str, Any]:
             return any(key.startswith("sere-") for key in data)
 
         kube.wait_for("the policy's write", written, 120, every_s=0.2)
-        began, shown = time.monotonic(), ""
+        began, story = time.monotonic(), Story()
 
         def applied() -> bool:
-            nonlocal shown
             found = state("PolicyApplied")
-            line = f"{found.get('reason')}: {found.get('message')}"
-            if line != shown:
-                shown = line
+            for line in story.news(found, canary_passed):
                 console.print(f"  {time.strftime('%H:%M:%S')}  {line}", soft_wrap=True)
             if found.get("reason") == "Rejected":
                 raise SystemExit(f"the canary was rejected: {found.get('message')}")
@@ -200,6 +198,13 @@ def roll_out(prompts: list[str], profile_digest: str | None) -> dict[str, Any]:
         console.print(f"[red]failed requests: {traffic.causes}[/red]")
     restarts = sum(count for _, count in after) - sum(count for _, count in before)
     return {"requests": traffic.requests, "errors": traffic.errors, "pod_restarts": restarts, "seconds": round(seconds, 1)}
+
+
+def canary_passed() -> list[str]:
+    """Messages of the Events of canaries that passed, the oldest first."""
+    about = f"involvedObject.kind=SereDeployment,involvedObject.name={NAME},reason=CanaryPassed"
+    events = kube.items("events", NAMESPACE, fields=about)
+    return [event["message"] for event in sorted(events, key=lambda event: str(event["lastTimestamp"]))]
 
 
 def diagnose() -> None:

@@ -78,8 +78,14 @@ def get(kind: str, name: str, namespace: str) -> Object | None:
         raise
 
 
-def items(kind: str, namespace: str, selector: str = "") -> list[Object]:
-    arguments = ["--selector", selector] if selector else []
+def items(kind: str, namespace: str, selector: str = "", *, fields: str = "") -> list[Object]:
+    """The objects of a kind.
+
+    Args:
+        selector: of labels.
+        fields: selector of fields.
+    """
+    arguments = [*(["--selector", selector] if selector else []), *(["--field-selector", fields] if fields else [])]
     return json.loads(kubectl("get", kind, "--namespace", namespace, *arguments, "-o", "json"))["items"]
 
 

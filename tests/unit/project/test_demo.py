@@ -20,6 +20,7 @@ from rich.console import Console
 from benchmarks.ground import machine
 from demo import __main__ as demo
 from demo import cluster, figures, runs
+from demo.story import Story
 from demo.watch import LEGEND, Watch, active_experts
 from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.profile import Profile
@@ -198,6 +199,50 @@ def test_stage_2_tunes_only_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch
     for options in ([], ["--tune-in-cluster"]):
         demo.stage_cluster(demo.arguments(["--kubeconfig", "c", *options]))
     assert ["--tune" in command for command in asked] == [False, True]
+
+
+PASSED = "canary passed: mean TPOT 27.7 ms against 31.1 ms"
+SWITCHING = {"reason": "Promoting", "message": "1 of 1 pods do not show sere-1 yet"}
+APPLIED = {"reason": "Applied", "message": "every pod runs sere-1"}
+
+
+@pytest.mark.parametrize(
+    ("seen", "told"),
+    [
+        ([({"reason": "Promoting", "message": PASSED}, [PASSED]), (APPLIED, [PASSED])], [f"Promoting: {PASSED}"]),
+        # The condition is written before the Event is posted.
+        ([({"reason": "Promoting", "message": PASSED}, []), (SWITCHING, [PASSED]), (APPLIED, [PASSED])],
+         [f"Promoting: {PASSED}", "Promoting: 1 of 1 pods do not show sere-1 yet"]),
+        # Both of these looked when the condition had gone on.
+        ([(SWITCHING, [PASSED]), (APPLIED, [PASSED])], [f"CanaryPassed: {PASSED}", "Promoting: 1 of 1 pods do not show sere-1 yet"]),
+        ([(APPLIED, [PASSED])], [f"CanaryPassed: {PASSED}"]),
+    ],
+)  # fmt: skip
+def test_that_the_canary_passed_is_told_once_however_short_its_condition_lasted(
+    seen: list[tuple[dict[str, str], list[str]]], told: list[str]
+) -> None:
+    story, found = Story(), []
+    waiting = {"reason": "Canary", "message": "stable side finished 17 of 40 requests"}
+    for condition in (waiting, waiting):
+        found += story.news(condition, lambda: pytest.fail("no Event is asked for while the canary runs"))
+    for condition, events in seen:
+        found += story.news(condition, lambda events=events: events)
+    assert found == ["Canary: stable side finished 17 of 40 requests", *told, "Applied: every pod runs sere-1"]
+
+
+def test_the_events_of_a_passed_canary_are_asked_for_by_resource_and_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def kubectl(*arguments: str, **_: object) -> str:
+        asked.append(arguments)
+        newer, older = ({"message": text, "lastTimestamp": f"2026-01-01T00:00:0{i}Z"} for text, i in (("newer", 2), ("older", 1)))
+        return json.dumps({"items": [newer, older]})
+
+    monkeypatch.setattr(cluster.kube, "kubectl", kubectl)
+    assert cluster.canary_passed() == ["older", "newer"]
+    ((*command, _, _),) = asked
+    assert command[:2] == ["get", "events"]
+    assert "involvedObject.kind=SereDeployment,involvedObject.name=demo,reason=CanaryPassed" in command
 
 
 def test_answers_per_minute_are_those_of_so_many_requests_in_flight() -> None:
