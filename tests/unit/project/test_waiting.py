@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 from pathlib import Path
 
@@ -32,12 +33,43 @@ def test_a_quick_command_is_not_spoken_of() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
+def test_a_quick_step_of_several_is_told_at_its_end() -> None:
+    ended = patiently("-e", "1/4 the installer", "true")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "1/4 the installer: 0 s\n")
+
+
+# Stands for python3, the virtual environment's python and uv: makes the environment, notes how it is called, and warns as pip does.
+STUB = """#!/usr/bin/env bash
+case "$*" in
+  "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/uv" ;;
+  *"import torch"*) exit "$HAS_NO_TORCH" ;;
+  *"pip install"*) echo "$*" >> "$CALLS"; [[ "$*" == *"--quiet --quiet"* || $0 == *uv ]] || echo WARNING >&2 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("has_torch", [False, True])
+def test_setup_shows_each_of_its_four_steps_and_no_warnings(has_torch: bool, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (stub := tmp_path / "bin" / "python3").write_text(STUB)
+    stub.chmod(0o755)
+    calls = tmp_path / "calls"
+    environment = {"PATH": f"{stub.parent}:/usr/bin:/bin", "HAS_NO_TORCH": str(int(not has_torch)), "CALLS": str(calls)}
+    command = ["make", "--no-print-directory", "setup", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout + done.stderr
+    assert sorted(re.findall(r"^\d/4", shown, re.MULTILINE)) == ["1/4", "2/4", "3/4", "4/4"]
+    assert "WARNING" not in shown
+    assert len(calls.read_text().splitlines()) == 4 - has_torch
+
+
 def test_installation_is_announced_with_its_size_before_anything_is_fetched() -> None:
     makefile = (ROOT / "Makefile").read_text()
     (recipe,) = [part for part in makefile.split("\n\n") if "$(VENV)/.ready: " in part]
     steps = [line for line in recipe.splitlines() if "pip install" in line]
     assert "GB" in recipe.partition("pip install")[0]
-    assert len(steps) == 4 and all("--quiet" in step for step in steps)
+    assert len(steps) == 4 and all("--quiet" in step or "$(ERRORS)" in step for step in steps)
     assert recipe.count("$(WAIT)") == len(steps)
 
 
