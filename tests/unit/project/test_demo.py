@@ -22,6 +22,8 @@ from demo import __main__ as demo
 from demo import cluster, figures, runs
 from demo.story import Story
 from demo.watch import LEGEND, Watch, active_experts
+from sere_autotune.study.ledger import spent_alpha
+from sere_autotune.trial.stats import power
 from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.profile import Profile
 from tests.assets.make.models import ROWS_MOE
@@ -243,6 +245,20 @@ def test_the_events_of_a_passed_canary_are_asked_for_by_resource_and_reason(monk
     ((*command, _, _),) = asked
     assert command[:2] == ["get", "events"]
     assert "involvedObject.kind=SereDeployment,involvedObject.name=demo,reason=CanaryPassed" in command
+
+
+def test_the_quickstart_says_why_the_demo_leaves_min_share_at_0_with_the_figures_of_the_policies_page() -> None:
+    rows = {
+        name: float(batch_16.split()[0]) for name, batch_16 in re.findall(
+            r"^\| `(oea S=2(?: share=0\.50)?)` \| [^|]+ \| [^|]+ \| ([^|]+) \|", (ROOT / "docs/policies.md").read_text(), re.MULTILINE
+        )[:2]
+    }  # fmt: skip
+    without, with_share = rows["oea S=2"], rows["oea S=2 share=0.50"]
+    assert f"loses {with_share:.2f} points instead of {without:.2f}" in (ROOT / "docs/quickstart.md").read_text()
+    certified = demo.arguments([]).items - demo.SEARCH_ITEMS
+    assert (demo.MIN_SHARE, certified) == ((0.0,), 1000)
+    chances = [power(certified, d, with_share / 100, 0.01, spent_alpha(0.05, 0)) for d in (with_share / 100, 0.01, 0.02)]
+    assert max(chances) == chances[0] < 0.3, "three times in ten at most, however many answers differ"
 
 
 def test_answers_per_minute_are_those_of_so_many_requests_in_flight() -> None:
