@@ -11,6 +11,8 @@ from demo import kube, site
 from demo.traffic import Traffic
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.state import EngineState
+from sere_operator.api.deployment import SereDeploymentSpec
+from sere_operator.plan.rollout.aftermath import BACKOFF_S
 
 SITE = site.current()
 NAMESPACE = SITE.namespace
@@ -64,8 +66,18 @@ def test_profile_reaches_the_pod_hot(tuned: dict[str, Any], prompts: list[str]) 
     """One pod alone: the stable policy and the candidate take turns on it. It never restarts, and no request fails."""
     (pod,) = kube.pods(NAME, NAMESPACE)
     before = kube.identity(pod)
+    deadline_s = SereDeploymentSpec.model_validate(tuned["spec"]).rollout.canary.deadline_seconds
+    two_canaries_s = (
+        2 * deadline_s + BACKOFF_S + 120
+    )  # one that has too few requests by its deadline is inconclusive and tried again
+
+    def applied() -> bool:
+        found = condition("PolicyApplied")
+        assert found.get("status") == "True", found
+        return True
+
     with Traffic(SITE.service(NAME), NAME, prompts, concurrency=8, tokens=16) as client:
-        kube.wait_for("the profile's policy", lambda: condition("PolicyApplied").get("status") == "True", 900, every_s=1)
+        kube.wait_for("the profile's policy", applied, two_canaries_s, every_s=1)
     assert client.errors == 0, client.causes
     (pod,) = kube.pods(NAME, NAMESPACE)
     assert kube.identity(pod) == before

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.gpu import tuner
 from tests.kit import ROOT
+
+COMMAND_S = 540  # that one stage may take: an engine alone may start for five minutes on busy cores
 
 
 def test_decode_steps_with_known_routing(tmp_path: Path) -> None:
@@ -20,7 +23,7 @@ def test_decode_steps_with_known_routing(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=COMMAND_S,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(out.read_text())
@@ -41,11 +44,23 @@ def test_decode_steps_with_known_routing(tmp_path: Path) -> None:
 
 
 def test_the_tuners_stage_runs_to_its_end(tmp_path: Path) -> None:
-    """Two tuning runs, or one where it finds no policy that is faster; on a machine without a GPU either is an answer."""
+    """Two tuning runs, or one where no policy is faster or the time ends: each leaves its figures and their table."""
     out = tmp_path / "tuner.json"
     command = [sys.executable, "-m", "benchmarks.gpu.tuner", "--tiny", "--folder", str(tmp_path / "work"), "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=390)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=COMMAND_S)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(out.read_text())
-    assert result["probe"]["trials"][0]["policy"] == "exact"
+    probe = result["probe"]
+    trials = result.get("summary", {}).get("trials") or probe["trials"]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    head = lines.index(" ".join(tuner.HEAD).split())
+    assert [line[0] for line in lines[head + 1 : lines.index([], head)]] == [str(trial["number"]) for trial in trials]
+    if probe["trials"] or probe["outcome"] not in (tuner.TIMED_OUT, tuner.SPENT):
+        assert probe["trials"][0]["policy"] == "exact"
+    assert ("summary" in result) != ("problem" in result), (
+        "a limit was found between exact routing and a policy, or why there is none"
+    )
+    assert [check["target"] for check in result["checks"]] == [
+        check.target for check in tuner.checks(None, None, result.get("limitMs"))
+    ]
     assert done.stdout.rstrip().endswith(str(out)), "the table is the last thing it prints"

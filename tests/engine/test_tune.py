@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from sere_autotune.planner import LOAD_PAIRS
 from sere_ext.contract.profile import Profile
 from tests.kit import ROOT
 
 TRIALS = 5
+COMMAND_S = 900  # that one command may take: minutes on quiet cores, and an engine alone may start for five on busy ones
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def command(ground: Path, *arguments: str) -> list[str]:
 
 
 def tune(ground: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(ground, *arguments), capture_output=True, text=True, timeout=540, check=False)
+    return subprocess.run(command(ground, *arguments), capture_output=True, text=True, timeout=COMMAND_S, check=False)
 
 
 def marked(mark: str) -> list[int]:
@@ -67,7 +69,7 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3 * COMMAND_S)
 def test_killed_with_minus_9_and_started_again_it_ends_with_a_certificate(ground: Path) -> None:
     mark = f"SERE_TEST_MARK={os.getpid()}-{time.time_ns()}"
     victim = subprocess.Popen(
@@ -103,7 +105,7 @@ def test_killed_with_minus_9_and_started_again_it_ends_with_a_certificate(ground
     assert "starting the engine" not in again.stderr
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(COMMAND_S + 60)
 def test_the_accuracy_of_a_mild_policy_is_shown_and_its_profile_is_that_of_a_faster_one(ground: Path) -> None:
     """Three experts of four cost this model next to nothing; whether they gain anything is the machine's mood, and the verdict's."""
     policy = ground / "policy.json"
@@ -112,7 +114,7 @@ def test_the_accuracy_of_a_mild_policy_is_shown_and_its_profile_is_that_of_a_fas
         sys.executable, "-m", "sere_ext.cli.main", "certify", str(policy), "-f", str(ground / "tuning.yaml"),
         "--search-policies", "[topk]", "--out", str(ground / "certify"), "--json", "--certify-most-load", "true",
     ]  # fmt: skip
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=540, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=COMMAND_S, check=False)
     summary = json.loads(done.stdout)
     (row,) = summary["ladder"]
     result = row["result"]
@@ -130,14 +132,17 @@ def test_the_accuracy_of_a_mild_policy_is_shown_and_its_profile_is_that_of_a_fas
 
 
 def assert_most_load(summary: dict[str, Any]) -> None:
-    """Whether more load is held is the machine's mood as well; that it was measured up to what the engine runs at once is not."""
+    """Whether a greater load is shown depends on the machine; that loads up to the engine's own limit were measured does not."""
     found = summary["mostLoad"]
     assert found["load"] is not None, found["sentence"]
+    assert found["tuned"] == 16
     assert found["probes"][0]["load"] == 32, "--max-num-seqs of the engine, read from the engine"
-    assert 16 <= found["load"] <= 32
-    if found["load"] > 16:
-        assert found["ratio"]["pairs"] == 3
-        assert found["ratio"]["value"] >= 1
+    if found["ratio"] is None:
+        assert found["load"] == 16 and found["reason"], "no greater load was shown, and the reason is given"
+    else:
+        assert 16 < found["load"] <= 32
+        assert found["ratio"]["low"] >= 1, "the policy was shown to be as fast as exact routing at the tuned load"
+        assert found["ratio"]["pairs"] in (LOAD_PAIRS, 2 * LOAD_PAIRS), "as many pairs again where the first do not show it"
 
 
 def engine_core(mark: str) -> int:
@@ -151,7 +156,7 @@ def engine_core(mark: str) -> int:
     raise AssertionError("no engine core")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(COMMAND_S + 60)
 def test_an_engine_killed_in_the_search_and_in_certification_is_replaced_within_its_budget(ground: Path) -> None:
     policy = ground / "killed.json"
     policy.write_text(json.dumps({"buckets": [{"minTokens": 2, "maxTokens": 128, "kind": "topk", "S": 3}]}))
@@ -164,9 +169,11 @@ def test_an_engine_killed_in_the_search_and_in_certification_is_replaced_within_
         stderr=subprocess.PIPE, text=True, env={**os.environ, mark.split("=")[0]: mark.split("=")[1]},
     )  # fmt: skip
     assert tuner.stderr is not None
-    lines, kills, waits = [], [], []
+    lines, kills, waits, began = [], [], [], time.monotonic()
     for line in tuner.stderr:
         lines.append(line)
+        if not kills and line.startswith("  trial 0:"):
+            started_s = time.monotonic() - began  # the program, its engine's start, and one block
         if kills and len(waits) < len(kills):
             waits.append(time.monotonic() - kills[-1])  # until the next line, which follows the repeated block
         if (len(kills) == 0 and line.startswith("  trial 0:")) or (len(kills) == 1 and line.startswith("  block 1 of")):
@@ -176,12 +183,12 @@ def test_an_engine_killed_in_the_search_and_in_certification_is_replaced_within_
     tuner.stderr.close()
     assert tuner.wait(timeout=60) in (0, 3), "".join(lines)
     assert len(kills) == 2, "".join(lines)
-    assert max(waits) < 240, "a new engine's start and one block, not the patience of a hung one"
+    assert max(waits) < 60 + 3 * started_s, "a new engine's start and one block, not the patience of a hung one"
     assert any(line.startswith("  block 4 of 4") for line in lines), "".join(lines)
     assert not any("crashed" in line for line in lines), "".join(lines)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(COMMAND_S + 60)
 def test_an_impossible_latency_limit_ends_with_3_and_the_nearest_miss(ground: Path) -> None:
     similarity = ground / "run" / "similarity.safetensors"
     extra = ["--similarity", str(similarity)] if similarity.exists() else ["--search-policies", "[topk]"]
