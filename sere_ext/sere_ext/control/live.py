@@ -107,7 +107,9 @@ class LiveControl:
             generation=first.generation,
             switches=first.switches,
             override=first.note.override,
-            error=first.note.error or first.error or (None if same else DISAGREE),
+            error=first.note.error
+            or next((state.error for state in states if state.error), None)
+            or (None if same else DISAGREE),
             key=first.key,
             model=first.model,
             ranks=tuple(RankInForce(**state.model_dump(include=set(RankInForce.model_fields))) for state in states),

@@ -56,6 +56,12 @@ def refusals(vllm_config: Any, *, batch_invariant: bool = False) -> list[str]:
         found.append("--enable-eplb: it moves experts by loads that a policy changes, which was never tried; drop it")
     if getattr(parallel, "use_ubatching", False):
         found.append("--enable-dbo or --ubatch-size: a router sees a part of the batch, so buckets would not hold; drop them")
+    transfer = getattr(vllm_config, "ec_transfer_config", None)
+    if transfer is not None and transfer.is_ec_producer and not transfer.is_ec_consumer:
+        found.append(
+            "--ec-transfer-config with ec_role ec_producer: this engine runs the encoder alone, so no router is ever asked; serve "
+            "it without sere"
+        )
     if getattr(vllm_config, "lora_config", None) is not None:
         found.append("--enable-lora: adapters change what experts answer, which similarity does not know of; drop it")
     if getattr(model, "enable_sleep_mode", False):

@@ -4,7 +4,7 @@ A layer whose model computes the routing somewhere else would serve exact routin
 - after the profile run every layer's operator was called;
 - every number of rows with which one layer's operator was captured in a CUDA graph was captured with every other's;
 - every size in vLLM's own list of CUDA graphs was captured with our operators in it;
-- while the engine serves, all layers were called equally often (`WorkerState.bypassed`).
+- while the engine serves, every layer was called in every step that ran the model (`WorkerState.bypassed`).
 """
 
 from __future__ import annotations

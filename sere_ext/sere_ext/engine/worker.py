@@ -82,13 +82,20 @@ def _attach(worker: Any, vllm_config: Any, settings: Settings) -> None:
         return result
 
     # Rows that pad a step up to a captured size stand behind the scheduled tokens, so their number is all that is to be known.
+    # A step is counted once it is launched: whoever reads the counters meanwhile finds too many calls, never too few.
     def execute_counted(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        worker.sere.set_real(scheduler_output.total_num_scheduled_tokens)
-        return execute(scheduler_output, *args, **kwargs)
+        tokens = scheduler_output.total_num_scheduled_tokens
+        worker.sere.set_real(tokens)
+        result = execute(scheduler_output, *args, **kwargs)
+        if tokens:  # without tokens vLLM only does its bookkeeping, and the model does not run
+            worker.sere.count_step()
+        return result
 
     def execute_dummy_counted(*args: Any, **kwargs: Any) -> Any:
         worker.sere.set_real(0)
-        return execute_dummy(*args, **kwargs)
+        result = execute_dummy(*args, **kwargs)
+        worker.sere.count_step()
+        return result
 
     worker.load_model, worker.compile_or_warm_up_model = load_and_install, warm_up_and_prove
     worker.execute_model, worker.execute_dummy_batch = execute_counted, execute_dummy_counted

@@ -26,6 +26,8 @@ class CudaMirror:
         # Pinned memory is what lets a copy to the host run behind the steps that are launched while nobody waits for it.
         self._copied = torch.zeros(self._counters.shape, dtype=torch.int64, pin_memory=self._counters.is_cuda)
         self._arrived: torch.cuda.Event | None = None  # of the copy of the counters that is under way
+        self._steps_copied = 0  # steps that were launched before that copy
+        self._steps_seen = 0  # steps whose calls stand in `_seen`
         self._seen: Any = np.zeros(tuple(self._counters.shape), np.int64)
         for index, layer in enumerate(layers):
             tensors = (self._tables[index], self._neighbours[index], self._limits[index], self._counters[index], self._real)
@@ -45,7 +47,7 @@ class CudaMirror:
         """See `state.Mirror`. The number travels as an argument of the launch, so no host buffer has to outlive it."""
         self._real.fill_(tokens)
 
-    def pull(self, *, wait: bool) -> None:
+    def pull(self, *, wait: bool, steps: int = 0) -> int:
         """See `state.Mirror`. The device only ever adds, so no step can be missed between reading and clearing.
 
         A copy of the counters stands behind the steps that were launched before it. On a busy device a caller that does not
@@ -54,19 +56,23 @@ class CudaMirror:
         """
         at_once = wait or torch.cuda.current_stream(self._counters.device).query()
         if at_once or self._arrived is None:
-            self._start_copy()
+            self._start_copy(steps)
         if at_once:
             self._arrived.synchronize()  # type: ignore[union-attr]
         elif not self._arrived.query():  # type: ignore[union-attr]
-            return
+            return self._steps_seen
         now = self._copied.numpy().copy()
         for layer, gained in zip(self.layers, now - self._seen, strict=True):
             layer.counters += gained
         self._seen, self._arrived = now, None
+        self._steps_seen = self._steps_copied
         if not at_once:
-            self._start_copy()
+            self._start_copy(steps)
+        return self._steps_seen
 
-    def _start_copy(self) -> None:
+    def _start_copy(self, steps: int) -> None:
+        """Start to copy the counters behind the work that was launched so far, which `steps` steps belong to."""
+        self._steps_copied = steps
         self._copied.copy_(self._counters, non_blocking=True)
         self._arrived = torch.cuda.Event()
         self._arrived.record(torch.cuda.current_stream(self._counters.device))

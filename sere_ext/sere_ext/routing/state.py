@@ -143,12 +143,16 @@ class Mirror(Protocol):
     def push_real(self, tokens: int) -> None:
         """Let the steps that are launched from now on have so many real rows. Does not wait."""
 
-    def pull(self, *, wait: bool) -> None:
+    def pull(self, *, wait: bool, steps: int = 0) -> int:
         """Move the device's counters into the layers' own.
 
         Args:
             wait: for all steps that were launched so far. Otherwise the counters are those that arrived last, and steps that
                 run meanwhile are never waited for.
+            steps: how many steps were launched so far.
+
+        Returns:
+            how many of those steps the counters of the layers hold now.
         """
 
 
@@ -168,6 +172,8 @@ class WorkerState:
         self.note: dict[str, Any] = {}  # what the source of the policy says of it; kept here for all API servers
         self._folded: OrderedDict[RowKey, Any] = OrderedDict()
         self._asked = np.zeros(len(layers), np.int64)  # folded calls of each layer
+        self._steps = 0  # runs of the model that were launched since re-routing was proven
+        self._folded_steps = 0  # those of them whose calls are folded
         for layer in layers:
             layer.real = layers[0].real
             if not mirror:
@@ -183,6 +189,10 @@ class WorkerState:
             self.mirror.push_real(tokens)
         else:
             self.layers[0].real[0] = tokens
+
+    def count_step(self) -> None:
+        """The model was launched once, so every layer's router has been asked or will be. Counted after the launch."""
+        self._steps += 1
 
     def check(self, policy: Policy, generation: int | None, similarity_digest: str | None) -> int:
         """Whether a change could be applied now; changes nothing.
@@ -264,24 +274,34 @@ class WorkerState:
             layer.counters[:] = 0
         self._folded.clear()
         self._asked[:] = 0
+        self._steps = self._folded_steps = 0
 
     def bypassed(self) -> str | None:
-        """Which layers were called less often than others, None if none: they served exact routing in some step.
+        """Which layers were called less often than the model ran, or than other layers: in some step they routed exactly.
 
-        As `counters` last read the layers, so that one reading of a device serves both.
+        As `counters` last read the layers, so that one reading of a device serves both. Steps that were launched after the
+        device's counters were copied are left out. Calls beside the counted steps can hide as many bypassed steps, no more.
+
+        Returns:
+            the sentence for the state's error; None if no layer was called too seldom.
         """
-        most = self._asked.max()
-        if not (missed := [layer.number for layer, asked in zip(self.layers, self._asked, strict=True) if asked < most]):
+        due = max([self._folded_steps, *self._asked.tolist()])
+        missed = [layer.number for layer, asked in zip(self.layers, self._asked, strict=True) if asked < due]
+        if not missed:
             return None
-        return f"Bypassed: layers {missed} routed some steps by themselves, exactly; no policy holds for those"
+        which = f"layers {missed}" if len(missed) < len(self.layers) else "all MoE layers"
+        return (
+            f"Bypassed: {which} routed some steps by themselves, exactly, so no policy holds for those steps; "
+            "start with `--enforce-eager`, or serve without sere"
+        )
 
-    def _pull(self, *, wait: bool) -> None:
-        if self.mirror:
-            self.mirror.pull(wait=wait)
+    def _pull(self, *, wait: bool) -> int:
+        """Bring the layers' counters up to date; returns how many of the counted steps these hold."""
+        return self.mirror.pull(wait=wait, steps=self._steps) if self.mirror else self._steps
 
     def _fold(self, *, wait: bool) -> None:
         """Move the layers' live counters into the sums of their policy, layer group and bucket."""
-        self._pull(wait=wait)
+        self._folded_steps = self._pull(wait=wait)
         for place, layer in enumerate(self.layers):
             self._asked[place] += layer.counters[:, kernel.CALLS].sum()
             table = self.policy.table_for(layer.number)

@@ -264,6 +264,12 @@ def test_counters_are_summed_over_engines_and_not_over_their_ranks() -> None:
     ]  # fmt: skip
 
 
+def test_an_error_of_any_rank_is_the_engines() -> None:
+    engine = Engines()
+    engine.groups[1][1].sere.error = "Bypassed: layers [0]"
+    assert served(engine).get("/sere").json()["error"] == "Bypassed: layers [0]"
+
+
 @pytest.mark.parametrize(
     ("parallel", "says"),
     [

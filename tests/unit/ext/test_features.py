@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import ECTransferConfig
 
 from sere_ext.contract.errors import UnsupportedError
 from sere_ext.engine.features import check_features
@@ -25,12 +26,25 @@ def config(**changed: Any) -> SimpleNamespace:
         parallel_config=SimpleNamespace(**parallel | {key: changed[key] for key in changed if key in parallel}),
         model_config=SimpleNamespace(**model | {key: changed[key] for key in changed if key in model}),
         lora_config=changed.get("lora_config"),
+        ec_transfer_config=changed.get("ec_transfer_config"),
     )
+
+
+def transfer(role: str) -> ECTransferConfig:
+    """Of an engine that hands encoder outputs to others, takes them, or both."""
+    return ECTransferConfig(ec_connector="ECExampleConnector", ec_role=role)
 
 
 @pytest.mark.parametrize(
     "allowed",
-    [{}, {"tensor_parallel_size": 8}, {"data_parallel_size": 2}, {"tensor_parallel_size": 2, "enable_expert_parallel": True}],
+    [
+        {},
+        {"tensor_parallel_size": 8},
+        {"data_parallel_size": 2},
+        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+        {"ec_transfer_config": transfer("ec_consumer")},
+        {"ec_transfer_config": transfer("ec_both")},
+    ],
 )
 def test_what_works_is_let_through(allowed: dict[str, Any]) -> None:
     check_features(config(**allowed))
@@ -50,6 +64,7 @@ def test_what_works_is_let_through(allowed: dict[str, Any]) -> None:
         ({"use_ubatching": True}, "--enable-dbo or --ubatch-size.*a part of the batch.*drop them"),
         ({"moe_backend": "deep_gemm_mega_moe"}, "mega_moe: the model routes inside.*choose another"),
         ({"additional_config": {"decode_backend": "latency_specialized"}}, "decode_backend.*would stay exact; drop it"),
+        ({"ec_transfer_config": transfer("ec_producer")}, "ec_producer: this engine runs the encoder alone.*without sere"),
         ({"lora_config": object()}, "--enable-lora.*drop it"),
         ({"enable_sleep_mode": True}, "--enable-sleep-mode.*drop it"),
     ],

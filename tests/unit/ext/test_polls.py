@@ -76,6 +76,12 @@ def step(mirrors: list[CudaMirror]) -> None:
         mirror._counters[:, -1] += STEP
 
 
+def launch(engine: Engine) -> None:
+    """What the worker counts of a step that a busy device has yet to run."""
+    for worker in engine.workers:
+        worker.sere.count_step()
+
+
 def calls(control: LiveControl) -> int:
     return sum(row.calls for row in asyncio.run(control.state()).counters)
 
@@ -112,9 +118,9 @@ class Starts:
         self.inner, self.count = inner, 0
 
     def __get__(self, mirror: CudaMirror, owner: type) -> Any:
-        def start() -> None:
+        def start(steps: int) -> None:
             self.count += 1
-            self.inner(mirror)
+            self.inner(mirror, steps)
 
         return start
 
@@ -153,6 +159,38 @@ def test_a_poll_for_metrics_waits_for_nothing_either(monkeypatch: pytest.MonkeyP
         for collector in set(REGISTRY._collector_to_names) - before:
             REGISTRY.unregister(collector)
     assert len(seen) >= 3
+    assert device.waits == 0
+
+
+def test_steps_in_flight_are_not_taken_for_bypassed_and_steps_without_routers_are_found_once_they_ran(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Device(monkeypatch)
+    engine, mirrors = engine_on(device)
+    control = LiveControl(engine, None)
+
+    def error() -> str | None:
+        return asyncio.run(control.state()).error
+
+    device.busy = True
+    launch(engine)
+    launch(engine)
+    assert error() is None, "the device has not run them yet; this poll's copy stands behind them"
+    for _ in range(2):
+        step(mirrors)
+        for mirror in mirrors:  # the copy that the poll started is made where the device comes to it
+            mirror._copied.copy_(mirror._counters)
+    launch(engine)
+    device.finish()
+    device.busy = True
+    assert error() is None, "two steps were launched before the copy that arrived, and it holds their calls"
+    step(mirrors)
+    for mirror in mirrors:
+        mirror._copied.copy_(mirror._counters)
+    device.finish()
+    assert error() is None
+    launch(engine)  # a step whose graph holds no router
+    assert "Bypassed: all MoE layers" in str(error())
     assert device.waits == 0
 
 

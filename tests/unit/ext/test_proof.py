@@ -148,3 +148,21 @@ def test_a_layer_that_is_passed_by_while_the_engine_serves_is_an_error_of_its_st
     layers[0].counters[0, kernel.CALLS] = 1
     state.counters()
     assert "Bypassed: layers [7]" in str(state.bypassed())
+
+
+def test_runs_of_the_model_before_the_proof_are_no_steps() -> None:
+    """Profile runs, warm-up and captures: vLLM's second model runner warms up through the worker's own `execute_model`."""
+    layers = [LayerState(number, 8, 2, True, None) for number in (3, 7)]
+    state = WorkerState(layers, {})
+    for _ in range(9):
+        state.count_step()
+    state.drop_counters()
+    state.counters()
+    assert state.bypassed() is None
+
+
+def test_a_rank_without_moe_layers_passes_none_by() -> None:
+    state = WorkerState([], {})
+    state.count_step()
+    state.counters()
+    assert state.bypassed() is None
