@@ -2,6 +2,8 @@
 
 A decode step calls `reroute` once per MoE layer, so a call must cost microseconds where a chain of torch operators would
 cost hundreds. What stays the same for a layer is put into a `Layer` once; a call passes addresses and sizes.
+A call under kind `exact` writes no id and no weight, but reads every slot all the same, since its counters are what a policy's are
+compared with: that is their price (on CUDA two barriers and the adds to the sets of experts).
 """
 
 from __future__ import annotations

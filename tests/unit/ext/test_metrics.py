@@ -139,18 +139,32 @@ def test_counters_that_the_worker_dropped_and_began_anew_never_go_back(metrics: 
 async def test_an_idle_engine_is_asked_once_for_a_change_of_policy(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each question keeps the engine's workers spinning on their cores for a second."""
     asked = []
+    polls = 0
+    bound = metrics.bound
 
     async def state() -> EngineState:
         asked.append(metrics._control.policy.digest)
         return engine_state(metrics._control.policy.digest, KEY)
 
-    monkeypatch.setattr(metrics_module, "POLL_SECONDS", 0.002)
+    def count() -> None:  # stands at the head of every poll
+        nonlocal polls
+        polls += 1
+        bound()
+
+    async def pass_by(number: int) -> None:
+        until = polls + number
+        while polls < until:
+            assert not polling.done()
+            await asyncio.sleep(0.001)
+
+    monkeypatch.setattr(metrics_module, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(metrics_module, "IDLE_POLLS", 1_000_000)
+    monkeypatch.setattr(metrics, "bound", count)
     metrics._control.state = state  # type: ignore[method-assign]
     polling = asyncio.create_task(metrics.run())
-    await asyncio.sleep(0.1)
+    await pass_by(10)
     metrics._control.policy = Policy()
-    await asyncio.sleep(0.1)
+    await pass_by(10)
     polling.cancel()
     assert asked == [POLICY.digest, "exact"]
 

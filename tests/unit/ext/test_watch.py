@@ -216,8 +216,22 @@ async def test_the_directory_is_audited_as_http_is(tmp_path: Path, caplog: pytes
     ], "a wish that is refused again and again is audited once"
 
 
+HOUR = 3600.0
+
+
+class Clock:
+    """The running loop's clock, which a test can put forward."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ahead = 0.0
+        loop = asyncio.get_running_loop()
+        real = loop.time
+        monkeypatch.setattr(loop, "time", lambda: real() + self.ahead)
+
+
 async def test_what_the_engine_refuses_is_said_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sere_ext.control.watch.RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("sere_ext.control.watch.RETRY_SECONDS", HOUR)
+    clock = Clock(monkeypatch)
     worker = Worker()
     control = LiveControl(worker, None, str(tmp_path))
     watcher = Watcher(control, tmp_path)
@@ -228,7 +242,7 @@ async def test_what_the_engine_refuses_is_said_and_tried_again(tmp_path: Path, m
     worker.refusing = False
     await watcher.once()
     assert worker.applied == [], "not before the pause is over"
-    await asyncio.sleep(0.06)
+    clock.ahead = HOUR
     await watcher.once()
     state = await control.state()
     assert (state.policy_digest, state.error, state.ready) == (SERE.digest, None, True)
@@ -281,13 +295,14 @@ async def test_an_artefact_in_shards_is_joined_once_all_are_there(tmp_path: Path
 
 
 async def test_what_never_arrives_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sere_ext.control.watch.PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("sere_ext.control.watch.PATIENCE_SECONDS", HOUR)
+    clock = Clock(monkeypatch)
     control = LiveControl(Worker(), None, str(tmp_path))
     watcher = Watcher(control, tmp_path)
     project(tmp_path, files(SERE, stable=SERE.digest), "1")
     await watcher.once()
     assert (await control.state()).error is None
-    await asyncio.sleep(0.06)
+    clock.ahead = HOUR
     await watcher.once()
     assert f"needs {SIMILARITY_FILE}, which is missing" in (await control.state()).error
     project(tmp_path, files(SERE, stable=SERE.digest) | dict(list(SHARDS.items())[1:]), "2")
