@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from demo import preflight
+from demo import preflight, processes
 from demo.figures import CONCURRENCY, result, show
 from demo.screen import console
 from demo.watch import Watch
@@ -56,13 +56,7 @@ def run(*command: str | Path, check: bool = True, patience_s: float = 20, watch:
         status = watch.follow(process) if watch else process.wait()
     except BaseException:
         console.print("[dim]stopping what was started; Ctrl-C once more ends it at once[/dim]")
-        for number, wait_s in ((signal.SIGINT, patience_s), (signal.SIGTERM, 10), (signal.SIGKILL, 5)):
-            try:
-                os.killpg(process.pid, number)
-                process.wait(wait_s)
-                break
-            except (ProcessLookupError, subprocess.TimeoutExpired, KeyboardInterrupt):
-                continue
+        processes.end(process, patience_s)
         raise
     if check and status:
         raise SystemExit(status)
