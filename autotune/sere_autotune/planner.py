@@ -124,7 +124,7 @@ def make_plan(
         can_certify=not problem, problem=problem,
         start_s=pace.start_s if pace else ASSUMED_START_S, trials=spec.search.trials if searches else 0,
         ceiling_s=ceiling_seconds(budget_seconds(spec)) if searches else 0.0,
-        rungs=candidates, search_s=search_seconds(spec, pace) if searches else 0.0, certify_s=candidates * candidate_seconds(spec, pace, levels),
+        rungs=candidates, search_s=search_seconds(spec, pace) if searches else 0.0, certify_s=candidates * candidate_seconds(spec, pace, levels) + edges_seconds(spec, pace),
         most_load_s=most_load_seconds(spec, pace), pace_known=pace is not None,
         notes=([warning] if warning else []) + (_notes(spec, items - cert_items, pace) if searches else []),
     )  # fmt: skip
@@ -216,6 +216,11 @@ def candidate_seconds(spec: TuningSpec, pace: Pace | None, levels: int, items: i
     if pace and pace.rate_per_s:
         block = max(block, items / (spec.certify.pairs * levels) / (1.33 * pace.rate_per_s))
     return spec.certify.pairs * levels * (2.33 * block + 2 * (WARMUP_RESIDENCES * residence + SWITCH_S))
+
+
+def edges_seconds(spec: TuningSpec, pace: Pace | None) -> float:
+    """Estimated time of asking the chosen candidate at the edges of its buckets, two of each load level, in seconds."""
+    return 2 * estimated_trial_seconds(spec, pace)
 
 
 def planned_candidates(spec: TuningSpec, pace: Pace | None, items: int = 0) -> int:

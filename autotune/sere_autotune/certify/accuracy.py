@@ -5,8 +5,9 @@ A loss is an item that exact routing answers right and the candidate wrong, a ga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats as sps
@@ -14,9 +15,10 @@ from scipy import stats as sps
 from sere_autotune.study.schema import MeasuredBlock, Part
 from sere_autotune.trial import stats
 
+_Name = TypeVar("_Name", bound=Hashable)
 # A design effect up to this is what independent answers show by chance over ten blocks; above it the evidence is cut by it.
 _NOTABLE_DESIGN_EFFECT = 1.5
-_HARM_ALPHA = 0.05  # chance of a false alarm over all loads and tasks together
+_HARM_ALPHA = 0.05  # chance of a false alarm over everything that is tested for harm together
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,18 @@ def harm_p(losses: int, gains: int, n: int, limit: float) -> float:
     return float(max(score, sps.binom.sf(losses - gains - 1, n, limit)))
 
 
+def harmed(tested: Mapping[_Name, float]) -> set[_Name]:
+    """Of p-values of "no harm", those that show harm with a chance of a false alarm of 5 % over all of them (Holm)."""
+    found: set[_Name] = set()
+    for rank, name in enumerate(sorted(tested, key=lambda name: tested[name])):
+        if tested[name] > _HARM_ALPHA / (
+            len(tested) - rank
+        ):  # the smallest against alpha / m, the next against alpha / (m - 1), ...
+            break
+        found.add(name)
+    return found
+
+
 def parts(pairs: Paired, max_drop: float, loads: Sequence[str], tasks: Mapping[str, str]) -> list[Part]:
     """The drop at every load and in every task, tested for harm together (Holm); [] where there is one of each.
 
@@ -154,11 +168,6 @@ def parts(pairs: Paired, max_drop: float, loads: Sequence[str], tasks: Mapping[s
     counts = {
         group: (len(items), sum(i.loss > 0 for i in items), sum(i.loss < 0 for i in items)) for group, items in groups.items()
     }
-    tested = sorted((harm_p(losses, gains, n, max_drop), group) for group, (n, losses, gains) in counts.items())
-    harmed: set[tuple[str, str]] = set()
-    for rank, (p, group) in enumerate(tested):  # Holm: the smallest against alpha / m, the next against alpha / (m - 1), ...
-        if p > _HARM_ALPHA / (len(tested) - rank):
-            break
-        harmed.add(group)
-    values = {group: p for p, group in tested}
-    return [Part(kind, name, *counts[kind, name], values[kind, name], (kind, name) in harmed) for kind, name in counts]
+    tested = {group: harm_p(losses, gains, n, max_drop) for group, (n, losses, gains) in counts.items()}
+    bad = harmed(tested)
+    return [Part(kind, name, *counts[kind, name], tested[kind, name], (kind, name) in bad) for kind, name in counts]

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from sere_autotune import planner
+from sere_autotune.certify import edges
 from sere_autotune.certify.verdict import Rules, judge, walk
 from sere_autotune.search.baseline import check_baseline
 from sere_autotune.study.ledger import Ledger, spent_alpha
@@ -89,7 +90,7 @@ def certify(run: Run, ladder: Sequence[Candidate], ledger: Ledger) -> tuple[int 
         run.report.step(f"candidate {index + 1} of {len(ladder)}: {verdict.verdict}, {verdict.reason}", 0.0)
         if walk(verdicts)[1]:
             break
-    return walk(verdicts)[0], verdicts
+    return edges.without_harm(run, ladder, verdicts), verdicts
 
 
 def _check_power(run: Run, ladder: Sequence[Candidate]) -> None:

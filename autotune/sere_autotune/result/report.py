@@ -122,7 +122,8 @@ def _certificate(summary: dict[str, Any]) -> str:
     for part in result["parts"]:
         drop = (part["losses"] - part["gains"]) / max(part["items"], 1) * 100
         word = ", harm shown" if part["harmed"] else ""
-        rows.append([f"{part['kind']} {part['name']}", "", "", f"{part['items']:,} items", f"{_points(drop)} points{word}"])
+        where = "applies too at" if part["kind"] == "edge" else part["kind"]
+        rows.append([f"{where} {part['name']}", "", "", f"{part['items']:,} items", f"{_points(drop)} points{word}"])
     d = (result["losses"] + result["gains"]) / max(result["items"], 1)
     note = (
         f"Non-inferiority by the score test on {result['items']:,} distinct held-out items, declared beforehand, each once with each routing: "

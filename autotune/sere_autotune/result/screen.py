@@ -70,13 +70,13 @@ def lines(summary: dict[str, Any]) -> str:
 
 
 def parts(result: dict[str, Any]) -> list[str]:
-    """The drop at each load and in each task, one line each; [] where there is one of both.
+    """The drop at each load and in each task where there are several, and at each edge of the policy, one line each.
 
     Args:
         result: of one candidate, as the summary has it.
     """
     return [
-        f"{part['kind']} {part['name']}: {(part['gains'] - part['losses']) / max(part['items'], 1) * 100 + 0.0:+.2f} points on "
+        f"{'applies too at' if part['kind'] == 'edge' else part['kind']} {part['name']}: {(part['gains'] - part['losses']) / max(part['items'], 1) * 100 + 0.0:+.2f} points on "
         f"{part['items']:,} items" + (", shown to be over the limit" if part["harmed"] else "")
         for part in result["parts"]
     ]

@@ -8,10 +8,11 @@ from sere_autotune.study.schema import PACE
 
 
 def reserve_s(run: Run) -> float:
-    """Seconds that are kept for certifying the ladder: for as many of its candidates as half of the budget pays for, at least one."""
+    """Seconds that are kept for certifying the ladder: for as many of its candidates as half of the budget pays for, at least one, and for the edges of one."""
     pace = run.study.get(PACE)
     one_s = planner.candidate_seconds(run.spec, pace, len(run.spec.workload.load.levels)) * 1.15 + 5
-    return one_s * max(1, min(planner.planned_candidates(run.spec, pace), int(planner.budget_seconds(run.spec) / 2 / one_s)))
+    candidates = max(1, min(planner.planned_candidates(run.spec, pace), int(planner.budget_seconds(run.spec) / 2 / one_s)))
+    return one_s * candidates + planner.edges_seconds(run.spec, pace)
 
 
 def longest_trial_seconds(run: Run) -> float:
@@ -26,5 +27,7 @@ def time_left_s(run: Run) -> float:
     levels = len(run.spec.workload.load.levels)
     pace = run.study.get(PACE)
     candidates = planner.planned_candidates(run.spec, pace, run.cert_items)
-    certificates = candidates * planner.candidate_seconds(run.spec, pace, levels, run.cert_items)
+    certificates = candidates * planner.candidate_seconds(run.spec, pace, levels, run.cert_items) + planner.edges_seconds(
+        run.spec, pace
+    )
     return max(0.0, min(trials * longest_trial_seconds(run) + certificates, run.left_s()))

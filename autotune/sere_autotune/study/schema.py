@@ -133,15 +133,15 @@ class SpeedVerdict:
 
 @dataclass(frozen=True)
 class Part:
-    """The drop at one load or in one task, and whether harm is shown there."""
+    """The drop at one load, in one task, or at an edge of what the policy applies to, and whether harm is shown there."""
 
-    kind: str  # "load" | "task"
+    kind: str  # "load" | "task" | "edge"
     name: str
     items: int
     losses: int
     gains: int
     p_value: float  # of the test that the drop is at most the limit; small values show harm
-    harmed: bool  # shown over all loads and tasks together (Holm)
+    harmed: bool  # shown over all loads and tasks, or all edges, together (Holm)
 
     @property
     def drop(self) -> float:
@@ -167,7 +167,7 @@ class Verdict:
     chosen_accuracy: float = 0.0
     upper_bound: float = 1.0  # of the drop, share
     speed: SpeedVerdict | None = None
-    parts: list[Part] = field(default_factory=list)  # one for each load and task where there are several
+    parts: list[Part] = field(default_factory=list)  # one for each load and task where there are several, and for each edge
     slo: list[dict[str, Any]] = field(default_factory=list)
     speedup: dict[str, Interval] = field(default_factory=dict)  # TPOT statistic -> ratio
     latency_ms: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # routing -> metric -> statistic

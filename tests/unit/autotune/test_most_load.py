@@ -19,6 +19,7 @@ from sere_autotune.result import screen
 from sere_autotune.study.schema import MOST_LOAD, OUTCOME, Interval, LoadProbe, MeasuredBlock, MostLoad, Pace
 from sere_autotune.study.study import TuningStudy
 from sere_autotune.trial.engine import BlockReport
+from sere_autotune.trial.items import load_items, split
 from sere_autotune.trial.load import Load, Request
 from sere_ext.contract.errors import BudgetExhaustedError, EngineCrashError
 from sere_ext.contract.policy import EXACT_POLICY, Policy
@@ -159,9 +160,10 @@ def test_the_most_load_is_found_confirmed_and_shown(tmp_path: Path, items: Path)
     for text in (screen.lines(summary), (tmp_path / "out" / "report.html").read_text(), "\n".join(report.steps)):
         assert f"{found['load']:g} requests at a time ({found['times']:.2f}x)" in text
     first = next(index for index, (_, load, _) in enumerate(engine.asked) if load.concurrency > 16)
-    held_out = {prompt for policy, load, prompts in engine.asked[first - 1 : first] for prompt in prompts}
-    after = {prompt for _, _, prompts in engine.asked[first:] for prompt in prompts}
-    assert held_out and not held_out & after, "the certificate's items are not opened again"
+    accuracy = seeking(tmp_path, items).accuracy
+    held_out = {item.prompt for item in split(load_items(accuracy), accuracy.search_items)[1]}
+    opened = [index for index, (_, _, prompts) in enumerate(engine.asked) if held_out & set(prompts)]
+    assert opened and opened[-1] < first, "the certificate's items are not opened again"
     pairs = engine.asked[-6:]
     assert [asked[0] == EXACT_POLICY for asked in pairs] == [True, False, False, True, True, False]
     assert [asked[1].concurrency for asked in pairs if asked[0] == EXACT_POLICY] == [16] * 3

@@ -1,0 +1,151 @@
+"""Harm at the edges of a policy: a certificate holds at the tuned loads, and the policy also applies to smaller and larger steps.
+
+The smallest and the largest steps that a policy re-routes are where its rule is furthest from what was certified: a small
+batch leaves few experts to refill with, a large one frees more slots. So the candidate that would be chosen answers search items at
+the numbers of requests whose steps have those sizes. Where it is shown to lose more than the limit there, it fails as it would
+in the certificate, and the fastest of the safer candidates is asked next. That nothing is shown on so few items certifies
+nothing at those loads; it keeps out what breaks there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sere_autotune.certify.accuracy import harm_p, harmed
+from sere_autotune.certify.verdict import walk
+from sere_autotune.search.blocks import trial_items
+from sere_autotune.study.run import Run
+from sere_autotune.study.schema import PACE, Candidate, Part, Verdict, verdict_key
+from sere_autotune.trial.load import Load
+from sere_autotune.trial.measures import LevelResult, Pairs, answers, pair
+from sere_ext.contract.errors import EngineCrashError
+from sere_ext.contract.policy import Kind, Policy
+
+_APART = 1.12  # loads that are closer than this are one
+_TIMES = 4.0  # the greatest tuned load, at most, where nobody knows how many requests the engine runs at once
+_ATTEMPTS = 2  # at one block; an engine that dies of a policy twice dies of it always
+
+
+def loads(policy: Policy, tuned: Sequence[float], tokens: float, most: int) -> list[int]:
+    """Requests at a time whose steps are the smallest and the largest of each bucket that re-routes, without the tuned ones; ascending.
+
+    Args:
+        tuned: requests in flight at each load level.
+        tokens: of one request in a decode step: 1, and more where drafts are verified.
+        most: requests that the engine runs at once; 0 where nobody knows.
+    """
+    top = most or round(_TIMES * max(tuned))
+    found: list[int] = []
+    taken = list(tuned)
+    for bucket in (bucket for table in policy.tables() for bucket in table if bucket.kind is not Kind.EXACT):
+        for edge in (-(-bucket.min_tokens // tokens), bucket.max_tokens // tokens):
+            load = min(max(1, round(edge)), top)
+            if all(max(load / other, other / load) > _APART for other in taken):
+                found.append(load)
+                taken.append(load)
+    return sorted(found)
+
+
+def without_harm(run: Run, ladder: Sequence[Candidate], verdicts: list[Verdict]) -> int | None:
+    """Index of the fastest candidate that passed and shows no harm at its edges; None where there is none.
+
+    Args:
+        verdicts: on the first candidates of the ladder; those on candidates that are asked here gain a part for each edge.
+    """
+    while (index := walk(verdicts)[0]) is not None:
+        verdict = verdicts[index]
+        if not any(part.kind == "edge" for part in verdict.parts):
+            verdict = verdicts[index] = _asked(run, index, Policy.parse(ladder[index].policy), verdict)
+            run.study.put(verdict_key(index), verdict)
+        if verdict.verdict == "passed":
+            return index
+    return None
+
+
+def judged(verdict: Verdict, pairs: Sequence[tuple[int, Pairs]], max_drop: float) -> Verdict:
+    """A verdict with what was seen at its edges; it fails where harm is shown at one of them (Holm over all). Pure.
+
+    Args:
+        pairs: requests at a time, and the answers there paired with exact routing's.
+        max_drop: the accuracy limit, a share.
+    """
+    tested = {load: harm_p(found.losses, found.gains, found.n, max_drop) for load, found in pairs}
+    bad = harmed(tested)
+    parts = [
+        Part("edge", f"{load} requests at a time", found.n, found.losses, found.gains, tested[load], load in bad)
+        for load, found in pairs
+    ]
+    verdict = replace(verdict, parts=[*verdict.parts, *parts])
+    if not bad:
+        return verdict
+    worst = max((part for part in parts if part.harmed), key=lambda part: part.drop)
+    reason = (
+        f"{-worst.drop * 100:+.2f} points at {worst.name}, where the policy applies too, shown to be over the limit; search.buckets "
+        "says to which sizes of a step a policy applies"
+    )
+    return replace(verdict, verdict="accuracy", reason=reason)
+
+
+def _asked(run: Run, index: int, policy: Policy, verdict: Verdict) -> Verdict:
+    """The verdict with the edges of its policy; those that the budget does not pay for are left out, and that is said."""
+    exact = run.study.levels(run.study.complete()[0])
+    tuned = [level or max(1.0, seen.batch) for level, seen in zip(run.spec.workload.load.levels, exact, strict=True)]
+    assert run.facts is not None
+    pairs: list[tuple[int, Pairs]] = []
+    edges = loads(policy, tuned, _tokens(tuned, exact), run.facts.most_requests)
+    if edges:
+        run.report.stage(f"candidate {index + 1} where it applies too: {' and '.join(map(str, edges))} requests at a time", 0)
+    for number, load in enumerate(edges):
+        if run.left_s() < run.spec.search.trial_seconds:
+            run.report.step(f"{load} requests at a time: not asked, since the budget is spent", 0.0)
+            continue
+        try:
+            pairs.append((load, _answered(run, policy, load, tuned, number)))
+        except EngineCrashError as error:
+            return replace(verdict, verdict="crashed", reason=f"the engine failed under it at {load} requests at a time: {error}")
+        found = pairs[-1][1]
+        run.report.step(
+            f"{load} requests at a time: {(found.gains - found.losses) / max(found.n, 1) * 100 + 0.0:+.2f} points on {found.n:,} items",
+            0.0,
+        )
+    return judged(verdict, pairs, run.max_drop)
+
+
+def _tokens(tuned: Sequence[float], exact: Sequence[LevelResult]) -> float:
+    """Tokens of one request in a decode step, from the exact trial's median steps; 1 where they were not counted."""
+    counted = [seen.step_tokens / load for load, seen in zip(tuned, exact, strict=True) if seen.step_tokens]
+    return max(1.0, sum(counted) / len(counted)) if counted else 1.0
+
+
+def _answered(run: Run, policy: Policy, load: int, tuned: Sequence[float], number: int) -> Pairs:
+    """A trial's items under the policy at a load, paired with what exact routing answered at the nearest tuned load.
+
+    Args:
+        number: of the edge, so that edges have items of their own where there are enough.
+
+    Raises:
+        EngineCrashError: the engine died of it twice.
+    """
+    nearest = min(range(len(tuned)), key=lambda level: abs(tuned[level] - load))
+    items = trial_items(run, number)
+    seconds = min(run.spec.search.trial_seconds, max(1.0, run.left_s()))
+    pace = run.study.get(PACE)
+    assert pace is not None
+    slower = max(1.0, load / tuned[nearest])
+    for attempt in range(_ATTEMPTS):
+        try:
+            run.engine.apply(policy)
+            report = run.engine.block(
+                run.traffic.requests(items, offset=number * len(items)),
+                Load(concurrency=load, warmup=load),
+                run.traffic.requests(items[: max(2 * load, 8)]),
+                seconds,
+                expected_s=seconds + 3 * slower * pace.residence_s,
+            )
+            break
+        except EngineCrashError:
+            if attempt + 1 == _ATTEMPTS:
+                raise
+    run.study.note_spent(run.budget)
+    return pair(run.study.exact_answers(nearest), answers(report.block.sent))
