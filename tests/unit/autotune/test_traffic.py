@@ -68,7 +68,9 @@ def test_every_kind_of_failure_counts(address: str) -> None:
 
 def test_nobody_there_is_an_error() -> None:
     with Traffic("http://127.0.0.1:9", "m", ["a"], concurrency=1) as client:
-        time.sleep(0.1)
+        until = time.monotonic() + 20
+        while not client.requests and time.monotonic() < until:
+            time.sleep(0.01)
     assert client.errors == client.requests > 0
 
 

@@ -303,7 +303,7 @@ from sere_ext.calibration.run import Options, calibrate
 
 def progress(done, total):
     print(done, flush=True)
-    time.sleep(0.3)
+    time.sleep(0 if done < 16 else 600)  # until it is killed
 
 calibrate(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), Options(batch=4, sequences=40), progress=progress)
 """

@@ -274,7 +274,7 @@ def test_a_tuner_out_of_time_ends_with_the_table_of_what_there_is(
     monkeypatch.setattr(tuner, "LEAST_S", 0.1)
     monkeypatch.setattr(ground, "widened", lambda *_: (tmp_path / "m", tmp_path / "s"))
     out = tmp_path / "tuner.json"
-    monkeypatch.setattr(sys, "argv", ["tuner.py", "--time-limit", "1.5", "--folder", str(tmp_path), "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["tuner.py", "--time-limit", "4", "--folder", str(tmp_path), "--out", str(out)])
     tuner.main()
     result = json.loads(out.read_text())
     assert result["timedOut"] is True

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,16 +14,17 @@ import pytest
 from sere_operator.api import meta
 from sere_operator.plan.patch import merge_patch, merged, only_messages
 from sere_operator.plan.snapshot import Plan, Snapshot, TuningSnapshot
-from sere_operator.runtime import main
+from sere_operator.runtime import main, pacing
 from sere_operator.runtime.attention import Attention
 from sere_operator.runtime.cache import Cache
 from sere_operator.runtime.echoes import Echoes
 from sere_operator.runtime.handlers import Wakes
-from sere_operator.runtime.pacing import MESSAGES_S, Progress, Rollouts
+from sere_operator.runtime.pacing import Progress, Rollouts
 from sere_operator.runtime.reconciler import Key, Reconciler
 from sere_operator.runtime.settings import Settings
 
 KEY: Key = (meta.DEPLOYMENT_KIND, "ns", "m")
+HOUR_S = 3600.0
 
 
 class Server:
@@ -35,6 +35,7 @@ class Server:
         self.object: dict[str, Any] = {"kind": KEY[0], "metadata": metadata, "spec": {}, "status": {}}
         self.writes: list[dict[str, Any]] = []
         self.watch: Any = None
+        self.unseen = 0  # changes that the watch has not shown yet
 
     def change(self, status: dict[str, Any] | None = None, **metadata: Any) -> None:
         """A write of anybody's."""
@@ -42,7 +43,12 @@ class Server:
         version = str(int(old["metadata"]["resourceVersion"]) + 1)
         known = {**old["metadata"], **metadata, "resourceVersion": version, "managedFields": [{"time": version}]}
         self.object = {**old, "metadata": known, "status": merged(old["status"], status or {})}
-        asyncio.get_running_loop().call_later(0.001, self.watch, KEY[0], copy.deepcopy(self.object), False)
+        self.unseen += 1
+        asyncio.get_running_loop().call_later(0.001, self._show, copy.deepcopy(self.object))
+
+    def _show(self, shown: dict[str, Any]) -> None:
+        self.unseen -= 1
+        self.watch(KEY[0], shown, False)
 
     async def patch(self, kind: str, namespace: str, name: str, body: dict[str, Any], *, subresource: str) -> None:
         assert subresource == "status"
@@ -58,7 +64,9 @@ class Operator(main.Operator):
         self.settings = Settings(namespaces=("ns",))
         self.server, self.client = server, cast("Any", server)
         self.reconciler = Reconciler(self.work)
-        self.attention, self.rollouts, self.progress, self.cache = Attention(), Rollouts(1), Progress(), Cache()
+        self.now = 0.0  # of the clock that paces what is written, which stands still until a test moves it
+        self.progress = Progress(clock=lambda: self.now)
+        self.attention, self.rollouts, self.cache = Attention(), Rollouts(1), Cache()
         self._token_problems, self._read_at, self._challenged = {}, {}, {}
         self.prober = cast("Any", SimpleNamespace(for_resource=lambda *_: None))
         self.elector = cast("Any", SimpleNamespace(leads=True))
@@ -66,7 +74,7 @@ class Operator(main.Operator):
         self.wakes = Wakes(self.reconciler, Reconciler(self.work), self.echoes)
         server.watch = self.wakes.resource
         self.requests = 0
-        self.stage, self.poll_s = "Analysing", 30.0
+        self.stage, self.poll_s = "Analysing", HOUR_S
 
     async def _decided(self, *_: Any) -> tuple[Snapshot, Plan]:
         self.requests += 1
@@ -75,49 +83,61 @@ class Operator(main.Operator):
         new = {"conditions": [{"type": "Ready", "status": "False", "message": message}], "rollout": {"stage": self.stage}}
         return seen, Plan(status=merge_patch(new, seen.status), requeue_after=self.poll_s)
 
+    @property
+    def at_rest(self) -> bool:
+        """Every change was shown, nothing is looked at, and nothing is due soon."""
+        entry = self.reconciler.entries[KEY]
+        idle = not entry.queued and not entry.running and entry.timer is not None
+        return idle and not self.server.unseen and entry.due - asyncio.get_running_loop().time() > HOUR_S / 2
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    """Wait for what the operator comes to, however slow the machine is."""
+    async with asyncio.timeout(20):
+        for _ in itertools.count():
+            if reached():
+                return
+            await asyncio.sleep(0.002)
+
 
 @pytest.fixture
-async def operator() -> AsyncIterator[Operator]:
+async def operator(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Operator]:
     """One that runs, has written its first status, and has followed it up."""
+    monkeypatch.setattr(pacing, "MESSAGES_S", HOUR_S)  # so that no test is long enough for it
     made = Operator(Server())
     running = asyncio.create_task(made.reconciler.run())
     made.reconciler.wake(KEY)
-    for _ in range(500):
-        await asyncio.sleep(0.01)
-        if made.requests >= 2 and made.reconciler.entries[KEY].timer is not None:
-            break
+    await until(lambda: made.requests >= 2 and made.at_rest)
     made.server.writes.clear()
     yield made
     running.cancel()
 
 
 async def test_counts_are_written_now_and_then(operator: Operator) -> None:
-    operator.poll_s = 0.05
+    operator.poll_s, before = 0.005, operator.requests
     operator.reconciler.wake(KEY)
-    await asyncio.sleep(0.5)
-    assert operator.requests >= 4
+    await until(lambda: operator.requests >= before + 4)
     assert operator.server.writes == []
-    later = time.monotonic() + MESSAGES_S
-    operator.progress.clock = lambda: later
-    await asyncio.sleep(0.5)
+    operator.now += HOUR_S
+    await until(lambda: bool(operator.server.writes))
+    before = operator.requests
+    await until(lambda: operator.requests >= before + 4)
     (status,) = operator.server.writes
     assert list(status) == ["conditions"] and " of 60 requests" in status["conditions"][0]["message"]
 
 
 async def test_an_own_write_wakes_nobody(operator: Operator) -> None:
     """Else each count that is written leads to a read, and the read to the next count."""
-    operator.progress.clock = itertools.count(
-        time.monotonic() + MESSAGES_S, 2 * MESSAGES_S
-    ).__next__  # each may be written at once
+    operator.progress.clock = itertools.count(HOUR_S, 2 * HOUR_S).__next__  # each may be written at once
     operator.reconciler.wake(KEY)
-    await asyncio.sleep(0.5)
+    await until(lambda: bool(operator.server.writes) and operator.at_rest)
     assert len(operator.server.writes) == 1
 
 
 async def test_what_changes_otherwise_is_written_at_once_and_followed_up(operator: Operator) -> None:
     operator.stage, looks = "Promoting", operator.requests
     operator.reconciler.wake(KEY)
-    await asyncio.sleep(0.6)
+    await until(lambda: bool(operator.server.writes) and operator.at_rest)
     (status,) = operator.server.writes
     assert status["rollout"] == {"stage": "Promoting"}
     assert operator.requests - looks == 3, "by what is remembered, by new reads, and once more for the next step"
@@ -144,7 +164,7 @@ async def test_what_others_change_wakes(operator: Operator, change: dict[str, An
         operator.echoes.expect(seen, {"ready": "1/1"})
         change = {**change, "status": {**change.get("status", {}), "ready": "1/1"}}
     operator.server.change(**change)
-    await asyncio.sleep(0.05)
+    await until(lambda: not operator.server.unseen)
     assert woken == [KEY]
 
 
