@@ -175,3 +175,21 @@ def test_recorded_calls_replayed_count_what_the_engine_counts_under_a_policy(run
         ask()
         (row,) = [row for row in llm_states(running)[0].counters if row.digest == first.digest and row.bucket == "2-"]
         assert counts.active[index] == row.active_after / row.calls, choice
+
+
+def test_steps_that_pass_every_router_by_are_an_error_of_the_state(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model routes by itself again, as one whose own kernels decode does; until then every step's routers were asked."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    def unwrap(model: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, MoERunner):
+                monkeypatch.delattr(module.router, "_compute_routing")
+
+    answers(running)
+    assert llm_states(running)[0].error is None
+    running.apply_model(unwrap)
+    answers(running)
+    assert "Bypassed: all MoE layers routed some steps by themselves" in str(llm_states(running)[0].error)
+    running.collective_rpc(lambda worker: worker.sere.drop_counters())  # what was bypassed is never forgotten otherwise
+    assert llm_states(running)[0].error is None
