@@ -1,6 +1,7 @@
 """A planted engine for the tuner's pure logic: known drops, discordance and speeds instead of a model.
 
-Run as a program it tunes in a folder (and can be killed): `python -m tests.kit.planted OUT ITEMS.jsonl TRIALS SECONDS_PER_BLOCK`.
+Run as a program it tunes in a folder (and can be killed): `python -m tests.kit.planted OUT ITEMS.jsonl TRIALS SECONDS_PER_BLOCK
+[HANG_AT]`; the block that is number HANG_AT of all runs in the folder never ends.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ class PlantedEngine:
 
     def __init__(
         self, wait_s: float = 0.0, crashes: Sequence[Kind] = (), tpot_ms: float = 20.0, log: Path | None = None,
-        experts_share: float = 0.7, crowding: float = 0.0, most_requests: int = 0,
+        experts_share: float = 0.7, crowding: float = 0.0, most_requests: int = 0, hang_at: int = 0,
     ) -> None:  # fmt: skip
+        self.hang_at = hang_at  # number of the block in the log that never ends
         self.wait_s, self.crashes, self.tpot_ms, self.log = wait_s, tuple(crashes), tpot_ms, log
         self.experts_share = experts_share  # of an exact decode step at 16 requests; what a wave shows
         self.crowding = crowding  # power of the load, over 16 requests at a time or 20 requests/s, that TPOT goes with
@@ -113,6 +115,8 @@ class PlantedEngine:
         if self.log is not None:
             with self.log.open("a") as file:
                 file.write(self.policy.digest + "\n")
+            if self.hang_at and len(self.log.read_text().splitlines()) == self.hang_at:
+                time.sleep(3600)
         time.sleep(self.wait_s)
         self.blocks += 1
         self.cut.append(deadline_s or 0.0)
@@ -175,7 +179,7 @@ def run(spec: Any, engine: PlantedEngine, report: Any = None, **options: Any) ->
 
 
 if __name__ == "__main__":
-    given_out, given_items, given_trials, given_wait = sys.argv[1:5]
+    given_out, given_items, given_trials, given_wait, *given_hang = sys.argv[1:6]
     given = spec_for(Path(given_out), Path(given_items), search__trials=int(given_trials))
-    finished = run(given, PlantedEngine(float(given_wait), log=Path(given_out).parent / "calls.log"))
+    finished = run(given, PlantedEngine(float(given_wait), log=Path(given_out).parent / "calls.log", hang_at=int(*given_hang)))
     print(finished.outcome.ending.value)
