@@ -20,10 +20,14 @@ def patiently(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_long_command_says_what_it_is_and_how_large_its_folder_has_become(tmp_path: Path) -> None:
     (tmp_path / "package").write_bytes(bytes(3 << 20))
-    ended = patiently("-d", str(tmp_path), "the packages", "bash", "-c", "sleep 2.5; echo made; exit 7")
+    said = tmp_path.with_name("said")  # it is there beside the folder, whose size is shown
+    until_it_speaks = f"until [[ -s {said} ]]; do sleep 0.05; done; echo made; exit 7"
+    command = [ROOT / "tests/kit/patiently", "-d", str(tmp_path), "the packages", "bash", "-c", until_it_speaks]
+    with said.open("w") as file:
+        ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, text=True, check=False, timeout=60)
     assert (ended.returncode, ended.stdout) == (7, "made\n")
-    lines = ended.stderr.splitlines()
-    assert len(lines) == 2 and all(
+    lines = said.read_text().splitlines()
+    assert len(lines) >= 2 and all(
         line.startswith("the packages: ") and line.endswith(f", 3.1MB in {tmp_path}") for line in lines
     )
 
@@ -35,7 +39,8 @@ def test_a_quick_command_is_not_spoken_of() -> None:
 
 def test_a_quick_step_of_several_is_told_at_its_end() -> None:
     ended = patiently("-e", "1/4 the installer", "true")
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "1/4 the installer: 0 s\n")
+    assert (ended.returncode, ended.stdout) == (0, "")
+    assert re.fullmatch(r"1/4 the installer: \d s\n", ended.stderr), "0 s, or 1 s where a second of the clock ends meanwhile"
 
 
 # Stands for python3, the virtual environment's python and uv: makes the environment, notes how it is called, and warns as pip does.
@@ -81,4 +86,4 @@ def test_the_demo_says_what_it_waits_for(terminal: bool, monkeypatch: pytest.Mon
         screen.console.print("meanwhile")
     text = shown.getvalue()
     assert "waiting for the operator's pod" in text and "meanwhile" in text
-    assert (": 0 s" in text) == terminal
+    assert bool(re.search(r": \d+ s", text)) == terminal

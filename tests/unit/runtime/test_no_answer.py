@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,16 @@ users: [{{name: a, user: {{token: x}}}}]
 def test_an_unreachable_cluster_is_one_line(
     server: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    resolved = socket.getaddrinfo
+
+    def resolve(
+        host: Any, *arguments: Any, **options: Any
+    ) -> Any:  # as a name server says it; without one other words would stand there
+        if str(host).endswith(".invalid"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolved(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     with socket.socket() as closed, socket.socket() as silent:
         closed.bind(("127.0.0.1", 0))  # bound and not listening: refused
         silent.bind(("127.0.0.1", 0))
