@@ -29,7 +29,7 @@ from tests.kit.inside import (
 )
 from tests.kit.states import counted
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)  # two engines, of which each may start for minutes on busy cores
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tests.kit import families
 from tests.kit.inside import Recorder, answers, check_oracle, engine, random_similarity, recording, same
 from tests.kit.states import counted
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 SERE = Policy.parse({"buckets": [{"minTokens": 1, "kind": "sere", "S": 2, "rho": 0.3}]})
 LENGTHS = (33, 38, 41)  # more than a cache block, less than the longest request
 BLOCK = 32

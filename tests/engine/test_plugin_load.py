@@ -17,5 +17,5 @@ dispatcher.register_kernels({})  # as the CPU platform does when an engine start
 
 
 def test_llvmlite_is_not_loaded_by_the_plug_in_and_may_be_loaded_when_an_engine_starts() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
