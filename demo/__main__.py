@@ -34,7 +34,7 @@ CALIBRATION_ITEMS = 400
 POLICIES = "oea"
 S_VALUES = (2.0,)
 MIN_SHARE = (0.0,)  # 0.5 costs 0.59 points (docs/policies.md), which 1,000 items certify three times in ten at most
-SEARCH_ITEMS = 160
+SEARCH_ITEMS = 128
 PAIRS = 4  # of blocks
 TUNE_MINUTES, CLUSTER_MINUTES = 7, 3  # on two quiet cores
 MINUTES = TUNE_MINUTES + CLUSTER_MINUTES
@@ -185,7 +185,9 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-drop-points", type=float, default=1.0, help="accuracy budget of stage 1 in points")
     parser.add_argument("--tpot-p95-ms", type=float, default=200.0, help="latency limit of stage 1 in ms")
     parser.add_argument("--trials", type=int, default=2, help="trials of stage 1, exact routing included")
-    parser.add_argument("--items", type=int, default=1160, help=f"items that stage 1 makes; {SEARCH_ITEMS} are searched on")
+    parser.add_argument(
+        "--items", type=int, default=1000 + SEARCH_ITEMS, help=f"items that stage 1 makes; {SEARCH_ITEMS} are searched on"
+    )
     parser.add_argument(
         "--policies",
         default=POLICIES,

@@ -17,7 +17,7 @@ from sere_autotune.words import percent
 
 ASSUMED_START_S = 60.0  # of an engine, until one was seen
 ASSUMED_TRUE_DROP = 0.3  # share of the limit that a good policy truly costs
-WARMUP_RESIDENCES = 5  # discarded at the start of each block
+WARMUP_RESIDENCES = 3  # discarded at the start of each block
 _CEILING_S = 60.0  # that finding the ceiling takes where the budget allows it,
 _CEILING_SHARE = 0.03  # and the share of the budget that it may take;
 _LEAST_CEILING_S = 5.0  # with less than this the search begins at once

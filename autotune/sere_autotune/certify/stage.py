@@ -186,7 +186,7 @@ def _measure_block(run: Run, pair: int, level: int, policy: Policy, candidate: C
     for attempt in range(_ATTEMPTS):
         try:
             run.engine.apply(policy)
-            # Both routings of a pair get the same arrivals; five residences are sent before anything counts.
+            # Both routings of a pair get the same arrivals; three residences are sent before anything counts.
             load = run.load(levels[level], planner.WARMUP_RESIDENCES, pace.residence_s, seed=run.spec.workload.seed + 1000 * pair)
             requests = run.traffic.requests(items, offset=pair * len(items))
             fillers = run.traffic.requests(run.search[: max(64, 4 * levels[level])])

@@ -93,7 +93,7 @@ def test_each_pair_has_items_and_arrivals_of_its_own(pairs: list[tuple[Asked, As
 
 def test_a_block_is_warmed_up_and_its_engine_is_given_a_few_times_its_length(pairs: list[tuple[Asked, Asked]]) -> None:
     for asked in (asked for pair in pairs for asked in pair):
-        assert asked.load.warmup == 30, "five residences of 0.3 s at 20 requests/s"
+        assert asked.load.warmup == 18, "three residences of 0.3 s at 20 requests/s"
         assert asked.expected_s is not None and 0 < asked.expected_s < asked.deadline_s, (
             "a hung engine costs a block, not the budget"
         )
