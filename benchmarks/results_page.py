@@ -26,7 +26,8 @@ def engine_runs(speedup: dict[str, Any], tune: dict[str, Any], telemetry: dict[s
     if chosen:
         gained = interval(chosen["value"], chosen["low"], chosen["high"], 2).replace(" [", "x [")
         found = (
-            f"certificate {certification['verdict']} in {certification['seconds'] / 60:.1f} minutes on {certification['items']:,} items; "
+            f"certificate {certification['verdict']} on {certification['items']:,} items, {certification['seconds'] / 60:.1f} minutes for "
+            f"{certification['candidates']} of the ladder; "
             f"{certification['policy']}: {gained} mean TPOT at {tune['speedup']['condition']}"
         )
     else:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.tune [--trials N] [--pairs N] [--block-seconds S] [--items N] [--out FILE] [--folder DIR]
 
-Runs `sere tune` once: ranking trials of 200 items at concurrency 16, then one candidate certified at a limit of 1 point with
+Runs `sere tune` once: ranking trials of 200 items at concurrency 16, then a ladder of two candidates certified at a limit of 1 point with
 10 pairs of blocks of at least 10 s and 15 residences, on the given number of items at most. Both sides of each ratio are in the output, with the machine and versions.
 """
 
@@ -17,6 +17,7 @@ from tests.assets.make.models import ROWS_MOE
 from tests.kit import ROOT
 
 TARGET_TRIALS, TARGET_CERTIFY_S = 40, 240.0
+CANDIDATES = 2  # on the ladder, at most
 ITEMS_PER_TRIAL = 200  # the model pools over trials: more of them teach more than longer ones
 
 
@@ -31,20 +32,21 @@ def main() -> None:
     args = parser.parse_args()
     flags = {
         **tuner_flags(args.folder.resolve(), "run", limit_points=1),
-        "--search-trials": args.trials, "--search-items-per-trial": ITEMS_PER_TRIAL, "--search-trial-seconds": 30, "--search-rungs": 1,
+        "--search-trials": args.trials, "--search-items-per-trial": ITEMS_PER_TRIAL, "--search-trial-seconds": 30, "--search-rungs": CANDIDATES,
         "--search-device-hours": 2, "--certify-pairs": args.pairs, "--certify-block-seconds": args.block_seconds, "--certify-items": args.items,
     }  # fmt: skip
     began = time.monotonic()
     summary = sere(["tune"], flags, accept=(0, 3))
     seconds, trials = summary["seconds"], len(summary["trials"])
     per_trial = seconds["search"] / trials
-    candidate = summary["ladder"][0] if summary["ladder"] else {}
+    measured = [candidate for candidate in summary["ladder"] if candidate["result"]]
+    candidate = summary["ladder"][summary["chosen"] - 1] if summary["chosen"] else measured[-1] if measured else {}
     result = candidate.get("result") or {}
     keep(args.out, {
         "machine": machine(), **shape(ROWS_MOE),
         "ranking": {"trials": trials, "seconds": seconds["search"], "trialsIn10Minutes": 600 / per_trial, "target": TARGET_TRIALS,
                     "itemsPerTrial": ITEMS_PER_TRIAL, "condition": summary["condition"]},
-        "certification": {"seconds": seconds.get("certification"), "targetSeconds": TARGET_CERTIFY_S, "limitPoints": 1,
+        "certification": {"seconds": seconds.get("certification"), "candidates": len(measured), "targetSeconds": TARGET_CERTIFY_S, "limitPoints": 1,
                           "items": result.get("items"), "verdict": candidate.get("verdict"), "policy": candidate.get("describe"),
                           "pValue": result.get("p_value"), "blockSeconds": args.block_seconds, "pairs": args.pairs},
         "speedup": {"meanTpot": result.get("speedup", {}).get("mean"), "p95Tpot": result.get("speedup", {}).get("p95"),

@@ -34,7 +34,7 @@ CALIBRATION_ITEMS = 400
 POLICIES = "oea"
 S_VALUES = (2.0,)
 MIN_SHARE = (0.0,)  # 0.5 costs 0.59 points (docs/policies.md), which 1,000 items certify three times in ten at most
-SEARCH_ITEMS = 128
+SEARCH_ITEMS = 96
 PAIRS = 4  # of blocks
 TUNE_MINUTES, CLUSTER_MINUTES = 7, 3  # on two quiet cores
 MINUTES = TUNE_MINUTES + CLUSTER_MINUTES
@@ -114,7 +114,7 @@ def prepare(args: argparse.Namespace) -> Path:
             "trials": args.trials,
             "rungs": 1,
             "deviceHours": 0.25,
-            "itemsPerTrial": 96,
+            "itemsPerTrial": 64,
         },
         # A request lasts two seconds here, so that 15 of them (the default) would make blocks of half a minute at least.
         "certify": {"pairs": PAIRS, "blockSeconds": 8, "blockResidences": 4},

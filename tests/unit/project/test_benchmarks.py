@@ -269,7 +269,8 @@ def test_what_the_engine_benchmarks_write_is_what_the_page_reads(
             "outcome": "Chosen",
         }
         rung = {"result": result, "verdict": "passed", "describe": "oea 2 for 8-64 tokens"}
-        return found | {"ladder": [rung] if chosen else [], "condition": "equal concurrency 16", "noiseFloor": None}
+        ladder = {"ladder": [{**rung, "describe": "topk 3"}, rung] if chosen else [], "chosen": 2 if chosen else None}
+        return found | ladder | {"condition": "equal concurrency 16", "noiseFloor": None}
 
     for module, name in ((speedup, certify), (tune, search)):
         monkeypatch.setattr(module, "sere", name)
@@ -281,7 +282,7 @@ def test_what_the_engine_benchmarks_write_is_what_the_page_reads(
     text = results_page.engine_runs(*made, committed["telemetry"])
     assert asked["certify"][0] == {"buckets": [{"minTokens": 8, "maxTokens": 128, "kind": "oea", "S": 2}]}
     assert f"`rows_moe` (64 experts, top-8), widened {ROWS_MOE.widening} times, bfloat16, concurrency 16: oea" in text
-    certified = "certificate passed in 1.5 minutes on 900 items; oea 2 for 8-64 tokens: 1.50x [1.40, 1.60]"
+    certified = "certificate passed on 900 items, 1.5 minutes for 2 of the ladder; oea 2 for 8-64 tokens: 1.50x [1.40, 1.60]"
     assert f"60 trials in 10 minutes, {certified if chosen else 'nothing was certified (Chosen)'}" in text
 
 
