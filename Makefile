@@ -11,7 +11,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: help setup demo test lint format coverage docs crds test-unit test-emulated test-engine test-apiserver test-cluster test-chart test-gpu \
-        bench-tune bench-speedup bench-verdicts bench-tuner bench-policies bench-layers bench-recorded bench-ext bench-telemetry bench-share soak-switches soak-replacements retrain-model vllm-snapshots envtest clean
+        bench-tune bench-verdicts bench-tuner bench-policies bench-layers bench-recorded bench-ext bench-telemetry bench-share soak-switches soak-replacements retrain-model vllm-snapshots envtest clean
 
 help: ## What can be made
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -60,8 +60,6 @@ bench-tune: setup ## Trials per 10 minutes and the time of a certificate; renews
 	$(PY) -m benchmarks.tune $(ARGS)
 	$(PY) -m benchmarks.render
 
-bench-speedup: setup ## A certified speed-up on the real engine at concurrency 16; renews docs/results.md
-	$(PY) -m benchmarks.speedup $(ARGS)
 	$(PY) -m benchmarks.render
 
 bench-verdicts: setup ## How often a certificate is false, over simulated studies in adverse worlds; benchmarks/results/verdicts.json

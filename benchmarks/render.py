@@ -37,7 +37,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "ext-parts": (("ext",), partial(speed_page.ext_parts, "widened")),
     "ext-calibration": (("ext",), speed_page.ext_calibration),
     "layers": (("layers",), layers),
-    "engine-runs": (("speedup", "tune", "telemetry"), engine_runs),
+    "engine-runs": (("tune", "telemetry"), engine_runs),
 }
 
 

@@ -1,12 +1,10 @@
-"""The table of docs/results.md on runs of the tuner and on telemetry, from benchmarks/results/{speedup,tune,telemetry}.json."""
+"""The table of docs/results.md on runs of the tuner and on telemetry, from benchmarks/results/{tune,telemetry}.json."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from benchmarks.tables import interval, table
-from sere_ext.contract.policy import Policy
 
 
 def _widened(result: dict[str, Any]) -> str:
@@ -15,13 +13,8 @@ def _widened(result: dict[str, Any]) -> str:
     return f"`{result['model']}` ({result['experts']} experts, top-{result['topK']}){times}"
 
 
-def engine_runs(speedup: dict[str, Any], tune: dict[str, Any], telemetry: dict[str, Any]) -> str:
+def engine_runs(tune: dict[str, Any], telemetry: dict[str, Any]) -> str:
     """A row for each benchmark that runs the tuner or the engine's telemetry once."""
-    evidence = speedup["evidence"]
-    accuracy, mean = evidence["accuracy"], evidence["speedupMean"]
-    tpot, active = evidence["tpotMeanMs"], evidence["activeExperts"]
-    policy = Policy.parse(json.dumps(speedup["policy"])).describe()
-    gain = interval(mean["value"], mean["low"], mean["high"], 2).replace(" [", "x [")
     ranking, certification, chosen = tune["ranking"], tune["certification"], tune["speedup"]["meanTpot"]
     if chosen:
         gained = interval(chosen["value"], chosen["low"], chosen["high"], 2).replace(" [", "x [")
@@ -37,13 +30,6 @@ def engine_runs(speedup: dict[str, Any], tune: dict[str, Any], telemetry: dict[s
     ratios = [telemetry["tpotOverNone"][kind] for kind in ("hook", "hookAndPolling")]
     hook, both = (interval(each["mean"], each["interval95"][0], each["interval95"][1], 2).replace(" [", "x [") for each in ratios)
     rows = [
-        [
-            f"{_widened(speedup)}, concurrency 16: {policy}",
-            f"mean TPOT {tpot['exact']:.1f} -> {tpot['chosen']:.1f} ms, {gain} at equal concurrency, {mean['pairs']} pairs; "
-            f"{-accuracy['dropPoints']:.2f} points, at most {accuracy['upperBoundPoints']:.2f} lost at 95 % on {accuracy['items']:,} held-out "
-            f"items; {active['exact']:.1f} -> {active['chosen']:.1f} active experts",
-            _source("speedup"),
-        ],
         [
             f"{_widened(tune)}: {ranking['trials']} ranking trials of {ranking['itemsPerTrial']} items, then a limit of "
             f"{certification['limitPoints']} point tried ({certification['pairs']} pairs of {certification['blockSeconds']:.0f} s)",

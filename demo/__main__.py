@@ -36,7 +36,7 @@ S_VALUES = (2.0,)
 MIN_SHARE = (0.0,)  # 0.5 costs 0.59 points (docs/policies.md), which 1,000 items certify three times in ten at most
 SEARCH_ITEMS = 96
 PAIRS = 4  # of blocks
-TUNE_MINUTES, CLUSTER_MINUTES = 7, 3  # on two quiet cores
+TUNE_MINUTES, CLUSTER_MINUTES = 8, 2  # on two quiet cores
 MINUTES = TUNE_MINUTES + CLUSTER_MINUTES
 # Helm uninstall and the end of a namespace, both within their own limits; or the end of a node and of its folder, of a gigabyte.
 TAKE_DOWN_S = 420

@@ -41,3 +41,14 @@ def over_limits(broken: Sequence[str], items: int) -> str:
         answer = 100 / items
         words.append(f"accuracy on {items:,} items, where one answer is {answer:.2f} points; a trial only ranks")
     return f"over the limit of {', '.join(words)}"
+
+
+def no_harm(losses: int, gains: int, items: int, harmed: bool) -> str:
+    """What a harm check saw, in answers: so few certify nothing, and points would look like the certificate's.
+
+    Args:
+        losses: answers that exact routing has right and the policy wrong; `gains` are the reverse.
+        harmed: whether they show a loss over the limit.
+    """
+    shown = "shown to lose more than the limit" if harmed else "no harm shown"
+    return f"{losses:,} of {items:,} answers lost, {gains:,} gained: {shown}"

@@ -19,6 +19,7 @@ from sere_autotune.study.run import Run
 from sere_autotune.study.schema import PACE, Candidate, Part, Verdict, verdict_key
 from sere_autotune.trial.load import Load
 from sere_autotune.trial.measures import LevelResult, Pairs, answers, pair
+from sere_autotune.words import no_harm
 from sere_ext.contract.errors import EngineCrashError
 from sere_ext.contract.policy import Kind, Policy
 
@@ -95,7 +96,10 @@ def _asked(run: Run, index: int, policy: Policy, verdict: Verdict) -> Verdict:
     pairs: list[tuple[int, Pairs]] = []
     edges = loads(policy, tuned, _tokens(tuned, exact), run.facts.most_requests)
     if edges:
-        run.report.stage(f"candidate {index + 1} where it applies too: {' and '.join(map(str, edges))} requests at a time", 0)
+        run.report.stage(
+            f"harm check of candidate {index + 1} where its policy applies too: {' and '.join(map(str, edges))} requests at a time",
+            0,
+        )
     for number, load in enumerate(edges):
         if run.left_s() < run.spec.search.trial_seconds:
             run.report.step(f"{load} requests at a time: not asked, since the budget is spent", 0.0)
@@ -104,12 +108,10 @@ def _asked(run: Run, index: int, policy: Policy, verdict: Verdict) -> Verdict:
             pairs.append((load, _answered(run, policy, load, tuned, number)))
         except EngineCrashError as error:
             return replace(verdict, verdict="crashed", reason=f"the engine failed under it at {load} requests at a time: {error}")
-        found = pairs[-1][1]
-        run.report.step(
-            f"{load} requests at a time: {(found.gains - found.losses) / max(found.n, 1) * 100 + 0.0:+.2f} points on {found.n:,} items",
-            0.0,
-        )
-    return judged(verdict, pairs, run.max_drop)
+    found = judged(verdict, pairs, run.max_drop)
+    for part in found.parts[len(verdict.parts) :]:
+        run.report.step(f"{part.name}: {no_harm(part.losses, part.gains, part.items, part.harmed)}", 0.0)
+    return found
 
 
 def _tokens(tuned: Sequence[float], exact: Sequence[LevelResult]) -> float:

@@ -11,8 +11,12 @@ from typing import Any
 
 from sere_autotune.result import step_time
 from sere_autotune.result.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes
-from sere_autotune.words import bracketed, over_limits
+from sere_autotune.words import bracketed, no_harm, over_limits
 
+_HARM_CHECK = (
+    " A harm check asks search items at the smallest and largest steps that the policy re-routes: it keeps out what breaks there, and "
+    "certifies nothing."
+)
 _STYLE = """
 :root{--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--paper:#fff;--good:#1a7f37;--bad:#c4392b;--mark:#0969da;--wash:#f6f8fa}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9198a1;--line:#3d444d;--paper:#0d1117;--good:#3fb950;--bad:#f47067;
@@ -120,10 +124,13 @@ def _certificate(summary: dict[str, Any]) -> str:
         ]
     )
     for part in result["parts"]:
+        if part["kind"] == "edge":
+            seen = no_harm(part["losses"], part["gains"], part["items"], part["harmed"])
+            rows.append([f"harm check at {part['name']}", "", "", "", seen])
+            continue
         drop = (part["losses"] - part["gains"]) / max(part["items"], 1) * 100
         word = ", harm shown" if part["harmed"] else ""
-        where = "applies too at" if part["kind"] == "edge" else part["kind"]
-        rows.append([f"{where} {part['name']}", "", "", f"{part['items']:,} items", f"{_points(drop)} points{word}"])
+        rows.append([f"{part['kind']} {part['name']}", "", "", f"{part['items']:,} items", f"{_points(drop)} points{word}"])
     d = (result["losses"] + result["gains"]) / max(result["items"], 1)
     note = (
         f"Non-inferiority by the score test on {result['items']:,} distinct held-out items, declared beforehand, each once with each routing: "
@@ -134,7 +141,7 @@ def _certificate(summary: dict[str, Any]) -> str:
     return (
         "<h2>Certificate</h2>"
         + _table(["", "exact", "chosen", "limit", "difference"], rows, words=frozenset({4}))
-        + f"<p class=soft>{_e(note)}</p>"
+        + f"<p class=soft>{_e(note)}{_e(_HARM_CHECK) if any(part['kind'] == 'edge' for part in result['parts']) else ''}</p>"
         + _most_load(summary["mostLoad"])
     )
 
@@ -194,7 +201,7 @@ def _ladder(summary: dict[str, Any]) -> str:
     chosen = None if summary["chosen"] is None else summary["chosen"] - 1
     note = (
         "A candidate is a policy of those that the search could have tried, picked by a model fitted to all trials: it need not have been a "
-        "trial itself. Chance: that the held-out items certify it, as predicted."
+        "trial itself. Chance: that the held-out items certify it, as predicted from the trials' few items, which the certificate overrules."
     )
     table = _table(head, rows, chosen, raw=frozenset({6}), words=frozenset({1, 7}))
     return f"<h2>Ladder, frozen before the held-out items were opened</h2>{table}<p class=soft>{note}</p>"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sere_autotune.outcome import Ending
-from sere_autotune.words import bracketed, percent
+from sere_autotune.words import bracketed, no_harm, percent
 
 
 def lines(summary: dict[str, Any]) -> str:
@@ -75,11 +75,16 @@ def parts(result: dict[str, Any]) -> list[str]:
     Args:
         result: of one candidate, as the summary has it.
     """
-    return [
-        f"{'applies too at' if part['kind'] == 'edge' else part['kind']} {part['name']}: {(part['gains'] - part['losses']) / max(part['items'], 1) * 100 + 0.0:+.2f} points on "
-        f"{part['items']:,} items" + (", shown to be over the limit" if part["harmed"] else "")
-        for part in result["parts"]
-    ]
+    found = []
+    for part in result["parts"]:
+        if part["kind"] == "edge":
+            seen = no_harm(part["losses"], part["gains"], part["items"], part["harmed"])
+            found.append(f"harm check at {part['name']}, where the policy applies too: {seen}")
+        else:
+            drop = (part["losses"] - part["gains"]) / max(part["items"], 1)
+            over = ", shown to be over the limit" if part["harmed"] else ""
+            found.append(f"{part['kind']} {part['name']}: {-100 * drop + 0.0:+.2f} points on {part['items']:,} items{over}")
+    return found
 
 
 def _not_taken(summary: dict[str, Any]) -> list[str]:

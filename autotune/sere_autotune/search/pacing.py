@@ -16,9 +16,9 @@ def reserve_s(run: Run) -> float:
 
 
 def longest_trial_seconds(run: Run) -> float:
-    """The longest of the trials so far; the first one, of exact routing on every search item, counts only while it is alone."""
+    """The longest of the trials so far but the first, which has exact routing answer every search item; an estimate before the second."""
     times = [t.user_attrs["seconds"] for t in run.study.complete() if "seconds" in t.user_attrs]
-    return float(max(times[1:] or times or [run.spec.search.trial_seconds]))
+    return float(max(times[1:])) if times[1:] else planner.estimated_trial_seconds(run.spec, run.study.get(PACE))
 
 
 def time_left_s(run: Run) -> float:

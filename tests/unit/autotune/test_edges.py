@@ -122,7 +122,11 @@ def test_the_chosen_policy_is_asked_at_its_edges_and_the_screen_says_what_was_se
         ("edge", "8 requests at a time", False),
         ("edge", "32 requests at a time", False),
     ]
-    assert all(line.startswith("applies too at ") for line in screen.parts(result))
+    lines = screen.parts(result)
+    assert [line.split(", where")[0] for line in lines] == [f"harm check at {load} requests at a time" for load in (8, 32)]
+    assert all(line.endswith(" gained: no harm shown") for line in lines)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "harm check at 8 requests at a time" in page and "certifies nothing" in page
     again = Edged(lambda *_: True)
     assert chosen(study(tmp_path, again)) == best and not again.asked  # what a finished study found stays
 

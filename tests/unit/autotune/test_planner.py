@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from sere_autotune import calibration, plan_text, planner
 from sere_autotune.outcome import Ending, nearest_miss
 from sere_autotune.prepare import Prepared, prepare
+from sere_autotune.search import pacing
 from sere_autotune.study.ledger import Ledger
 from sere_autotune.study.schema import Pace
 from sere_autotune.study.weights import model_key
@@ -262,6 +265,17 @@ def test_a_certificates_estimate_grows_with_the_items_that_its_blocks_hold(tmp_p
     measured_s = 1000 / 7.5 + 1000 / (7.5 * 1.75) + 4 * 2 * planner.WARMUP_RESIDENCES * 2.0  # at 1.75 times the speed
     assert planner.candidate_seconds(spec, pace, 1, 1000) == pytest.approx(measured_s, rel=0.15)
     assert planner.candidate_seconds(spec, pace, 1) < 0.75 * measured_s
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [([240.0], None), ([240.0, 30.0, 35.0], 35.0)])
+def test_the_exact_trial_which_answers_every_item_says_nothing_of_the_others(
+    seconds: list[float], expected: float | None, tmp_path: Path
+) -> None:
+    """A first trial of four minutes made a search of eight look like one of forty minutes."""
+    spec, pace = prepared(tmp_path, 4000, search__itemsPerTrial=200, search__trialSeconds=30).spec, Pace(7.5, 2.0, 30.0)
+    trials = [SimpleNamespace(user_attrs={"seconds": each}) for each in seconds]
+    given: Any = SimpleNamespace(spec=spec, study=SimpleNamespace(complete=lambda: trials, get=lambda key: pace))
+    assert pacing.longest_trial_seconds(given) == (expected or planner.estimated_trial_seconds(spec, pace)) < 40
 
 
 @pytest.mark.parametrize(

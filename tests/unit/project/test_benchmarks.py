@@ -244,19 +244,11 @@ def test_what_the_engine_benchmarks_write_is_what_the_page_reads(
     chosen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run of half an hour must not end in a row that cannot be made; `sere` is replaced by the form of what it leaves."""
-    from benchmarks import speedup, tune
+    from benchmarks import tune
 
-    committed = {name: json.loads((render.RESULTS / f"{name}.json").read_text()) for name in ("speedup", "tune", "telemetry")}
-    asked: dict[str, list[Any]] = {}
-
-    def certify(command: list[Any], flags: dict[str, Any]) -> dict[str, Any]:
-        asked["certify"] = [json.loads(Path(command[1]).read_text()), flags]
-        (tmp_path / "speedup").mkdir()
-        (tmp_path / "speedup" / "profile.json").write_text(json.dumps({"spec": {"evidence": committed["speedup"]["evidence"]}}))
-        return {}
+    telemetry = json.loads((render.RESULTS / "telemetry.json").read_text())
 
     def search(command: list[Any], flags: dict[str, Any], accept: tuple[int, ...]) -> dict[str, Any]:
-        asked["tune"] = [command, flags]
         result = {
             "items": 900,
             "p_value": 0.01,
@@ -272,16 +264,13 @@ def test_what_the_engine_benchmarks_write_is_what_the_page_reads(
         ladder = {"ladder": [{**rung, "describe": "topk 3"}, rung] if chosen else [], "chosen": 2 if chosen else None}
         return found | ladder | {"condition": "equal concurrency 16", "noiseFloor": None}
 
-    for module, name in ((speedup, certify), (tune, search)):
-        monkeypatch.setattr(module, "sere", name)
-        monkeypatch.setattr(module, "tuner_flags", lambda *_, **__: {})
-        out = tmp_path / f"{module.__name__}.json"
-        monkeypatch.setattr("sys.argv", ["benchmark", "--folder", str(tmp_path), "--out", str(out)])
-        module.main()
-    made = [json.loads((tmp_path / f"benchmarks.{name}.json").read_text()) for name in ("speedup", "tune")]
-    text = results_page.engine_runs(*made, committed["telemetry"])
-    assert asked["certify"][0] == {"buckets": [{"minTokens": 8, "maxTokens": 128, "kind": "oea", "S": 2}]}
-    assert f"`rows_moe` (64 experts, top-8), widened {ROWS_MOE.widening} times, bfloat16, concurrency 16: oea" in text
+    monkeypatch.setattr(tune, "sere", search)
+    monkeypatch.setattr(tune, "tuner_flags", lambda *_, **__: {})
+    out = tmp_path / "tune.json"
+    monkeypatch.setattr("sys.argv", ["benchmark", "--folder", str(tmp_path), "--out", str(out)])
+    tune.main()
+    text = results_page.engine_runs(json.loads(out.read_text()), telemetry)
+    assert f"`rows_moe` (64 experts, top-8), widened {ROWS_MOE.widening} times, bfloat16: " in text
     certified = "certificate passed on 900 items, 1.5 minutes for 2 of the ladder; oea 2 for 8-64 tokens: 1.50x [1.40, 1.60]"
     assert f"60 trials in 10 minutes, {certified if chosen else 'nothing was certified (Chosen)'}" in text
 
