@@ -208,7 +208,7 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tune-in-cluster",
         action="store_true",
-        help="stage 2 tunes in the cluster, 8 minutes more, in place of rolling out what stage 1 certified",
+        help="stage 2 tunes in the cluster, some 12 minutes more, in place of rolling out what stage 1 certified",
     )
     parser.add_argument("--no-cluster", action="store_true", help="stage 1 alone")
     parser.add_argument("--resume", dest="fresh", action="store_false", help="go on with an earlier run's study")
