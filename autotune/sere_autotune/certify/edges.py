@@ -14,9 +14,9 @@ from dataclasses import replace
 
 from sere_autotune.certify.accuracy import harm_p, harmed
 from sere_autotune.certify.verdict import walk
-from sere_autotune.search.blocks import trial_items
+from sere_autotune.search.blocks import block, trial_items
 from sere_autotune.study.run import Run
-from sere_autotune.study.schema import PACE, Candidate, Part, Verdict, verdict_key
+from sere_autotune.study.schema import Candidate, Part, Verdict, verdict_key
 from sere_autotune.trial.load import Load
 from sere_autotune.trial.measures import LevelResult, Pairs, answers, pair
 from sere_autotune.words import no_harm
@@ -25,7 +25,6 @@ from sere_ext.contract.policy import Kind, Policy
 
 _APART = 1.12  # loads that are closer than this are one
 _TIMES = 4.0  # the greatest tuned load, at most, where nobody knows how many requests the engine runs at once
-_ATTEMPTS = 2  # at one block; an engine that dies of a policy twice dies of it always
 
 
 def loads(policy: Policy, tuned: Sequence[float], tokens: float, most: int) -> list[int]:
@@ -131,23 +130,8 @@ def _answered(run: Run, policy: Policy, load: int, tuned: Sequence[float], numbe
     """
     nearest = min(range(len(tuned)), key=lambda level: abs(tuned[level] - load))
     items = trial_items(run, number)
-    seconds = min(run.spec.search.trial_seconds, max(1.0, run.left_s()))
-    pace = run.study.get(PACE)
-    assert pace is not None
-    slower = max(1.0, load / tuned[nearest])
-    for attempt in range(_ATTEMPTS):
-        try:
-            run.engine.apply(policy)
-            report = run.engine.block(
-                run.traffic.requests(items, offset=number * len(items)),
-                Load(concurrency=load, warmup=load),
-                run.traffic.requests(items[: max(2 * load, 8)]),
-                seconds,
-                expected_s=seconds + 3 * slower * pace.residence_s,
-            )
-            break
-        except EngineCrashError:
-            if attempt + 1 == _ATTEMPTS:
-                raise
+    requests = run.traffic.requests(items, offset=number * len(items))
+    fillers = run.traffic.requests(items[: max(2 * load, 8)])
+    report = block(run, policy, requests, Load(concurrency=load, warmup=load), fillers, run.spec.search.trial_seconds, None)
     run.study.note_spent(run.budget)
     return pair(run.study.exact_answers(nearest), answers(report.block.sent))

@@ -58,7 +58,7 @@ def measure(
         load = run.load(level, 2, known.residence_s if known else 0.3, seed=run.spec.workload.seed + 31 * number + index)
         requests = run.traffic.requests(items, offset=number * len(items))
         against = Reject(run.max_drop, 0.05, exact) if reject and exact else None
-        report = _block(run, policy, requests, load, run.traffic.requests(items[: max(level * 2, 8)]), seconds, against)
+        report = block(run, policy, requests, load, run.traffic.requests(items[: max(level * 2, 8)]), seconds, against)
         result = summarise(index, report.block, exact, run.traffic.timed)
         result.active_before, result.active_after = report.active_before, report.active_after
         result.step_tokens = report.step_tokens
@@ -72,11 +72,15 @@ def measure(
     return found
 
 
-def _block(
+def block(
     run: Run, policy: Policy, requests: Sequence[Request], load: Load, fillers: Sequence[Request], seconds: float,
     against: Reject | None,
 ) -> BlockReport:  # fmt: skip
-    """One block under `policy`; once more, on a new engine, where the engine dies of it or hangs."""
+    """One block under `policy`; once more, on a new engine, where the engine dies of it or hangs.
+
+    Raises:
+        EngineCrashError: the engine died of it twice.
+    """
     pace = run.study.get(PACE)
     for repeated in (False, True):
         limit = min(seconds, max(1.0, run.left_s()))  # the budget cuts a trial too
