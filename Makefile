@@ -60,8 +60,6 @@ bench-tune: setup ## Trials per 10 minutes and the time of a certificate; renews
 	$(PY) -m benchmarks.tune $(ARGS)
 	$(PY) -m benchmarks.render
 
-	$(PY) -m benchmarks.render
-
 bench-verdicts: setup ## How often a certificate is false, over simulated studies in adverse worlds; benchmarks/results/verdicts.json
 	$(PY) -m benchmarks.verdicts
 

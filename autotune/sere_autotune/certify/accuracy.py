@@ -142,9 +142,8 @@ def harmed(tested: Mapping[_Name, float]) -> set[_Name]:
     """Of p-values of "no harm", those that show harm with a chance of a false alarm of 5 % over all of them (Holm)."""
     found: set[_Name] = set()
     for rank, name in enumerate(sorted(tested, key=lambda name: tested[name])):
-        if tested[name] > _HARM_ALPHA / (
-            len(tested) - rank
-        ):  # the smallest against alpha / m, the next against alpha / (m - 1), ...
+        # The smallest is tested against alpha / m, the next against alpha / (m - 1), and so on.
+        if tested[name] > _HARM_ALPHA / (len(tested) - rank):
             break
         found.add(name)
     return found

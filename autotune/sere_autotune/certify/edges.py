@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sere_autotune.certify.accuracy import harm_p, harmed
-from sere_autotune.certify.verdict import walk
+from sere_autotune.certify.most_load import STEP, TIMES
+from sere_autotune.certify.verdict import over_the_limit, walk
 from sere_autotune.search.blocks import block, trial_items
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import Candidate, Part, Verdict, verdict_key
@@ -22,9 +23,6 @@ from sere_autotune.trial.measures import LevelResult, Pairs, answers, pair
 from sere_autotune.words import no_harm
 from sere_ext.contract.errors import EngineCrashError
 from sere_ext.contract.policy import Kind, Policy
-
-_APART = 1.12  # loads that are closer than this are one
-_TIMES = 4.0  # the greatest tuned load, at most, where nobody knows how many requests the engine runs at once
 
 
 def loads(policy: Policy, tuned: Sequence[float], tokens: float, most: int) -> list[int]:
@@ -35,13 +33,13 @@ def loads(policy: Policy, tuned: Sequence[float], tokens: float, most: int) -> l
         tokens: of one request in a decode step: 1, and more where drafts are verified.
         most: requests that the engine runs at once; 0 where nobody knows.
     """
-    top = most or round(_TIMES * max(tuned))
+    top = most or round(TIMES * max(tuned))
     found: list[int] = []
     taken = list(tuned)
     for bucket in (bucket for table in policy.tables() for bucket in table if bucket.kind is not Kind.EXACT):
         for edge in (-(-bucket.min_tokens // tokens), bucket.max_tokens // tokens):
             load = min(max(1, round(edge)), top)
-            if all(max(load / other, other / load) > _APART for other in taken):
+            if all(max(load / other, other / load) > STEP for other in taken):
                 found.append(load)
                 taken.append(load)
     return sorted(found)
@@ -79,12 +77,8 @@ def judged(verdict: Verdict, pairs: Sequence[tuple[int, Pairs]], max_drop: float
     verdict = replace(verdict, parts=[*verdict.parts, *parts])
     if not bad:
         return verdict
-    worst = max((part for part in parts if part.harmed), key=lambda part: part.drop)
-    reason = (
-        f"{-worst.drop * 100:+.2f} points at {worst.name}, where the policy applies too, shown to be over the limit; search.buckets "
-        "says to which sizes of a step a policy applies"
-    )
-    return replace(verdict, verdict="accuracy", reason=reason)
+    reason = over_the_limit([part for part in parts if part.harmed])
+    return replace(verdict, verdict="accuracy", reason=f"{reason}; search.buckets says to which sizes of a step a policy applies")
 
 
 def _asked(run: Run, index: int, policy: Policy, verdict: Verdict) -> Verdict:

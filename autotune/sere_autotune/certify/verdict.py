@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sere_autotune.certify import accuracy, latency
-from sere_autotune.study.schema import MeasuredBlock, SpeedVerdict, Verdict
+from sere_autotune.study.schema import MeasuredBlock, Part, SpeedVerdict, Verdict
 from sere_autotune.trial.measures import STATISTICS
 
 SPEED_ALPHA = 0.05  # largest chance that any candidate of a ladder is called faster though none is
@@ -64,11 +64,7 @@ def judge(blocks: Sequence[MeasuredBlock], rules: Rules) -> Verdict:
         words = {"slower": "slower than exact routing", "undecided": "not shown to be faster"}[speed.verdict]
         verdict, reason = speed.verdict, f"{words}: {speed}"
     elif harmed:
-        worst = max(harmed, key=lambda part: part.drop)
-        verdict, reason = (
-            "accuracy",
-            f"{-worst.drop * 100:+.2f} points {_where(worst.kind, worst.name)}, shown to be over the limit",
-        )
+        verdict, reason = "accuracy", over_the_limit(harmed)
     elif p > rules.alpha:
         verdict, reason = "accuracy", f"{-drop * 100:+.2f} points, p = {p:.2g} against {rules.alpha:.2g}"
     else:
@@ -102,8 +98,11 @@ def judge(blocks: Sequence[MeasuredBlock], rules: Rules) -> Verdict:
     )
 
 
-def _where(kind: str, name: str) -> str:
-    return f"at {name}" if kind == "load" else f"in {name}"
+def over_the_limit(harmed: Sequence[Part]) -> str:
+    """The worst of the parts in which harm is shown, in words."""
+    worst = max(harmed, key=lambda part: part.drop)
+    where = {"load": "at {}", "task": "in {}", "edge": "at {}, where the policy applies too"}[worst.kind].format(worst.name)
+    return f"{-worst.drop * 100:+.2f} points {where}, shown to be over the limit"
 
 
 def _failures(
