@@ -9,7 +9,7 @@ from sere_autotune.result.profile import condition, headline
 from sere_autotune.search.kinds import removed_kinds
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import Candidate, Verdict
-from sere_autotune.words import percent
+from sere_autotune.words import bracketed, percent
 from sere_ext.contract.policy import Policy
 
 # What would have to give, by the verdict on the candidate that came closest.
@@ -26,10 +26,9 @@ _GIVE = {
 def chosen(run: Run, index: int, candidate: Candidate, verdict: Verdict) -> Outcome:
     """The ending with a certificate."""
     name = headline(run.spec)
-    ratio = verdict.speedup.get(name)
-    assert ratio is not None and verdict.speed is not None
+    ratio, mean = verdict.speedup[name], verdict.speedup["mean"]
     message = (
-        f"{candidate.describe}: {ratio.value:.2f}x TPOT {name} at {condition(run.spec)}, shown to be faster (mean {verdict.speed}), "
+        f"{candidate.describe}: {ratio.value:.2f}x TPOT {name} at {condition(run.spec)}, shown to be faster (mean {mean.value:.2f}x{bracketed(mean.low, mean.high)}), "
         f"{-verdict.drop * 100:+.2f} points, certified at {percent(run.spec.accuracy.confidence)} on {verdict.items:,} held-out items"
     )
     return Outcome(Ending.CHOSEN, message, counts(run), chosen=index)

@@ -11,7 +11,7 @@ from typing import Any
 
 from sere_autotune.result import step_time
 from sere_autotune.result.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes
-from sere_autotune.words import bracketed, no_harm, over_limits
+from sere_autotune.words import bracketed, no_harm, over_limits, percent
 
 _HARM_CHECK = (
     " A harm check asks search items at the smallest and largest steps that the policy re-routes: it keeps out what breaks there, and "
@@ -30,6 +30,11 @@ th{white-space:normal;vertical-align:bottom}th,td{text-align:right;padding:.25re
 th:nth-child(1),td:nth-child(1),.w{white-space:normal!important;text-align:left!important}td.w:nth-child(2){min-width:17rem}th{font-weight:600;color:var(--soft)}
 .good{color:var(--good)}.bad{color:var(--bad)}tr.chosen td{font-weight:600}svg{width:100%;height:auto}
 svg text{font:12px system-ui,sans-serif;fill:var(--ink)}svg .soft{fill:var(--soft)}
+@media(max-width:40rem){thead{display:none}tr{display:block;padding:.4rem 0;border-bottom:1px solid var(--line)}
+td,td.w{display:block;overflow:hidden;padding:.05rem 0;border:0;white-space:normal;text-align:right!important}td.w:nth-child(2){min-width:0}
+td::before{content:attr(data-head);float:left;margin-right:1rem;color:var(--soft);font-weight:400}
+svg text{font-size:17px}svg [transform]{font-size:15px}
+td:first-child{font-weight:600}td[data-head=""]:first-child{text-align:left!important}td:empty{display:none}}
 """
 
 
@@ -53,7 +58,7 @@ def _number(value: Any, form: str = ".2f", unit: str = "") -> str:
 
 
 def render(summary: dict[str, Any]) -> str:
-    """The whole page."""
+    """The whole page, for a wide screen and a phone."""
     title = f"SERE tuning of {'/'.join(summary['model'].rstrip('/').split('/')[-2:])}"
     parts = [
         f"<h1>{_e(title)}</h1>",
@@ -104,25 +109,23 @@ def _certificate(summary: dict[str, Any]) -> str:
         faster = f"{ratio['value']:.2f}x{bracketed(ratio['low'], ratio['high'])}" if ratio else ""
         bound = limit.get((metric, name))
         rows.append([f"{metric.upper()} {name}", _number(exact, ".2f", " ms"), _number(chosen, ".2f", " ms"),
-                     _number(bound, "g", " ms"), faster])  # fmt: skip
+                     _number(bound, "g", " ms") if bound else "", faster])  # fmt: skip
     rows.append(["accuracy", f"{result['exact_accuracy']:.2%}", f"{result['chosen_accuracy']:.2%}",
-                 f"at most {_plural(summary['accuracy']['maxDropPoints'])} lost", f"{(result['chosen_accuracy'] - result['exact_accuracy']) * 100:+.2f} points"])  # fmt: skip
-    rows.append(
-        ["active experts", _number(result["active_before"], ".1f"), _number(result["active_after"], ".1f"), "", "per layer, step"]
-    )
-    rows.append(
-        ["output tokens", _number(result["tokens"]["exact"], ".2f"), _number(result["tokens"]["chosen"], ".2f"), "", "mean"]
-    )
-    speed = result["speed"]
+                 f"at most {_plural(summary['accuracy']['maxDropPoints'])} lost",
+                 f"{_points((result['exact_accuracy'] - result['chosen_accuracy']) * 100)} points, at most {result['upper_bound'] * 100:.2f} lost"])  # fmt: skip
     rows.append(
         [
-            "speed verdict",
+            "active experts per layer and step",
+            _number(result["active_before"], ".1f"),
+            _number(result["active_after"], ".1f"),
             "",
             "",
-            "mean TPOT lower",
-            f"{speed['verdict']}, {speed['value']:.2f}x [{_number(speed['low'])}, {_number(speed['high'])}]",
         ]
     )
+    rows.append(
+        ["mean output tokens", _number(result["tokens"]["exact"], ".2f"), _number(result["tokens"]["chosen"], ".2f"), "", ""]
+    )
+    rows.append(["speed verdict", "", "", "mean TPOT lower", result["speed"]["verdict"]])
     for part in result["parts"]:
         if part["kind"] == "edge":
             seen = no_harm(part["losses"], part["gains"], part["items"], part["harmed"])
@@ -131,18 +134,36 @@ def _certificate(summary: dict[str, Any]) -> str:
         drop = (part["losses"] - part["gains"]) / max(part["items"], 1) * 100
         word = ", harm shown" if part["harmed"] else ""
         rows.append([f"{part['kind']} {part['name']}", "", "", f"{part['items']:,} items", f"{_points(drop)} points{word}"])
-    d = (result["losses"] + result["gains"]) / max(result["items"], 1)
+    discordant = (result["losses"] + result["gains"]) / max(result["items"], 1)
     note = (
         f"Non-inferiority by the score test on {result['items']:,} distinct held-out items, declared beforehand, each once with each routing: "
-        f"{result['losses']} lost, {result['gains']} gained ({d:.2%} discordant), p = {result['p_value']:.2g} at "
-        f"alpha = {result['alpha']:.3g}; design effect {result['design_effect']:.2f}; {result['left_out']:,} items left out, unanswered; the drop is at most {result['upper_bound'] * 100:.2f} points at this confidence. "
-        f"Speed-ups are exact / chosen at {summary['condition']}, with t intervals from paired blocks; the speed verdict's limits are one-sided at {1 - speed['alpha']:.1%} each."
+        f"{result['losses']} lost, {result['gains']} gained ({discordant:.2%} discordant); design effect {result['design_effect']:.2f}; "
+        f"{result['left_out']:,} items left out, unanswered. Speed-ups are exact / chosen at {summary['condition']}, from paired blocks."
     )
     return (
         "<h2>Certificate</h2>"
         + _table(["", "exact", "chosen", "limit", "difference"], rows, words=frozenset({4}))
         + f"<p class=soft>{_e(note)}{_e(_HARM_CHECK) if any(part['kind'] == 'edge' for part in result['parts']) else ''}</p>"
+        + f"<p class=soft>{_e(_confidence(summary, result))}</p>"
         + _most_load(summary["mostLoad"])
+    )
+
+
+def _confidence(summary: dict[str, Any], result: dict[str, Any]) -> str:
+    """What the confidences of the certificate mean, and the stricter levels of the single tests by which they are kept."""
+    accuracy, speed = summary["accuracy"], result["speed"]
+    sure = percent(accuracy["confidence"])
+    risk = percent(1 - accuracy["confidence"])
+    all_at = "Every confidence on this page is 95%" if sure == "95%" else f"Accuracy has {sure} confidence, everything else 95%"
+    earlier = accuracy["earlierOpenings"] or 0
+    before = f"after {earlier} earlier {'study' if earlier == 1 else 'studies'}" if earlier else "the first"
+    low = f"; it is {speed['low']:.3f}" if speed["low"] is not None else ""
+    return (
+        f"{all_at}. Single tests are stricter, so that the risk of a false certificate stays within it. Accuracy: all studies that open "
+        f"these items share the {risk}, and this one, {before}, may spend {percent(result['alpha'])}: p may be at most "
+        f"{result['alpha']:.3g}, and is {result['p_value']:.2g}. Speed: the candidates of a ladder, each judged twice at most, share 5%, and "
+        f"one judgement has {percent(speed['alpha'])}: the lower limit of exact / chosen at {percent(1 - speed['alpha'])} must be above 1"
+        f"{low}. Limits in brackets are 95% limits of that one figure."
     )
 
 
@@ -168,7 +189,7 @@ def _table(
     raw: frozenset[int] = frozenset(),
     words: frozenset[int] = frozenset(),
 ) -> str:
-    """A table of text.
+    """A table of text. On a narrow screen each row becomes a block, in which every cell has its column's name before it.
 
     Args:
         marked: row that is set off.
@@ -178,7 +199,10 @@ def _table(
     kind = ["class=w" if column in words else "" for column in range(len(head))]
     cells = []
     for index, row in enumerate(rows):
-        shown = "".join(f"<td {kind[column]}>{cell if column in raw else _e(cell)}</td>" for column, cell in enumerate(row))
+        shown = "".join(
+            f'<td {kind[column]} data-head="{_e(head[column])}">{cell if column in raw else _e(cell)}</td>'
+            for column, cell in enumerate(row)
+        )
         cells.append(f"<tr{' class=chosen' if index == marked else ''}>{shown}</tr>")
     return (
         f"<div class=scroll><table><thead><tr>{''.join(f'<th {k}>{_e(h)}</th>' for h, k in zip(head, kind, strict=True))}</tr></thead>"
@@ -194,14 +218,19 @@ def _ladder(summary: dict[str, Any]) -> str:
         result = candidate["result"]
         good = candidate["verdict"] == "passed"
         verdict = f"<span class={'good' if good else 'bad'}>{_e(candidate['verdict'])}</span>"
-        measured = _points((result["exact_accuracy"] - result["chosen_accuracy"]) * 100) if result else "–"
-        rows.append([str(candidate["number"]), candidate["describe"], _points(candidate["drop"] * 100), f"{candidate['speedup']:.2f}x", f"{candidate['power']:.0%}",
-                     measured, verdict, result["reason"] if result else ""])  # fmt: skip
-    head = ["candidate", "policy", "predicted points", "predicted speed", "chance", "measured points", "verdict", "reason"]
+        found = ["–", "–"]
+        reason = f"the items certify it with a chance of {candidate['power']:.0%}, by what the trials predict"
+        if result:
+            mean = result["speedup"].get("mean")
+            lost = _points((result["exact_accuracy"] - result["chosen_accuracy"]) * 100) if result["items"] else "–"
+            found, reason = [lost, f"{mean['value']:.2f}x" if mean else "–"], result["reason"]
+        rows.append([str(candidate["number"]), candidate["describe"], _points(candidate["drop"] * 100), found[0],
+                     f"{candidate['speedup']:.2f}x", found[1], verdict, reason])  # fmt: skip
+    head = ["candidate", "policy", "points, predicted", "points, found", "speed, predicted", "speed, found", "verdict", "reason"]
     chosen = None if summary["chosen"] is None else summary["chosen"] - 1
     note = (
         "A candidate is a policy of those that the search could have tried, picked by a model fitted to all trials: it need not have been a "
-        "trial itself. Chance: that the held-out items certify it, as predicted from the trials' few items, which the certificate overrules."
+        "trial itself. Predicted: by that model, from the trials' few items. Found: by the certificate, which decides."
     )
     table = _table(head, rows, chosen, raw=frozenset({6}), words=frozenset({1, 7}))
     return f"<h2>Ladder, frozen before the held-out items were opened</h2>{table}<p class=soft>{note}</p>"
@@ -297,7 +326,7 @@ def pareto_svg(summary: dict[str, Any]) -> str:
             f'<circle cx={x:.1f} cy={y:.1f} r=5 fill="{fill}" stroke="{colour}" stroke-width=1.5><title>{_e(tip)}</title></circle>'
         )
         if exact:
-            parts.append(f"<text x={x + 9:.1f} y={y + 4:.1f}>exact</text>")
+            parts.append(f"<text x={x + 7:.1f} y={y - 7:.1f}>exact</text>")
     if chosen and chosen["result"]:
         x = px(max(x0, min(x1, (chosen["result"]["exact_accuracy"] - chosen["result"]["chosen_accuracy"]) * 100)))
         mean = chosen["result"]["latency_ms"]["chosen"]["tpot"]["mean"]

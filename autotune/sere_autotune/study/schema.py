@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from sere_autotune.doctor.finding import Finding
 from sere_autotune.outcome import Outcome
 from sere_autotune.tuning.spec import BucketEdges
-from sere_autotune.words import bracketed
+from sere_autotune.words import bracketed, percent
 
 T = TypeVar("T")
 
@@ -128,7 +128,8 @@ class SpeedVerdict:
     alpha: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f}x{bracketed(self.low, self.high)}"
+        limits = bracketed(self.low, self.high)
+        return f"{self.value:.2f}x{limits}" + (f" at {percent(1 - self.alpha)}" if limits else "")
 
 
 @dataclass(frozen=True)

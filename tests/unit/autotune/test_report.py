@@ -1,5 +1,6 @@
 """The report: whole, self-contained, safe against odd names; and the closing lines."""
 
+import html
 import html.parser
 import re
 from pathlib import Path
@@ -136,9 +137,44 @@ def test_the_verdict_on_speed_and_the_drops_by_load_and_task_are_shown(finished)
     summary = {**finished.summary, "ladder": ladder}
     text, page = screen.lines(summary), render(summary)
     ratio = summary["ladder"][summary["chosen"] - 1]["result"]["speedup"]["mean"]
-    limits = f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]; limits in brackets are at 95%"
-    assert re.search(rf"^speed +faster, shown at 9\d(\.\d+)?%: mean TPOT {re.escape(limits)}$", text, re.MULTILINE)
+    limits = f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]; limits in brackets are at 95%, too"
+    assert re.search(rf"^speed +faster, shown at 95%: mean TPOT {re.escape(limits)}$", text, re.MULTILINE)
     assert "load equal concurrency 4: -2.50 points on 1,000 items, shown to be over the limit" in text
     assert "task sums.jsonl: +0.40 points on 500 items" in text
-    assert "speed verdict" in page and "faster, " in page
+    assert "speed verdict" in page
     assert "-2.50 points, harm shown" in page and "task sums.jsonl" in page
+
+
+def test_a_prediction_stands_beside_what_was_found_and_a_chance_only_where_no_verdict_is(finished) -> None:
+    page = render(finished.summary)
+    for head in ("points, predicted", "points, found", "speed, predicted", "speed, found"):
+        assert f"<th >{head}</th>" in page
+    assert "chance" not in page.partition("<script")[0], "the certificate has decided"
+    first, *others = finished.summary["ladder"]
+    speed = first["result"]["speedup"]["mean"]["value"]
+    assert f'data-head="speed, found">{speed:.2f}x</td>' in page
+    waiting = {**first, "result": None, "verdict": "not run", "power": 0.29}
+    page = render({**finished.summary, "ladder": [waiting, *others], "chosen": None})
+    assert "the items certify it with a chance of 29%, by what the trials predict" in page
+
+
+def test_one_confidence_is_shown_and_one_paragraph_says_how_its_risk_is_shared(finished) -> None:
+    page, text = render(finished.summary).partition("<script")[0], screen.lines(finished.summary)
+    assert set(re.findall(r"at (9[\d.]+%)", text)) == {"95%"}
+    assert page.count("Every confidence on this page is 95%") == 1
+    result = finished.summary["ladder"][finished.summary["chosen"] - 1]["result"]
+    assert "share the 5%, and this one, the first, may spend 3.75%: p may be at most 0.0375" in page
+    assert f"one judgement has {100 * result['speed']['alpha']:g}%" in page
+    assert "97.5% confidence, everything else 95%" in render(
+        {**finished.summary, "accuracy": {**finished.summary["accuracy"], "confidence": 0.975}}
+    )
+    assert finished.outcome.message in html.unescape(page)
+    mean = result["speedup"]["mean"]
+    assert f"(mean {mean['value']:.2f}x [{mean['low']:.2f}, {mean['high']:.2f}])" in finished.outcome.message, "at 95%, too"
+
+
+def test_on_a_phone_each_cell_has_its_columns_name(finished) -> None:
+    page = render(finished.summary)
+    assert "@media(max-width:40rem){thead{display:none}" in page
+    body = "".join(re.findall(r"<tbody>.*?</tbody>", page))
+    assert body.count("<td") == body.count("data-head=") > 50
