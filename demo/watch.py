@@ -14,6 +14,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from sere_autotune.progress import AT_WORK
+
+_SAID = 50  # characters of the last line that the live line repeats
 BAR = 32  # characters that stand for all experts of a layer
 LEGEND = "█ active with the policy, ░ active under exact routing alone, · not active"
 
@@ -63,6 +66,7 @@ class Watch:
         self.console, self.journal, self.experts, self.minutes = console, journal, experts, minutes
         self.began = time.monotonic()
         self._read_at, self._printed = 0.0, ""
+        self._said, self._said_at = "", self.began  # the process's last line
         self._found: tuple[float, float] | None = None
 
     def line(self, *, now: bool = False) -> str:
@@ -87,6 +91,9 @@ class Watch:
         live = Live(get_renderable=self._clock, console=self.console, refresh_per_second=2, transient=True)
         with live if self.console.is_terminal else nullcontext():
             for text in process.stdout:
+                if self.console.is_terminal and text.strip().startswith(AT_WORK):
+                    continue  # the live line counts the seconds
+                self._said, self._said_at = text.strip() or self._said, time.monotonic()
                 if not text[0].isspace() or not text.strip():
                     self._show(now=True)
                 self.console.print(text.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
@@ -108,4 +115,6 @@ class Watch:
         gone = (time.monotonic() - self.began) / 60
         left = f"about {self.minutes - gone:.0f} to go" if gone < self.minutes else "longer than expected"
         line = self.line()
-        return Text("\n".join(filter(None, (line, LEGEND if line else "", f"{gone:.1f} minutes gone, {left}"))))
+        said = self._said if len(self._said) <= _SAID else f"{self._said[: _SAID - 3]}..."
+        since = f"; {time.monotonic() - self._said_at:.0f} s since: {said}" if said else ""
+        return Text("\n".join(filter(None, (line, LEGEND if line else "", f"{gone:.1f} minutes gone, {left}{since}"))))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -25,6 +27,63 @@ def shown(row: dict[str, Any], *, terminal: bool = False) -> str:
     if terminal:
         console.print(progress._draw())
     return screen.getvalue()
+
+
+class Clock:
+    """Seconds that a test sets."""
+
+    def __init__(self) -> None:
+        self.s = 100.0
+
+    def __call__(self) -> float:
+        return self.s
+
+
+def test_a_silent_log_says_at_most_once_a_minute_what_runs_and_for_how_long() -> None:
+    clock, screen = Clock(), io.StringIO()
+    progress = Progress(Console(file=screen, width=160), "sere tune m", clock=clock)
+
+    def lines(until: float) -> list[str]:
+        screen.truncate(screen.seek(0))
+        while clock.s < until:
+            clock.s += 1
+            progress.beat()
+        return screen.getvalue().splitlines()
+
+    progress.stage("starting the engine", 8)
+    assert lines(109) == []
+    assert lines(169) == ['  at work for 10 s since "starting the engine"']
+    assert lines(170) == ['  at work for 70 s since "starting the engine"']
+    progress.step("block 1 of [8] done", 100)
+    assert lines(229) == [], "one line a minute, however often the run falls silent"
+    assert lines(240) == ['  at work for 60 s since "block 1 of [8] done", about 40 s left']
+    assert lines(300) == ['  at work for 120 s since "block 1 of [8] done"'], "longer than was expected"
+
+
+def test_a_run_in_a_log_beats_by_itself_and_stops_with_its_end() -> None:
+    clock, screen = Clock(), io.StringIO()
+    with Progress(Console(file=screen), "sere tune m", clock=clock) as progress:
+        (thread,) = [found for found in threading.enumerate() if found.name == "progress"]
+        progress.stage("search", 8)
+        clock.s += 11
+        for _ in range(50):
+            if "at work for 11 s" in screen.getvalue():
+                break
+            time.sleep(0.1)
+        assert 'at work for 11 s since "search"' in screen.getvalue()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_the_live_table_counts_the_seconds_of_what_runs_and_those_that_are_left() -> None:
+    clock = Clock()
+    progress = Progress(Console(file=io.StringIO(), force_terminal=True, width=160), "sere tune m", clock=clock)
+    progress.step("trial 0: exact", 200)
+    progress.name = "search"
+    clock.s += 34
+    screen = io.StringIO()
+    Console(file=screen, width=160).print(progress._draw())
+    assert "search: trial 0: exact, 34 s   34 s gone, about 3 min left" in screen.getvalue()
 
 
 def test_a_trial_over_the_limit_of_accuracy_says_what_one_answer_is_and_that_it_only_ranks() -> None:

@@ -22,6 +22,7 @@ from demo import __main__ as demo
 from demo import cluster, figures, runs
 from demo.story import Story
 from demo.watch import LEGEND, Watch, active_experts
+from sere_autotune.progress import AT_WORK
 from sere_autotune.study.ledger import spent_alpha
 from sere_autotune.trial.stats import power
 from sere_autotune.tuning.spec import TuningSpec
@@ -90,6 +91,27 @@ def test_a_log_has_what_the_bars_parts_are_once_and_the_line_first_and_at_the_en
         "search", LEGEND, "20.0", "22.0", "certify candidate 1", "32.0", "", "33.0", "Chosen",
     ]  # fmt: skip
     assert shown.index("20.0") < shown.index("  block of 21"), "as soon as there is one"
+
+
+def test_on_a_terminal_the_live_line_says_what_came_last_and_how_long_ago(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("demo.watch.time.monotonic", lambda: now[0])
+    screen = io.StringIO()
+    watch = Watch(Console(file=screen, force_terminal=True, width=200), tmp_path / "study.journal", 64, 10)
+
+    def output() -> Iterator[str]:
+        yield "certify candidate 1\n"
+        yield "  block 1 of 8 done, about 3 min left\n"
+        now[0] = 34.0
+        yield f'  {AT_WORK} 34 s since "block 1 of 8 done"\n'
+        assert "0.6 minutes gone, about 9 to go; 34 s since: block 1 of 8 done, about 3 min left" in watch._clock().plain
+
+    process: Any = SimpleNamespace(stdout=output(), wait=lambda: 0)
+    assert watch.follow(process) == 0
+    assert "block 1 of 8 done, about 3 min left\n" in screen.getvalue()
+    assert AT_WORK not in screen.getvalue(), "the live line counts these seconds"
 
 
 def test_on_a_terminal_the_bars_parts_stand_below_it(tmp_path: Path) -> None:
