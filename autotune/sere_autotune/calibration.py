@@ -43,7 +43,7 @@ class Source:
         if self.origin is Origin.EARLIER:
             return f"{self.path}, calibrated by an earlier run"
         texts = self.data or f"prompts and answers of the {search_items:,} search items (calibrate.data names others)"
-        return f"none given; calibrated first, on {texts}; the time for it is not in the estimate below"
+        return f"none given; calibrated first, on {texts}; the time for it is not in the estimate of time"
 
     def to_dict(self) -> dict[str, str | None]:
         """The artefact as `--dry-run --json` has it."""

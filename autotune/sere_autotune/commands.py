@@ -49,7 +49,14 @@ Stopped in any way, the same line again goes on where it was."""
 _File = Annotated[
     Path | None, typer.Option("--file", "-f", help="tuning.yaml; options below override it.", show_default="flags alone")
 ]
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and the whole tuning file; start nothing.")]
+_DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the plan: what will run, how long, and whether the items can certify; start nothing."),
+]
+_Yaml = Annotated[
+    bool,
+    typer.Option("--yaml", help="With --dry-run: print the whole tuning file instead, every key with the value it will have."),
+]
 _Advisory = Annotated[bool, typer.Option("--advisory", help="Go on although the items cannot certify; the profile is marked so.")]
 _Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew in `out` instead of going on there.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
@@ -78,6 +85,7 @@ def tune_command(
     file: _File = None,
     dry_run: _DryRun = False,
     with_engine: look.WithEngine = False,
+    as_yaml: _Yaml = False,
     advisory: _Advisory = False,
     fresh: _Fresh = False,
     as_json: _Json = False,
@@ -85,7 +93,15 @@ def tune_command(
     trust_remote_code: _Trust = False,
     **options: str | None,
 ) -> None:
-    _main(_read_spec(file, options, trust_remote_code), None, _dry(dry_run, with_engine), advisory, fresh, as_json, publish)
+    _main(
+        _read_spec(file, options, trust_remote_code),
+        None,
+        _dry(dry_run, with_engine, as_yaml, as_json),
+        advisory,
+        fresh,
+        as_json,
+        publish,
+    )
 
 
 def certify_command(
@@ -93,6 +109,7 @@ def certify_command(
     file: _File = None,
     dry_run: _DryRun = False,
     with_engine: look.WithEngine = False,
+    as_yaml: _Yaml = False,
     advisory: _Advisory = False,
     fresh: _Fresh = False,
     as_json: _Json = False,
@@ -106,21 +123,26 @@ def certify_command(
         raise UsageError(f"{policy} is exact routing, which needs no certificate; name a policy that re-routes")
     if options.get("out") is None:
         spec = spec.model_copy(update={"out": str(Path(spec.out) / f"certify-{only.digest}")})
-    _main(spec, only, _dry(dry_run, with_engine), advisory, fresh, as_json, publish)
+    _main(spec, only, _dry(dry_run, with_engine, as_yaml, as_json), advisory, fresh, as_json, publish)
 
 
 class _Dry(StrEnum):
-    """Whether the plan alone is printed, and whether an engine is started for the ceiling beside it."""
+    """Whether the plan alone is printed, with the ceiling that an engine is started for, or the whole tuning file in its place."""
 
     NO = "no"
     PLAN = "plan"
     ENGINE = "engine"
+    FILE = "file"
 
 
-def _dry(dry_run: bool, with_engine: bool) -> _Dry:
+def _dry(dry_run: bool, with_engine: bool, as_yaml: bool, as_json: bool) -> _Dry:
+    if as_yaml and (with_engine or as_json or not dry_run):
+        raise UsageError(
+            "--yaml belongs to --dry-run, without --with-engine and --json: it prints the tuning file instead of the plan"
+        )
     if with_engine and not dry_run:
         raise UsageError("--with-engine belongs to --dry-run; without it the ceiling is found before the search anyway")
-    return _Dry.ENGINE if with_engine else _Dry.PLAN if dry_run else _Dry.NO
+    return _Dry.ENGINE if with_engine else _Dry.FILE if as_yaml else _Dry.PLAN if dry_run else _Dry.NO
 
 
 def _read_spec(file: Path | None, options: dict[str, str | None], trust_remote_code: bool) -> TuningSpec:
@@ -165,7 +187,7 @@ def _run(spec: TuningSpec, only: Policy | None, dry: _Dry, advisory: bool, fresh
         spec = spec.model_copy(update={"search": spec.search.model_copy(update={"rungs": 1})})
     prepared = prepare.prepare(spec, only, publisher)
     if dry is not _Dry.NO:
-        return _dry_run(prepared, dry is _Dry.ENGINE, advisory, as_json)
+        return _dry_run(prepared, dry, advisory, as_json)
     if not prepared.plan.can_certify and not advisory:
         raise CannotCertifyError(prepared.plan.problem)
     console.print(_fitted(plan_text.describe(prepared.plan, spec), sys.stderr), markup=False, soft_wrap=True)
@@ -195,19 +217,25 @@ def _run(spec: TuningSpec, only: Policy | None, dry: _Dry, advisory: bool, fresh
     return finished.outcome.exit_code
 
 
-def _dry_run(prepared: Any, with_engine: bool, advisory: bool, as_json: bool) -> int:
+def _dry_run(prepared: Any, dry: _Dry, advisory: bool, as_json: bool) -> int:
     from sere_autotune import plan_text
     from sere_autotune.trial.traffic import Traffic
 
     plan = prepared.plan
     possible = plan.can_certify or advisory
-    finding = look.look(prepared.work(Traffic(prepared.spec.workload, prepared.items))) if with_engine and possible else None
+    finding = (
+        look.look(prepared.work(Traffic(prepared.spec.workload, prepared.items))) if dry is _Dry.ENGINE and possible else None
+    )
     if as_json:
         ceiling = {"ceiling": finding.to_dict()} if finding else {}
         sys.stdout.write(json.dumps(plan.to_dict() | ceiling, indent=2) + "\n")
+    elif dry is _Dry.FILE:
+        sys.stdout.write(to_yaml(prepared.spec))
     else:
         text = plan_text.describe(plan, prepared.spec) + (f"\nCeiling    {finding.sentence}" if finding else "")
-        sys.stdout.write(_fitted(text, sys.stdout) + "\n\n" + to_yaml(prepared.spec))
+        sys.stdout.write(
+            _fitted(f"{text}\nFile       --yaml prints the whole tuning file, with every default", sys.stdout) + "\n"
+        )
     if not possible:
         raise CannotCertifyError(plan.problem)
     return ExitCode.INFEASIBLE if finding is not None and finding.verdict == NOTHING else 0

@@ -21,11 +21,27 @@ def fitted(text: str, width: int) -> str:
 
 
 def describe(plan: Plan, spec: TuningSpec) -> str:
-    """What a run will cost and whether it can succeed, one line for each finding."""
+    """What a run will do, how long it takes and whether its items can certify the limit, one line for each finding."""
+    notes = [f"Note       {note}" for note in plan.notes]
+    similarity = f"Similarity {plan.source.describe(plan.search_items)}"
+    return "\n".join([_what(plan, spec), *_time(plan, spec), *_accuracy(plan, spec), similarity, *notes])
+
+
+def _what(plan: Plan, spec: TuningSpec) -> str:
+    kinds = f"{', '.join(spec.search.policies)} in {plan.trials} trial{'s' if plan.trials > 1 else ''}"
+    load, slo = spec.workload.load, spec.slo.limits()
+    loads = ", ".join(load.condition(level) for level in load.levels)
+    limits = ", ".join(f"{metric.upper()} {name} {limit:g} ms" for metric, name, limit in slo)
+    return f"Plan       {kinds if plan.trials else 'a certificate for one policy'} of {spec.model} at {loads}; within {limits}"
+
+
+def _accuracy(plan: Plan, spec: TuningSpec) -> list[str]:
+    """What the items are for, and whether those that are kept can certify the limit."""
     lines = [
         f"Accuracy   limit {plan.limit * 100:g} point{'s' if plan.limit != 0.01 else ''} at {percent(plan.confidence)}; "
         f"{plan.items:,} items, {plan.cert_items:,} of them kept for certification"
     ]
+    lines.append(f"           {_outlook(plan)}" if plan.can_certify else f"           CANNOT CERTIFY: {plan.problem}")
     if plan.trials:
         per_trial = min(spec.search.items_per_trial, plan.search_items)
         lines.append(
@@ -37,7 +53,6 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
             f"           {plan.openings} earlier stud{'ies' if plan.openings > 1 else 'y'} opened these items, so only "
             f"alpha = {plan.alpha:.3g} is left; fresh items restore it"
         )
-    lines.append(f"           {_outlook(plan)}" if plan.can_certify else f"           CANNOT CERTIFY: {plan.problem}")
     for index, need in enumerate(plan.needs):
         if need.true_some is None:
             continue
@@ -54,7 +69,11 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
             f"           the smallest limit that {plan.cert_items:,} items could certify is {plan.smallest * 100:.2f} points"
             + ("" if plan.noise is not None else ", if no answer differs at all")
         )
-    lines.append(f"Similarity {plan.source.describe(plan.search_items)}")
+    return lines
+
+
+def _time(plan: Plan, spec: TuningSpec) -> list[str]:
+    """How long it takes, in all and in its parts, and what ends it before that."""
     basis = (
         "at the pace of the last run"
         if plan.pace_known
@@ -62,21 +81,24 @@ def describe(plan: Plan, spec: TuningSpec) -> str:
     )
     least = "" if plan.pace_known else "at least "
     total = plan.start_s + plan.ceiling_s + plan.search_s + plan.certify_s + plan.most_load_s
-    most_load = f" most load {least}{about(plan.most_load_s)};" if plan.most_load_s else ""
-    search = f"ceiling {about(plan.ceiling_s)}; " if plan.ceiling_s else ""
-    search += f"search {plan.trials} trial{'s' if plan.trials > 1 else ''} {about(plan.search_s)}; " if plan.trials else ""
-    lines.append(
-        f"Time       start {about(plan.start_s)}; {search}certification "
-        f"of up to {plan.rungs} candidate{'s' if plan.rungs > 1 else ''} {least}{about(plan.certify_s)};{most_load} {least}{about(total)} in all ({basis})"
-    )
+    parts = [f"start {about(plan.start_s)}"]
+    if plan.ceiling_s:
+        parts.append(f"ceiling {about(plan.ceiling_s)}")
+    if plan.trials:
+        parts.append(f"search {plan.trials} trial{'s' if plan.trials > 1 else ''} {about(plan.search_s)}")
+    parts.append(f"certification of up to {plan.rungs} candidate{'s' if plan.rungs > 1 else ''} {least}{about(plan.certify_s)}")
+    if plan.most_load_s:
+        parts.append(f"most load {least}{about(plan.most_load_s)}")
     wall = f", {spec.search.wall_minutes:g} minutes on the clock" if spec.search.wall_minutes else ""
     short = total > budget_seconds(spec)
     cut = "; less than the estimate above, so trials or candidates may be cut (search.deviceHours)" if short else ""
-    lines.append(f"Budget     {spec.search.device_hours:g} device-hours{wall}; it is never exceeded{cut}")
+    lines = [
+        f"Time       {least}{about(total)} in all ({basis}): {'; '.join(parts)}",
+        f"Budget     {spec.search.device_hours:g} device-hours{wall}; it is never exceeded{cut}",
+    ]
     if budget_seconds(spec) < plan.start_s:
         lines.append(f"           it ends before an engine has started ({about(plan.start_s)}); raise search.deviceHours")
-    lines += [f"Note       {note}" for note in plan.notes]
-    return "\n".join(lines)
+    return lines
 
 
 def _true_cost(plan: Plan) -> str:

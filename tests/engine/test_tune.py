@@ -208,11 +208,11 @@ def test_an_accuracy_budget_of_nothing_ends_with_5_before_anything_is_spent(grou
     assert not (ground / "zero").exists()
 
 
-def test_the_dry_run_starts_nothing_and_prints_a_whole_file(ground: Path) -> None:
+def test_the_dry_run_starts_nothing_and_prints_the_plan_or_a_whole_file(ground: Path) -> None:
     done = tune(ground, "--dry-run", "--out", str(ground / "dry"))
     assert done.returncode == 0, done.stderr
     assert "this limit can be certified" in done.stdout
-    assert "blockSeconds: 4" in done.stdout
+    assert "blockSeconds: 4" in tune(ground, "--dry-run", "--yaml", "--out", str(ground / "dry")).stdout
     assert not (ground / "dry").exists()
 
 

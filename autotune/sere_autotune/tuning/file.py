@@ -82,5 +82,5 @@ def _put(raw: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
 
 
 def to_yaml(spec: TuningSpec) -> str:
-    """The file with every default filled in, as `--dry-run` prints it, each value on one line."""
+    """The file with every default filled in, as `--dry-run --yaml` prints it, each value on one line."""
     return yaml.safe_dump(spec.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=False, width=_NEVER_FOLDED)

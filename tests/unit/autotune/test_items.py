@@ -169,7 +169,7 @@ def test_the_plan_fits_the_screen(tmp_path: Path) -> None:
     spec = tiny(tmp_path)
     lines = fitted(describe(prepare(spec).plan, spec), 80).splitlines()
     assert max(map(len, lines)) <= 80
-    assert {line[:11].strip() for line in lines} == {"", "Accuracy", "Similarity", "Time", "Budget", "Note"}
+    assert {line[:11].strip() for line in lines} == {"Plan", "", "Accuracy", "Similarity", "Time", "Budget", "Note"}
 
 
 class Config:

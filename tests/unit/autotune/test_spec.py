@@ -195,16 +195,28 @@ def test_what_is_missing_is_told_with_what_to_give(tmp_path: Path) -> None:
 
 
 def test_the_dry_run_is_plain_and_whole_in_a_pipe(tmp_path: Path) -> None:
-    """No colours, no line broken at the width of some screen: each line can be searched for, and the file can be read back."""
+    """No colours, no line broken at the width of some screen: each line can be searched for, and the file of --yaml can be read back."""
     items = write_items(tmp_path / f"{'long ' * 40}items.jsonl", 1200)
     file = tmp_path / "tuning.yaml"
     file.write_text(to_yaml(spec_for(tmp_path / "out", items)))
     command = [sys.executable, "-m", "sere_ext.cli.main", "tune", "-f", str(file), "--dry-run"]
     narrow = {**os.environ, "COLUMNS": "40", "TERM": "xterm-256color", "FORCE_COLOR": "1", "XDG_STATE_HOME": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=narrow, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    plan, _, yaml_text = done.stdout.partition("\n\n")
-    assert "\x1b" not in done.stdout
-    assert {line.split()[0] for line in plan.splitlines() if line[0] != " "} >= {"Accuracy", "Similarity", "Time", "Budget"}
-    assert any(len(line) > 80 for line in plan.splitlines())
-    assert str(items) in yaml_text and yaml_text == file.read_text()
+    plan, whole = (
+        subprocess.run([*command, *more], capture_output=True, text=True, env=narrow, check=False) for more in ([], ["--yaml"])
+    )
+    assert (plan.returncode, plan.stderr, whole.returncode, whole.stderr) == (0, "", 0, "")
+    assert "\x1b" not in plan.stdout + whole.stdout
+    words = [line.split()[0] for line in plan.stdout.splitlines() if line[0] != " "]
+    assert words == ["Plan", "Time", "Budget", "Accuracy", "Similarity", "Note", "File"], "what is decided on comes first"
+    assert any(len(line) > 80 for line in plan.stdout.splitlines())
+    assert plan.stdout.endswith("--yaml prints the whole tuning file, with every default\n")
+    assert str(items) in whole.stdout and whole.stdout == file.read_text()
+
+
+@pytest.mark.parametrize("others", [[], ["--dry-run", "--json"], ["--dry-run", "--with-engine"]])
+def test_the_whole_file_is_printed_by_a_dry_run_alone(others: list[str]) -> None:
+    app = typer.Typer()
+    commands.register(app)
+    flags = ["--model", "m", "--slo-tpot-ms-p95", "40", "--accuracy-tasks", "i"]
+    done = CliRunner().invoke(app, ["tune", *flags, "--yaml", *others])
+    assert isinstance(done.exception, UsageError) and "--yaml belongs to --dry-run, without" in str(done.exception)
