@@ -1,7 +1,8 @@
 """Harm at the edges of a policy: a certificate holds at the tuned loads, and the policy also applies to smaller and larger steps.
 
 The smallest and the largest steps that a policy re-routes are where its rule is furthest from what was certified: a small
-batch leaves few experts to refill with, a large one frees more slots. So the candidate that would be chosen answers search items at
+batch leaves few experts to refill with, a large one frees more slots. In an open loop, where a faster policy has fewer requests in
+flight, the smallest steps are those of the fastest one. So the candidate that would be chosen answers search items at
 the numbers of requests whose steps have those sizes. Where it is shown to lose more than the limit there, it fails as it would
 in the certificate, and the fastest of the safer candidates is asked next. That nothing is shown on so few items certifies
 nothing at those loads; it keeps out what breaks there.

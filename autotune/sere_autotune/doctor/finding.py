@@ -72,6 +72,15 @@ class Ceiling:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """What active experts and slots take of an exact decode step of so many requests, by the law."""
+
+    requests: int
+    active: float
+    slots: float
+
+
+@dataclass(frozen=True)
 class Finding:
     """How it ended: GAIN, NOTHING (nothing is to be had) or UNKNOWN, the sentence for people, and all figures as JSON."""
 
@@ -79,8 +88,24 @@ class Finding:
     sentence: str
     figures: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def exact_shares(self) -> Shares | None:
+        """Of the workload's first load; None where there is no law, or where that load was not measured."""
+        return exact_shares(self.figures)
+
     def to_dict(self) -> dict[str, Any]:
         return {"verdict": self.verdict, "sentence": self.sentence, **self.figures}
+
+
+def exact_shares(figures: Mapping[str, Any]) -> Shares | None:
+    """What a finding's figures say of an exact decode step at the workload's first load; None where they do not."""
+    load = next((found["requests"] for found in figures.get("ceilings", ()) if found["asked"]), None)
+    step = next((s for s in figures.get("steps", ()) if s["exact"] and s["requests"] == load), None)
+    if step is None or "law" not in figures:
+        return None
+    law, whole_ms = figures["law"], step["predictedMs"][0]
+    active, slots = law["msPerActiveExpert"][0] * step["activeExperts"], law["msPerSlot"][0] * step["slots"]
+    return Shares(step["requests"], active / whole_ms, slots / whole_ms)
 
 
 def cannot_tell(reason: str, figures: dict[str, Any] | None = None) -> Finding:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
+from sere_autotune.doctor.finding import exact_shares
 from sere_autotune.result.axes import HEIGHT, WIDTH, Axes
 
 LEAST_POINTS = 3
@@ -155,21 +156,15 @@ def _beside_the_ceiling(ceiling: dict[str, Any] | None, line: Line) -> str:
     Args:
         ceiling: of the summary; where nothing could be told it has no law.
     """
-    if not ceiling or "law" not in ceiling:
+    shares = exact_shares(ceiling or {})
+    if ceiling is None or shares is None:
         return ""
-    load = next((found for found in ceiling["ceilings"] if found["asked"]), None)
-    step = next((s for s in ceiling["steps"] if load and s["exact"] and s["requests"] == load["requests"]), None)
-    if load is None or step is None:
-        return ""
-    law, whole_ms = ceiling["law"], step["predictedMs"][0]
-    active, slots = (
-        law[cost][0] * step[count] / whole_ms for cost, count in (("msPerActiveExpert", "activeExperts"), ("msPerSlot", "slots"))
-    )
+    load = next(found for found in ceiling["ceilings"] if found["requests"] == shares.requests)
     prompts = f" ({load['promptsShare']:.0%} of it)" if load["promptsShare"] is not None else ""
     where = "its slots together with active experts" if line.c > 0 else "slots in its constant"
     return (
         f"Ceiling, from decode steps alone that were timed before the search under policies that differ in slots, too: {ceiling['sentence']}. "
-        f"Of such a step of {load['requests']} requests under exact routing active experts take {active:.0%} and slots {slots:.0%}, "
+        f"Of such a step of {load['requests']} requests under exact routing active experts take {shares.active:.0%} and slots {shares.slots:.0%}, "
         f"together the {load['expertsShare'][0]:.0%} that the ceiling calls the share of experts. The line above has prompts in its step{prompts}, and {where}."
     )
 

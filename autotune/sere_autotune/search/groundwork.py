@@ -8,9 +8,10 @@ from sere_autotune import planner
 from sere_autotune.search.blocks import measure, trial_items
 from sere_autotune.search.layer_order import Seen, describe, first_of, order_of, quarters, tells_nothing
 from sere_autotune.search.learned import count_choices
+from sere_autotune.search.open_loop import least_size
 from sere_autotune.search.pacing import reserve_s, time_left_s
 from sere_autotune.study.run import Run
-from sere_autotune.study.schema import EDGES, LAYER_ORDER, NOISE, PACE, NoiseFloor, Pace
+from sere_autotune.study.schema import CEILING, EDGES, LAYER_ORDER, NOISE, PACE, NoiseFloor, Pace
 from sere_autotune.tuning.space import S_STEPS, Choice, Space, auto_buckets
 from sere_ext.contract.errors import EngineCrashError, PolicyError, UnsupportedError
 from sere_ext.contract.policy import EXACT_POLICY, Kind
@@ -31,7 +32,8 @@ def lay_groundwork(run: Run) -> None:
     levels = run.spec.workload.load.levels
     if study.get(EDGES) is None:
         sizes = [level.step_tokens for level in first]
-        edges = run.spec.search.buckets or auto_buckets(levels, [level.batch for level in first], sizes)
+        least = 1.0 if all(levels) else least_size(study.get(CEILING))
+        edges = run.spec.search.buckets or auto_buckets(levels, [level.batch for level in first], sizes, least)
         study.put(EDGES, list(edges))
     if study.get(LAYER_ORDER) is None:
         # Trials of policies hold for the order that they were measured with, so that it is not sought once there are some.

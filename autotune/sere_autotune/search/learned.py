@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,22 @@ from sere_autotune.search import replay
 from sere_autotune.search.kinds import removed_kinds
 from sere_autotune.search.ladder import Pick, pick_ladder
 from sere_autotune.search.observations import observations
+from sere_autotune.search.open_loop import count_open
 from sere_autotune.search.posterior import PolicyModel
 from sere_autotune.search.replay import Counts
 from sere_autotune.search.sizing import certificate_size
 from sere_autotune.study.run import Run
-from sere_autotune.study.schema import LADDER, NOISE, PACE, SEARCH_ENDED, Candidate, CountedChoices, NoiseFloor, counts_key
+from sere_autotune.study.schema import (
+    CEILING,
+    LADDER,
+    NOISE,
+    PACE,
+    SEARCH_ENDED,
+    Candidate,
+    CountedChoices,
+    NoiseFloor,
+    counts_key,
+)
 from sere_autotune.trial import stats
 from sere_autotune.trial.routing import Matrix, Routing
 from sere_autotune.tuning.space import EXACT, Space, Table
@@ -45,27 +57,34 @@ def fitted_model(run: Run, space: Space, seed: int) -> PolicyModel:
     gone = removed_kinds(run.study.complete())
     choices = space.choices()
     kept = [i for i, choice in enumerate(choices) if choice.kind not in gone]
-    counts = [Counts(c.active[kept], c.slots[kept], c.moved[kept]) for c in count_choices(run, space)]
+    counts = [Counts(c.active[kept], c.slots[kept], c.moved[kept], c.size[kept]) for c in count_choices(run, space)]
     model = PolicyModel([choices[i] for i in kept], counts, noise_discordance(run))
     model.fit([seen for seen in observations(run.study, space) if seen.choice.kind not in gone], seed)
     return model
 
 
 def count_choices(run: Run, space: Space) -> list[Counts]:
-    """What every choice was counted to do to each bucket's steps: from what the engine recorded, once, and kept in the study."""
+    """What every choice was counted to do to each bucket's steps: from what the engine recorded, once, and kept in the study.
+
+    Where the load is a rate and the ceiling's law is known, every choice is counted at the size of steps that it will itself have;
+    without a law at the size that exact routing's steps had.
+    """
     buckets = range(len(space.edges))
     if run.study.get(counts_key(0)) is None:
         recorded = run.engine.recorded()
         for bucket in buckets:
             routing = (recorded.within(space.edges[bucket]) if recorded else None) or _assumed(run, space, bucket)
-            found = replay.count(routing, _matrices(run, routing), space.choices(), space.order)
-            run.study.put(counts_key(bucket), CountedChoices(found.active.tolist(), found.slots.tolist(), found.moved.tolist()))
+            ceiling = run.study.get(CEILING)
+            shares = ceiling.exact_shares if ceiling and not run.spec.workload.load.levels[bucket] else None
+            given = routing, _matrices(run, routing), space.choices(), space.order
+            found = replay.count(*given) if shares is None else count_open(*given, shares)
+            run.study.put(counts_key(bucket), CountedChoices(*(values.tolist() for values in astuple(found))))
     kept = [run.study.get(counts_key(bucket)) for bucket in buckets]
-    return [Counts(np.array(k.active), np.array(k.slots), np.array(k.moved)) for k in kept if k is not None]
+    return [Counts(*map(np.array, astuple(k))) for k in kept if k is not None]
 
 
 def slots(run: Run, space: Space, table: Table) -> tuple[float, ...]:
-    """Slots of a token that a table was counted to have in each bucket's recorded steps; of exact routing also before any were recorded."""
+    """Slots of a token that a table was counted to have in each bucket's steps; of exact routing also before any were recorded."""
     if table == space.exact():
         return (float(space.top_k),) * len(table)
     order = {choice: i for i, choice in enumerate(space.choices())}
@@ -76,7 +95,7 @@ def _assumed(run: Run, space: Space, bucket: int) -> Routing:
     """Calls as published models make them, where the engine cannot record its own or none had the bucket's size."""
     assert run.facts is not None
     edge = space.edges[bucket]
-    level = run.spec.workload.load.levels[bucket] or edge.min_tokens
+    level = run.spec.workload.load.levels[bucket] or round(run.study.levels(run.study.complete()[0])[bucket].batch)
     experts = run.facts.experts or 8 * run.facts.top_k
     return Routing.assumed(experts, run.facts.top_k, min(max(level, edge.min_tokens), edge.max_tokens))
 

@@ -1,7 +1,7 @@
 """What all trials together say of every choice: its drop, its discordance and its speed, each with its uncertainty. Pure (seeded).
 
-Speed. A step takes T = a + b U + c s, with U the active experts and s the slots that the choice was counted to have
-(`replay`). With exact routing's T, U and s as units, a bucket has two unknowns, the shares b and c of an exact step, so its
+Speed. A step takes T = a + b U + c s, with U the active experts and s the slots of a step that the choice was counted to have
+(`replay`, and in an open loop `open_loop`). With exact routing's T, U and s as units, a bucket has two unknowns, the shares b and c of an exact step, so its
 posterior is a grid:
 
     log speed-up  g = -log(1 - b (1 - U) - c (1 - s)),  b, c >= 0,  b + c < 1
@@ -91,7 +91,8 @@ class PolicyModel:
         self._kind = np.array([self.kinds.index(c.kind) if c.kind is not Kind.EXACT else 0 for c in self.choices])
         self._rho = np.array([c.rho for c in self.choices])
         self._moved = np.stack([np.log(np.maximum(c.moved, 1e-5) / _MOVED) for c in counts])
-        self._saved = np.stack([[1 - c.active / c.active[0], 1 - c.slots / c.slots[0]] for c in counts])  # [buckets, 2, choices]
+        # Of exact routing's active experts and slots of a step, the shares that each choice saves, [buckets, 2, choices].
+        self._saved = np.stack([[1 - c.active / c.active[0], 1 - c.size * c.slots / c.slots[0]] for c in counts])
         self._draws: Floats | None = None
         self._factors: Floats = np.ones((self.buckets, 1, 1))
         self._speeds: list[Floats] = []

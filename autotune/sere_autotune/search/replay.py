@@ -27,12 +27,15 @@ Floats = NDArray[np.float64]
 class Counts:
     """Of every choice of one bucket, means over calls and MoE layers; exact routing is choice 0.
 
-    Arrays are [choices]. `moved` is the share of router weight that another expert gets, or none, than under exact routing.
+    Arrays are [choices]. `slots` are those of a token. `moved` is the share of router weight that another expert gets, or none,
+    than under exact routing. `size` is the tokens of the steps over those that exact routing has at the same load: 1 where the
+    load is a number of requests in flight, less where it is a rate (`open_loop`).
     """
 
     active: Floats
     slots: Floats
     moved: Floats
+    size: Floats
 
 
 def replay(state: LayerState, calls: Sequence[Call], bucket: Bucket) -> tuple[float, float, float]:
@@ -80,7 +83,7 @@ def layer_states(routing: Routing, similarity: Sequence[Matrix] | None) -> list[
 
 
 def count(routing: Routing, similarity: Sequence[Matrix] | None, choices: Sequence[Choice], order: Sequence[int] = ()) -> Counts:
-    """Replay every choice of a bucket.
+    """Replay every choice of a bucket on the steps that exact routing had.
 
     Args:
         similarity: as `layer_states` takes it.
@@ -100,7 +103,8 @@ def count(routing: Routing, similarity: Sequence[Matrix] | None, choices: Sequen
 
     layers = order if len(order) == len(states) else range(len(states))
     rows = np.array([between(choice, layers, layered).mean(axis=0) for choice in choices])
-    return Counts(*rows.T)
+    active, slots, moved = rows.T
+    return Counts(active, slots, moved, np.ones(len(rows)))
 
 
 def between(choice: Choice, order: Sequence[int], layered: Callable[[Choice], Floats]) -> Floats:

@@ -43,11 +43,16 @@ class NoiseFloor:
 
 @dataclass(frozen=True)
 class CountedChoices:
-    """What every choice of a bucket does to recorded steps, in the order of `Space.choices`; exact routing first."""
+    """What every choice of a bucket does to steps, in the order of `Space.choices`; exact routing first.
+
+    In a closed loop the steps are the recorded ones, in an open loop they have as many of their tokens as the choice leaves in
+    flight (`search.open_loop`).
+    """
 
     active: list[float]  # active experts of a step and MoE layer
     slots: list[float]  # of a token
     moved: list[float]  # share of router weight that another expert gets, or none
+    size: list[float]  # tokens of a step over those of exact routing's; 1 in a closed loop
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Candidate:
     power: float  # probability that its certificate passes on `items`
     items: int  # distinct held-out items that its certificate uses with each routing; declared here
     per_block: int  # labelled items of each block
-    slots: tuple[float, ...] = ()  # of a token in each bucket's recorded steps; empty where nothing was recorded
+    slots: tuple[float, ...] = ()  # of a token in each bucket's counted steps; empty where nothing was counted
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

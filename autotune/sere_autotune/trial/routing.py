@@ -55,6 +55,11 @@ class Routing:
     def top_k(self) -> int:
         return self.calls[0][0].ids.shape[1]
 
+    @property
+    def tokens(self) -> int:
+        """Of all steps together."""
+        return sum(len(call.ids) for call in self.calls[0])
+
     @classmethod
     def of(cls, layers: Sequence[dict[str, Any]]) -> Routing | None:
         """What `sere_record` of a worker handed over; None where it kept nothing."""
@@ -74,6 +79,16 @@ class Routing:
         """The steps alone whose tokens a bucket takes; None where there is none."""
         steps = [i for i, call in enumerate(self.calls[0]) if edge.min_tokens <= len(call.ids) <= edge.max_tokens]
         return replace(self, calls=tuple(tuple(layer[i] for i in steps) for layer in self.calls)) if steps else None
+
+    def thinned(self, share: float) -> Routing:
+        """The same steps with a share of their tokens, evenly spaced, at least one of each step."""
+
+        def few(call: Call) -> Call:
+            count = max(1, round(share * len(call.ids)))
+            rows = np.arange(count) * len(call.ids) // count
+            return Call(call.ids[rows], call.weights[rows], call.logits[rows])
+
+        return replace(self, calls=tuple(tuple(map(few, layer)) for layer in self.calls))
 
     @classmethod
     def assumed(cls, experts: int, top_k: int, tokens: int) -> Routing:

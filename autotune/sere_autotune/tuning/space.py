@@ -55,16 +55,20 @@ def spared_layers(choice: Choice, order: Sequence[int]) -> Sequence[int]:
     return order[: round((choice.S - int(choice.S)) * len(order))]
 
 
-def auto_buckets(levels: Sequence[int], batches: Sequence[float], steps: Sequence[float | None] = ()) -> tuple[BucketEdges, ...]:
+def auto_buckets(
+    levels: Sequence[int], batches: Sequence[float], steps: Sequence[float | None] = (), least: float = 1.0
+) -> tuple[BucketEdges, ...]:
     """One range of step sizes for each load level: up to four times what its steps have, with neighbours meeting in between.
 
     A step has a token for every request, and one more for every draft that is verified, so it may have several times as many
-    tokens as requests. The lowest range begins at half of the requests, since a step may be without drafts.
+    tokens as requests. The lowest range begins at half of the requests, since a step may be without drafts; at fewer where the
+    fastest policy leaves fewer in flight in the open loop.
 
     Args:
         levels: concurrencies; 0 stands for the open loop.
         batches: mean requests in flight that exact routing had at each level (used for the open loop).
         steps: tokens of its median step at each level; None, or nothing at all, where that was not counted.
+        least: requests in flight under the fastest policy over those under exact routing; below 1 in the open loop alone.
     """
     requests = [level or max(1, round(batch)) for level, batch in zip(levels, batches, strict=True)]
     sizes: list[int] = []
@@ -72,7 +76,7 @@ def auto_buckets(levels: Sequence[int], batches: Sequence[float], steps: Sequenc
         sizes.append(max(count, round(tokens or 0), sizes[-1] + 1 if sizes else 1))
     edges: list[BucketEdges] = []
     for index, size in enumerate(sizes):
-        low = max(1, requests[0] // 2) if index == 0 else edges[-1].max_tokens + 1
+        low = max(1, min(requests[0] // 2, int(requests[0] * least))) if index == 0 else edges[-1].max_tokens + 1
         last = index + 1 == len(sizes)
         high = max(size * 4, 64) if last else max(size, round((size * sizes[index + 1]) ** 0.5))
         # A step that also prefills sees more tokens; past the last edge the union of a batch covers nearly all experts.
