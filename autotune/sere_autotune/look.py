@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -146,6 +145,7 @@ def look(work: Work, seconds: float = SECONDS) -> Finding:
     Raises:
         SereError: the engine does not start, with the sentence of why.
     """
+    from sere_autotune.progress import Progress
     from sere_autotune.trial import warm
 
     console = Console(stderr=True, highlight=False)
@@ -153,10 +153,10 @@ def look(work: Work, seconds: float = SECONDS) -> Finding:
     engine = warm.WarmEngine(Engine.of(work.spec, folder), None)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill stops the engine as Ctrl-C does
     try:
-        console.print("starting the engine")
-        facts = engine.start()
-        step: Callable[[str], None] = lambda text: console.print(f"  {text}", soft_wrap=True)  # noqa: E731
-        finding = examine(engine, facts, work, MIN_SPEEDUP, seconds, step)
+        with Progress(console, f"the ceiling of {work.spec.model}") as progress:
+            progress.stage("starting the engine", 1)
+            facts = engine.start()
+            finding = examine(engine, facts, work, MIN_SPEEDUP, seconds, lambda text: progress.step(text, 0.0))
     finally:
         engine.stop()
         warm.shut_ray()

@@ -157,4 +157,5 @@ class Progress:
                           f"{-row['dropPoints'] + 0.0:+.2f}", active, state)  # fmt: skip
         now = self._clock()
         here = f"{self.name}: {self.now}" if self.now else self.name
-        return Group(table, Text(f"{here}, {now - self._since:.0f} s   {now - self.began:.0f} s gone{self._left()}"))
+        head = table if self.rows else Text(self.title)
+        return Group(head, Text(f"{here}, {now - self._since:.0f} s   {now - self.began:.0f} s gone{self._left()}"))

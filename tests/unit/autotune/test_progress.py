@@ -83,7 +83,9 @@ def test_the_live_table_counts_the_seconds_of_what_runs_and_those_that_are_left(
     clock.s += 34
     screen = io.StringIO()
     Console(file=screen, width=160).print(progress._draw())
-    assert "search: trial 0: exact, 34 s   34 s gone, about 3 min left" in screen.getvalue()
+    shown = screen.getvalue()
+    assert "sere tune m" in shown and "accuracy" not in shown, "no empty table before the first trial"
+    assert "search: trial 0: exact, 34 s   34 s gone, about 3 min left" in shown
 
 
 def test_a_trial_over_the_limit_of_accuracy_says_what_one_answer_is_and_that_it_only_ranks() -> None:
