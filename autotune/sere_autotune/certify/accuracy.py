@@ -130,9 +130,9 @@ def harm_p(losses: int, gains: int, n: int, limit: float) -> float:
     """p-value of H0 "the true drop is `limit` or less"; a small value shows harm.
 
     Upper tail of the score test, with the exact binomial tail of that many losses as its floor: on few items the normal
-    approximation alone takes a single loss for harm.
+    approximation alone takes a single loss for harm. Without more losses than gains nothing speaks for harm: 1.0.
     """
-    if n <= 0:
+    if n <= 0 or losses <= gains:
         return 1.0
     score = 1.0 - stats.score_cdf(losses, gains, n, limit)
     return float(max(score, sps.binom.sf(losses - gains - 1, n, limit)))

@@ -22,7 +22,7 @@ from sere_autotune.study.schema import Candidate, Part, Verdict, verdict_key
 from sere_autotune.trial.load import Load
 from sere_autotune.trial.measures import LevelResult, Pairs, answers, pair
 from sere_autotune.words import no_harm
-from sere_ext.contract.errors import EngineCrashError
+from sere_ext.contract.errors import BudgetExhaustedError, EngineCrashError
 from sere_ext.contract.policy import Kind, Policy
 
 
@@ -99,13 +99,20 @@ def _asked(run: Run, index: int, policy: Policy, verdict: Verdict) -> Verdict:
             run.report.step(f"{load} requests at a time: not asked, since the budget is spent", 0.0)
             continue
         try:
-            pairs.append((load, _answered(run, policy, load, tuned, number)))
+            found, failed = _answered(run, policy, load, tuned, number)
+        except BudgetExhaustedError:  # in the middle of it; the certificate was complete before
+            run.report.step(f"{load} requests at a time: not asked, since the budget is spent", 0.0)
+            continue
         except EngineCrashError as error:
             return replace(verdict, verdict="crashed", reason=f"the engine failed under it at {load} requests at a time: {error}")
-    found = judged(verdict, pairs, run.max_drop)
-    for part in found.parts[len(verdict.parts) :]:
+        if failed > run.spec.slo.max_failure_share:
+            reason = f"{failed:.2%} of requests failed at {load} requests at a time, where the policy applies too, {run.spec.slo.max_failure_share:.2%} allowed"
+            return replace(verdict, verdict="failures", reason=reason)
+        pairs.append((load, found))
+    checked = judged(verdict, pairs, run.max_drop)
+    for part in checked.parts[len(verdict.parts) :]:
         run.report.step(f"{part.name}: {no_harm(part.losses, part.gains, part.items, part.harmed)}", 0.0)
-    return found
+    return checked
 
 
 def _tokens(tuned: Sequence[float], exact: Sequence[LevelResult]) -> float:
@@ -114,13 +121,17 @@ def _tokens(tuned: Sequence[float], exact: Sequence[LevelResult]) -> float:
     return max(1.0, sum(counted) / len(counted)) if counted else 1.0
 
 
-def _answered(run: Run, policy: Policy, load: int, tuned: Sequence[float], number: int) -> Pairs:
+def _answered(run: Run, policy: Policy, load: int, tuned: Sequence[float], number: int) -> tuple[Pairs, float]:
     """A trial's items under the policy at a load, paired with what exact routing answered at the nearest tuned load.
 
     Args:
         number: of the edge, so that edges have items of their own where there are enough.
 
+    Returns:
+        The pairs, without failed requests, and the share of requests that failed.
+
     Raises:
+        BudgetExhaustedError: the budget ran out meanwhile.
         EngineCrashError: the engine died of it twice.
     """
     nearest = min(range(len(tuned)), key=lambda level: abs(tuned[level] - load))
@@ -129,4 +140,6 @@ def _answered(run: Run, policy: Policy, load: int, tuned: Sequence[float], numbe
     fillers = run.traffic.requests(items[: max(2 * load, 8)])
     report = block(run, policy, requests, Load(concurrency=load, warmup=load), fillers, run.spec.search.trial_seconds, None)
     run.study.note_spent(run.budget)
-    return pair(run.study.exact_answers(nearest), answers(report.block.sent))
+    sent = report.block.sent
+    failed = sum(request.error is not None for request in sent) / max(1, len(sent))
+    return pair(run.study.exact_answers(nearest), answers(sent)), failed

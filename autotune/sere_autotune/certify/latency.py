@@ -95,24 +95,29 @@ def speedup(
 ) -> Interval | None:
     """exact / candidate TPOT with its two-sided t interval from paired blocks, load levels averaged within a pair.
 
+    A load level of a pair counts only where both routings have a TPOT there: one routing's mean over a fast and a slow level
+    beside the other's over the fast one alone would be a gain that nobody measured.
+
     Args:
         name: the statistic of TPOT, such as "mean" or "p95".
+        confidence: of the interval, a share.
 
     Returns:
         None where no pair of blocks has a TPOT under both routings, as where answers have one token.
     """
 
-    def by_pair(blocks: Sequence[MeasuredBlock]) -> Mapping[int, float]:
-        logs: dict[int, list[float]] = {}
-        for b in blocks:
-            value = statistic(np.array(b.latency_ms["tpot"], dtype=float), name)
-            if value > 0:
-                logs.setdefault(b.pair, []).append(float(np.log(value)))
-        return {index: float(np.exp(np.mean(found))) for index, found in logs.items()}
+    def measured(blocks: Sequence[MeasuredBlock]) -> dict[tuple[int, int], float]:
+        tpot_ms = {(b.pair, b.level): statistic(np.array(b.latency_ms["tpot"], dtype=float), name) for b in blocks}
+        return {place: value for place, value in tpot_ms.items() if value > 0}
 
-    first, second = by_pair(exact), by_pair(chosen)
-    both = sorted(first.keys() & second.keys())
-    if not both:
+    first, second = measured(exact), measured(chosen)
+    pairs: dict[int, list[tuple[int, int]]] = {}
+    for place in sorted(first.keys() & second.keys()):
+        pairs.setdefault(place[0], []).append(place)
+    if not pairs:
         return None
-    found = stats.ratio_interval([first[i] for i in both], [second[i] for i in both], confidence)
-    return Interval(**asdict(found))
+
+    def averaged(tpot_ms: Mapping[tuple[int, int], float]) -> list[float]:
+        return [float(np.exp(np.mean([np.log(tpot_ms[place]) for place in places]))) for places in pairs.values()]
+
+    return Interval(**asdict(stats.ratio_interval(averaged(first), averaged(second), confidence)))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from sere_autotune import planner
 from sere_autotune.certify import edges
 from sere_autotune.certify.verdict import Rules, judge, walk
-from sere_autotune.search.baseline import check_baseline
+from sere_autotune.search.baseline import check_baseline, too_bad
 from sere_autotune.study.ledger import Ledger, spent_alpha
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import (
@@ -124,17 +125,40 @@ def _try_candidate(run: Run, index: int, candidate: Candidate, rules: Rules, lat
         SereError: the engine keeps failing under exact routing.
     """
     pairs, each = run.spec.certify.pairs, 2 * len(run.spec.workload.load.levels)
+    more = _blocks_to_measure(run, index, range(pairs, 2 * pairs))
     run.report.stage(f"certify candidate {index + 1}: {candidate.describe}", pairs * each)
     try:
         blocks = _measure_pairs(run, index, candidate, [], pairs)
+        rules = replace(rules, baseline=_baseline(run, blocks))
         verdict = judge(blocks, rules)
-        # An undecided speed gets as many pairs again, once, if the candidates after it stay affordable.
-        if verdict.verdict == "undecided" and run.left_s() > (1 + later) * pairs * each * _block_seconds(run, blocks):
+        # An undecided speed gets as many pairs again, once, if the candidates after it stay affordable. A killed run that had
+        # begun with them goes on with them: what they cost is spent already.
+        if verdict.verdict == "undecided" and run.left_s() > (more + later * pairs * each) * _block_seconds(run, blocks):
             run.report.stage(f"certify candidate {index + 1}: {verdict.reason}, more pairs", 2 * pairs * each, len(blocks))
             verdict = judge(_measure_pairs(run, index, candidate, blocks, 2 * pairs), rules)
     except (_CandidateCrashError, PolicyError, UnsupportedError) as error:
         return Verdict("crashed", f"the engine failed under it: {error}")
     return verdict
+
+
+def _blocks_to_measure(run: Run, index: int, pairs: Iterable[int]) -> int:
+    """How many blocks of a candidate's pairs the study does not have yet."""
+    levels = range(len(run.spec.workload.load.levels))
+    keys = (block_key(index, pair, level, routing) for pair in pairs for level in levels for routing in ("exact", "chosen"))
+    return sum(run.study.get(key) is None for key in keys)
+
+
+def _baseline(run: Run, blocks: Sequence[MeasuredBlock]) -> str:
+    """Why exact routing answers the held-out items too badly for a drop to mean something; empty where it does not.
+
+    Only a run that goes on without a certificate comes here with such a reason: any other ends at its first block.
+    """
+    items = {item.digest: item for item in run.cert}
+    for block in (block for block in blocks if block.routing == "exact" and block.pair == 0):
+        right = {item: answer == "1" for item, answer in zip(block.items, block.right, strict=True) if answer != "x"}
+        if why := too_bad(right, [items[item] for item in right], run.max_drop, "held-out items"):
+            return why
+    return ""
 
 
 def _measure_pairs(run: Run, index: int, candidate: Candidate, done: Sequence[MeasuredBlock], pairs: int) -> list[MeasuredBlock]:
@@ -204,7 +228,7 @@ def _measure_block(run: Run, pair: int, level: int, policy: Policy, candidate: C
             f"{run.budget.which(time.monotonic())} ran out in the middle of a block; raise it and run again"
         )
     if policy == EXACT_POLICY and pair == 0 and not run.advisory:
-        check_baseline(answers(report.block.sent), items, run.max_drop)
+        check_baseline(answers(report.block.sent), items, run.max_drop, "held-out items")
     routing = "exact" if policy == EXACT_POLICY else "chosen"
     return pack(report, pair, level, routing, run.traffic.timed, time.monotonic() - began)
 

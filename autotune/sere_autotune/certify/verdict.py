@@ -36,11 +36,21 @@ class Rules:
     candidates: int = 1  # on the ladder; each gets an equal part of SPEED_ALPHA
     loads: Sequence[str] = ("",)  # names of the load levels
     tasks: Mapping[str, str] = field(default_factory=dict)  # item digest -> name of its task
+    baseline: str = ""  # why exact routing answers too badly for a drop to mean something; empty where it does not
 
     @property
     def speed_alpha(self) -> float:
         """Significance level of one judgement of one candidate's speed."""
         return SPEED_ALPHA * _EACH_OF_TWO / self.candidates
+
+    @property
+    def shown(self) -> float:
+        """Confidence of a candidate's intervals of speed, each limit at the level of a judgement.
+
+        The chosen candidate is the one that was measured fastest, perhaps by luck. Limits for it alone would lie above its
+        true speed in one of six ladders of eight equal candidates; these hold at 95 % for all candidates and both judgements.
+        """
+        return 1 - 2 * self.speed_alpha
 
 
 def judge(blocks: Sequence[MeasuredBlock], rules: Rules) -> Verdict:
@@ -65,6 +75,8 @@ def judge(blocks: Sequence[MeasuredBlock], rules: Rules) -> Verdict:
         verdict, reason = speed.verdict, f"{words}: {speed}"
     elif harmed:
         verdict, reason = "accuracy", over_the_limit(harmed)
+    elif rules.baseline:
+        verdict, reason = "accuracy", rules.baseline
     elif p > rules.alpha:
         verdict, reason = "accuracy", f"{-drop * 100:+.2f} points, p = {p:.2g} against {rules.alpha:.2g}"
     else:
@@ -87,7 +99,7 @@ def judge(blocks: Sequence[MeasuredBlock], rules: Rules) -> Verdict:
         speed=speed,
         parts=parts,
         slo=limits,
-        speedup={name: ratio for name in STATISTICS if (ratio := latency.speedup(exact, chosen, name)) is not None},
+        speedup={name: ratio for name in STATISTICS if (ratio := latency.speedup(exact, chosen, name, rules.shown)) is not None},
         latency_ms={"exact": latency.table(exact), "chosen": latency.table(chosen)},
         active_before=float(np.mean([a[0] for a in active])) if active else None,
         active_after=float(np.mean([a[1] for a in active])) if active else None,
@@ -136,7 +148,7 @@ def judge_speed(exact: Sequence[MeasuredBlock], chosen: Sequence[MeasuredBlock],
     Args:
         alpha: significance level of each of the two limits.
     """
-    found = latency.speedup(exact, chosen, "mean", confidence=1 - 2 * alpha)
+    found = latency.speedup(exact, chosen, "mean", 1 - 2 * alpha)
     if found is None:
         return SpeedVerdict("undecided", math.nan, None, None, 0, alpha)
     low, high = found.low, found.high

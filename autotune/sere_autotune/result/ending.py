@@ -35,9 +35,16 @@ def chosen(run: Run, index: int, candidate: Candidate, verdict: Verdict) -> Outc
 
 
 def advisory(run: Run, ladder: Sequence[Candidate], verdicts: Sequence[Verdict]) -> Outcome | None:
-    """The ending of a run that may go on without a certificate: the last candidate within the limits as measured."""
+    """The ending of a run that may go on without a certificate: the last candidate within the limits as measured.
+
+    A candidate that was shown to lose more than the limit at a load, in a task or at an edge is not within them.
+    """
     usable = {"passed", "accuracy", "undecided"}
-    fit = [i for i, v in enumerate(verdicts) if v.verdict in usable and v.drop <= run.max_drop]
+    fit = [
+        index
+        for index, verdict in enumerate(verdicts)
+        if verdict.verdict in usable and verdict.drop <= run.max_drop and not any(part.harmed for part in verdict.parts)
+    ]
     if not fit:
         return None
     index = fit[-1]
@@ -76,8 +83,10 @@ def infeasible(run: Run, ladder: Sequence[Candidate], verdicts: Sequence[Verdict
         text = f"the engine refuses or dies of every kind of policy ({causes})"
         miss = NearestMiss("no policy", "crash", 0.0, text, "search.policies, or the engine's options")
     elif verdicts:
-        # A candidate that lacks nothing but pairs of blocks came closest; else the last, with which the ladder ended.
-        best = next((i for i, v in enumerate(verdicts) if v.verdict == "undecided"), len(verdicts) - 1)
+        # A candidate that lacks nothing but pairs of blocks came closest; else the last one that failed. One that passed and
+        # was not taken follows on the ladder after one that showed harm at an edge, and is no safer.
+        missed = [i for i, v in enumerate(verdicts) if v.verdict != "passed"]
+        best = next((i for i in missed if verdicts[i].verdict == "undecided"), missed[-1])
         miss = _miss(run, ladder[best], verdicts[best])
     elif slow or (found := nearest(run)) is None:
         name = min(slow)[1] if slow else "no policy"

@@ -163,7 +163,8 @@ def _confidence(summary: dict[str, Any], result: dict[str, Any]) -> str:
         f"these items share the {risk}, and this one, {before}, may spend {percent(result['alpha'])}: p may be at most "
         f"{result['alpha']:.3g}, and is {result['p_value']:.2g}. Speed: the candidates of a ladder, each judged twice at most, share 5%, and "
         f"one judgement has {percent(speed['alpha'])}: the lower limit of exact / chosen at {percent(1 - speed['alpha'])} must be above 1"
-        f"{low}. Limits in brackets are 95% limits of that one figure where no other level stands beside them."
+        f"{low}. Limits of a speed-up in brackets have that level, too, so that they hold at 95% whichever candidate was measured fastest; "
+        "other limits in brackets are 95% limits of that one figure."
     )
 
 

@@ -88,12 +88,14 @@ def parts(result: dict[str, Any]) -> list[str]:
 
 
 def _not_taken(summary: dict[str, Any]) -> list[str]:
-    others = []
+    others, chosen = [], summary["chosen"]
+    taken = summary["ladder"][chosen - 1]["result"]["speed"]["value"] if chosen else 0.0  # exact / candidate of mean TPOT
     for candidate in summary["ladder"]:
         if candidate["number"] == summary["chosen"]:
             continue
         reason = candidate["result"]["reason"] if candidate["result"] else "not run, the ladder had ended"
         if candidate["result"] and candidate["verdict"] == "passed":
-            reason = "passed too, slower"
+            faster = candidate["result"]["speed"]["value"] > taken
+            reason = "passed too, but a safer one showed harm where it applies too" if faster else "passed too, slower"
         others.append(f"candidate {candidate['number']}, {candidate['describe']}: {reason}")
     return ["Not taken   " + "; ".join(others)] if others else []

@@ -116,11 +116,22 @@ class EngineHost:
         self.digest = wanted.digest
 
     async def states(self) -> States:
-        """The state of every rank of every data-parallel engine, which must all have the same in force."""
+        """The state of every rank of every data-parallel engine, which must all have in force what was set last.
+
+        It is read before and after every block, so that no answer counts for a policy that some steps did not have.
+
+        Raises:
+            EngineCrashError: ranks differ, another policy is in force, or some steps were routed without it.
+        """
         try:
-            return _alike(await read_states(self.engine))
+            states = _alike(await read_states(self.engine))
         except UnsupportedError as error:
             raise EngineCrashError(str(error)) from error
+        if (digest := states[0].policy_digest) != self.digest:
+            raise EngineCrashError(f"the engine runs policy {digest}, and {self.digest} was set; does something else switch it?")
+        if wrong := next((state.error for state in states if state.error), None):
+            raise EngineCrashError(f"policy {self.digest} is not in force in every step: {wrong}")
+        return states
 
     async def block(
         self, requests: Sequence[Request], load: Load, fillers: Sequence[Request], deadline_s: float | None, reject: Reject | None

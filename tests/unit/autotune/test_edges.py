@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from sere_autotune.outcome import Ending
 from sere_autotune.result import screen
 from sere_autotune.study.schema import Verdict
 from sere_autotune.trial.engine import BlockReport
+from sere_autotune.trial.items import load_items, split
 from sere_autotune.trial.load import Load, Request
 from sere_autotune.trial.measures import Pairs
-from sere_ext.contract.errors import EngineCrashError
+from sere_ext.contract.errors import BudgetExhaustedError, EngineCrashError
 from sere_ext.contract.policy import EXACT_POLICY, Policy
 from tests.kit.planted import PlantedEngine, Quiet, run, spec_for, write_items
 
@@ -173,3 +175,71 @@ def test_a_spent_budget_leaves_edges_out_and_says_so(tmp_path: Path, monkeypatch
     chosen(study(tmp_path, engine, report))
     assert not engine.asked
     assert [step for step in report.steps if "not asked, since the budget is spent" in step]
+
+
+def test_a_budget_that_ends_in_the_middle_of_an_edge_keeps_the_certificate(tmp_path: Path) -> None:
+    class Spent(Edged):
+        def block(self, requests: Any, load: Load, *rest: Any, **named: Any) -> BlockReport:
+            if load.concurrency == 32:
+                raise BudgetExhaustedError("the budget ran out while the engine was running a block")
+            return super().block(requests, load, *rest, **named)
+
+    report = Quiet()
+    finished = study(tmp_path, Spent(lambda *_: False), report)
+    chosen(finished)
+    assert "32 requests at a time: not asked, since the budget is spent" in report.steps
+    parts = finished.summary["ladder"][finished.summary["chosen"] - 1]["result"]["parts"]
+    assert [part["name"] for part in parts] == ["8 requests at a time"]
+
+
+def test_a_policy_under_which_requests_fail_at_an_edge_is_not_chosen(tmp_path: Path) -> None:
+    """No answer is no loss: "0 of 0 answers lost" would be no harm shown."""
+
+    class Refusing(Edged):
+        def block(self, requests: Any, load: Load, *rest: Any, **named: Any) -> BlockReport:
+            report = super().block(requests, load, *rest, **named)
+            if load.concurrency == 32:
+                sent = [replace(s, correct=None, text="", error="RuntimeError: no room") for s in report.block.sent]
+                report = replace(report, block=replace(report.block, sent=sent))
+            return report
+
+    finished = study(tmp_path, Refusing(lambda *_: False))
+    assert finished.outcome.ending is Ending.INFEASIBLE and finished.profile is None
+    reasons = {row["verdict"]: row["result"]["reason"] for row in finished.summary["ladder"]}
+    assert reasons["failures"].startswith("100.00% of requests failed at 32 requests at a time")
+
+
+class SafestIsFastest(Edged):
+    """The safest candidate of the ladder is measured fastest on held-out items, and breaks at its edges."""
+
+    def __init__(self, safest: Policy, searched: set[str]) -> None:
+        super().__init__(lambda policy, _: policy == safest)
+        self.safest, self.searched = safest, searched
+
+    def block(self, requests: Any, load: Load, *rest: Any, **named: Any) -> BlockReport:
+        held_out = any(request.prompt not in self.searched for request in requests)
+        self.tpot_ms = 8.0 if self.policy == self.safest and held_out else 20.0
+        return super().block(requests, load, *rest, **named)
+
+
+@pytest.mark.parametrize("advisory", [False, True])
+def test_where_nothing_safer_is_left_the_harm_is_named_and_nothing_that_showed_it_is_given(
+    tmp_path: Path, advisory: bool
+) -> None:
+    first = study(tmp_path / "a", Edged(lambda *_: False))
+    ladder = [Policy.parse(row["policy"]) for row in first.summary["ladder"]]
+    assert len(ladder) > 1
+    accuracy = spec_for(tmp_path / "a" / "out", tmp_path / "a" / "items.jsonl").accuracy
+    searched = {item.prompt for item in split(load_items(accuracy), accuracy.search_items)[0]}
+    path = tmp_path / "b"
+    path.mkdir()
+    spec = spec_for(path / "out", write_items(path / "items.jsonl", 4000), search__trials=8)
+    finished = run(spec, SafestIsFastest(ladder[0], searched), advisory=advisory)
+    assert finished.summary["ladder"][0]["verdict"] == "accuracy"
+    if advisory:
+        assert finished.outcome.advisory and finished.profile["spec"]["evidence"]["certified"] is False
+        assert Policy.parse(finished.profile["spec"]["policy"]) != ladder[0]
+    else:
+        assert finished.outcome.ending is Ending.INFEASIBLE
+        assert "where the policy applies too, shown to be over the limit" in finished.outcome.message
+        assert "passed too, but a safer one showed harm" in screen.lines(finished.summary)

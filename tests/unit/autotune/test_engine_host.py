@@ -244,3 +244,30 @@ def test_a_long_temporary_folder_is_replaced_for_rays_sockets(monkeypatch: pytes
     monkeypatch.setenv("TMPDIR", "/tmp/" + "long" * 15)
     short = warm._short_folder()
     assert short is not None and len(short) < 30
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (
+            lambda state: setattr(state, "error", "Bypassed: all MoE layers routed some steps by themselves"),
+            "in every step: Bypassed",
+        ),
+        (lambda state: state.apply(Policy(), None, None), f"runs policy exact, and {POLICY.digest} was set"),
+    ],
+    ids=["steps without it", "another policy"],
+)
+async def test_a_block_in_which_the_policy_was_not_in_force_is_no_evidence(fault: Any, words: str) -> None:
+    """Its answers would be those of exact routing, and certify a policy that nobody asked."""
+    engine = Engines()
+    host = hosted(engine)
+    await host.apply(TEXT)
+
+    async def send(_: Request) -> AsyncIterator[tuple[str, int]]:
+        for state in ranks_of(engine):
+            fault(state)
+        yield "x", 1
+
+    host.send = send  # type: ignore[method-assign]
+    with pytest.raises(EngineCrashError, match=words):
+        await host.block([Request("a", 1)], Load(concurrency=1), [], None, None)

@@ -181,6 +181,19 @@ def test_advisory_goes_on_and_marks_the_profile(tmp_path: Path) -> None:
         assert finished.profile["spec"]["evidence"]["certified"] is False
 
 
+def test_advisory_certifies_nothing_where_exact_routing_has_nothing_to_lose(tmp_path: Path) -> None:
+    """Right on 2 of 100 items whatever the policy: no drop can show, and a run that goes on all the same says so."""
+
+    class Guessing(PlantedEngine):
+        def right(self, prompt: str, lost: float, gained: float) -> bool:
+            return int(prompt.split()[-1]) % 50 == 0
+
+    finished = run(prepared(tmp_path, 4000, search__trials=6).spec, Guessing(), advisory=True)
+    assert finished.outcome.advisory and finished.profile is not None
+    assert finished.profile["spec"]["evidence"]["certified"] is False
+    assert "held-out items" in finished.outcome.message and "cannot lose what is not there" in finished.outcome.message
+
+
 def test_a_limit_of_nothing_can_never_certify(tmp_path: Path) -> None:
     ready = prepared(tmp_path, 8800, accuracy__maxDropPoints=0)
     assert "cannot be certified by any number of items" in ready.plan.problem

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sere_autotune.certify.accuracy import Paired, PairedItem, design_effect, harm_p, noninferiority
+from sere_autotune.certify.accuracy import Paired, PairedItem, design_effect, harm_p, harmed, noninferiority
 from sere_autotune.certify.verdict import Rules, judge, walk
 from sere_autotune.study.schema import MeasuredBlock, SpeedVerdict, Verdict
 
@@ -203,3 +203,46 @@ def test_failed_requests_count_against_a_candidate() -> None:
     assert judge(broken, rules()).verdict == "failures"
     assert judge(broken, rules(failures=0.1)).verdict == "passed"
     assert judge([replace(b, failures=1) for b in some], rules()).verdict == "passed", "exact routing fails as often"
+
+
+def test_no_loss_is_no_harm_at_any_limit() -> None:
+    """A limit of nothing, which only an advisory run has, once took "0 lost, 0 gained" for harm."""
+    assert harm_p(0, 0, 100, 0.0) == 1.0
+    assert harmed({"task": harm_p(3, 3, 100, 0.0)}) == set()
+    assert harm_p(30, 0, 100, 0.0) < 0.001
+
+
+def test_a_load_without_a_time_per_token_under_one_routing_is_no_gain() -> None:
+    """Answers of one token under the policy at the slow load: the mean over the fast load alone is no 1.7x."""
+    found = []
+    for level, tpot_ms in enumerate((20.0, 60.0)):
+        for block in blocks(0, 0, 1000, (tpot_ms, tpot_ms), pairs=5, seed=level):
+            items = [f"{level} {item}" for item in block.items]
+            latency = {**block.latency_ms, "tpot": [] if (level, block.routing) == (1, "chosen") else block.latency_ms["tpot"]}
+            found.append(replace(block, level=level, items=items, latency_ms=latency))
+    result = judge(found, rules(loads=("at 1", "at 64")))
+    assert result.verdict == "undecided"
+    assert result.speedup["mean"].value == pytest.approx(1.0, abs=0.02)
+
+
+def test_the_limits_of_the_fastest_hold_though_it_is_the_fastest() -> None:
+    """Eight candidates of 1.3x, ten pairs of blocks with 8 % noise: 95 % limits of each alone missed the chosen one's in 16 %."""
+    rng, missed = np.random.default_rng(0), 0
+    for _ in range(60):
+        fastest = None
+        for _ in range(8):
+            found = [
+                MeasuredBlock(pair, 0, routing, [f"{pair}"], "1", ["x"], {"tpot": [20 * np.exp(rng.normal(0, 0.057)) / speed],
+                              "ttft": [1.0], "e2el": [1.0]}, 1.0, 1, 0, 16.0)
+                for pair in range(10) for routing, speed in (("exact", 1.3), ("chosen", 1.3 * 1.3))
+            ]  # fmt: skip
+            seen = judge(found, rules(candidates=8)).speedup["mean"]
+            fastest = seen if fastest is None or seen.value > fastest.value else fastest
+        assert fastest is not None and fastest.low is not None and fastest.high is not None
+        missed += not fastest.low <= 1.3 <= fastest.high
+    assert missed <= 4
+
+
+def test_nothing_is_certified_where_exact_routing_has_nothing_to_lose() -> None:
+    result = judge(blocks(4, 2, 3000), rules(baseline="exact routing is right on 20 of 1,112 held-out items"))
+    assert (result.verdict, result.reason) == ("accuracy", "exact routing is right on 20 of 1,112 held-out items")
