@@ -156,6 +156,7 @@ def look(work: Work, seconds: float = SECONDS) -> Finding:
         with Progress(console, f"the ceiling of {work.spec.model}") as progress:
             progress.stage("starting the engine", 1)
             facts = engine.start()
+            progress.stage("timing decode steps", 1)
             finding = examine(engine, facts, work, MIN_SPEEDUP, seconds, lambda text: progress.step(text, 0.0))
     finally:
         engine.stop()

@@ -158,4 +158,4 @@ class Progress:
         now = self._clock()
         here = f"{self.name}: {self.now}" if self.now else self.name
         head = table if self.rows else Text(self.title)
-        return Group(head, Text(f"{here}, {now - self._since:.0f} s   {now - self.began:.0f} s gone{self._left()}"))
+        return Group(head, Text(f"{here}, {now - self._since:.0f} s; {now - self.began:.0f} s in all{self._left()}"))

@@ -233,6 +233,7 @@ def _ceiling(run: Run, prepared: Prepared) -> Finding | None:
         if not seconds:
             return None
         assert run.facts is not None
+        run.report.stage("timing decode steps", run.spec.search.trials)
         found = measure.examine(
             run.engine, run.facts, prepared.work(run.traffic), MIN_SPEEDUP, seconds, lambda text: run.report.step(text, 0.0)
         )

@@ -240,7 +240,9 @@ def test_the_command_ends_with_a_sentence_json_and_exit_code(
 
     done = sere("doctor", str(model))
     assert done.exit_code == 0 and done.stdout.startswith("at most "), done.output
-    assert done.stderr.startswith("starting the engine\n  ceiling: "), "it says what runs as a tuning run does"
+    assert done.stderr.startswith("starting the engine\ntiming decode steps\n  ceiling: "), (
+        "it says what runs as a tuning run does"
+    )
     done = sere("doctor", str(model), "--json", "--concurrency", "[4, 16]", "--prompt-tokens", "10", "--answer-tokens", "20")
     figures = json.loads(done.stdout)
     assert [row["requests"] for row in figures["ceilings"] if row["asked"]] == [4, 16] and figures["answerTokens"] == 20

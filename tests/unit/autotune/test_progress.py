@@ -85,7 +85,7 @@ def test_the_live_table_counts_the_seconds_of_what_runs_and_those_that_are_left(
     Console(file=screen, width=160).print(progress._draw())
     shown = screen.getvalue()
     assert "sere tune m" in shown and "accuracy" not in shown, "no empty table before the first trial"
-    assert "search: trial 0: exact, 34 s   34 s gone, about 3 min left" in shown
+    assert "search: trial 0: exact, 34 s; 34 s in all, about 3 min left" in shown
 
 
 def test_a_trial_over_the_limit_of_accuracy_says_what_one_answer_is_and_that_it_only_ranks() -> None:
