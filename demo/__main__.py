@@ -30,14 +30,16 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "demo"
 CALIBRATION_ITEMS = 400
 # Ten minutes pay for a certificate and a trial, not for a search of all kinds: that of `make bench-policies` is on the model's
-# page (docs/policies.md), and the demo takes what that page finds best.
-POLICIES = "oea"
-S_VALUES = (2.0,)
+# page (docs/policies.md), and the demo takes what that page finds best. With --search it finds a policy by itself.
 MIN_SHARE = (0.0,)  # 0.5 costs 0.59 points (docs/policies.md), which 1,000 items certify three times in ten at most
 SEARCH_ITEMS = 96
-PAIRS = 4  # of blocks
-TUNE_MINUTES, CLUSTER_MINUTES = 8, 2  # on two quiet cores
-MINUTES = TUNE_MINUTES + CLUSTER_MINUTES
+ONE_POLICY: dict[str, Any] = {
+    "policies": ["oea"], "sValues": [2], "trials": 2, "rungs": 1, "deviceHours": 0.25, "itemsPerTrial": 64,
+}  # fmt: skip
+WIDE: dict[str, Any] = {"policies": ["oea", "topk", "sere"], "trials": 16, "rungs": 2, "deviceHours": 1, "itemsPerTrial": 128}
+WIDE_SEARCH_ITEMS, WIDE_ITEMS = 256, 2000
+ITEMS, PAIRS = 1000, 4  # of the certificate; pairs of blocks
+TUNE_MINUTES, WIDE_MINUTES, CLUSTER_MINUTES = 8, 25, 2  # on two quiet cores
 # Helm uninstall and the end of a namespace, both within their own limits; or the end of a node and of its folder, of a gigabyte.
 TAKE_DOWN_S = 420
 
@@ -73,10 +75,6 @@ def make_items(split: str, count: int, out: Path) -> None:
     run(sys.executable, "-m", "tests.assets.make.items", *options)
 
 
-def needs_similarity(args: argparse.Namespace) -> bool:
-    return "sere" in args.policies.split(",")
-
-
 def calibrate() -> None:
     """Make the widened model's similarity file from the small model, whose calibration takes seconds; once."""
     if (BUILD / "similarity.safetensors").exists():
@@ -88,34 +86,29 @@ def calibrate() -> None:
 
 
 def prepare(args: argparse.Namespace) -> Path:
-    """The widened model, its items, and the tuning file. Returns the tuning file's path."""
+    """The widened model, its items, its similarity file where the search needs one, and the tuning file. Returns the tuning file's path."""
     BUILD.mkdir(parents=True, exist_ok=True)
     model = BUILD / "model"
     if not (model / "model.safetensors").exists():
         run(sys.executable, "-m", "tests.assets.make.widen", ROWS_MOE.directory, model)
-    make_items("eval", args.items, BUILD / "items.jsonl")
+    search, searched, certified = (WIDE, WIDE_SEARCH_ITEMS, WIDE_ITEMS) if args.search else (ONE_POLICY, SEARCH_ITEMS, ITEMS)
+    make_items("eval", searched + certified, BUILD / "items.jsonl")
+    if args.search:
+        calibrate()
     slo = {"tpotMs": {"p95": args.tpot_p95_ms}, "ttftMs": {"p99": 5000}}
     tuning = {
         "model": str(model),
         "engine": {"maxModelLen": 128, "extraArgs": list(ROWS_MOE.engine_arguments)},
-        **({"similarity": str(BUILD / "similarity.safetensors")} if needs_similarity(args) else {}),
+        **({"similarity": str(BUILD / "similarity.safetensors")} if args.search else {}),
         "workload": {"load": {"concurrency": [CONCURRENCY]}},
         "slo": slo,
         "accuracy": {
             "maxDropPoints": args.max_drop_points,
             "confidence": 0.95,
-            "searchItems": SEARCH_ITEMS,
+            "searchItems": searched,
             "tasks": [{"file": str(BUILD / "items.jsonl"), "metric": "exact", "maxTokens": ROWS_MOE.longest_answer}],
         },
-        "search": {
-            "policies": args.policies.split(","),
-            "sValues": list(S_VALUES),
-            "minShare": list(MIN_SHARE),
-            "trials": args.trials,
-            "rungs": 1,
-            "deviceHours": 0.25,
-            "itemsPerTrial": 64,
-        },
+        "search": {**search, "minShare": list(MIN_SHARE)},
         # A request lasts two seconds here, so that 15 of them (the default) would make blocks of half a minute at least.
         "certify": {"pairs": PAIRS, "blockSeconds": 8, "blockResidences": 4},
         "out": str(BUILD / "run"),
@@ -127,14 +120,13 @@ def prepare(args: argparse.Namespace) -> Path:
 
 def stage_engine(args: argparse.Namespace) -> dict[str, Any]:
     """Calibrate and tune; returns the profile's spec. Ends the program with the tuner's exit code if it chose nothing."""
-    heading(f"1/2  Tune: a real MoE model on a live vLLM engine, about {TUNE_MINUTES} minutes on two quiet cores")
+    minutes = WIDE_MINUTES if args.search else TUNE_MINUTES
+    heading(f"1/2  Tune: a real MoE model on a live vLLM engine, about {minutes} minutes on two quiet cores")
     console.print(
         "The model has 64 experts, 8 of them for a token, and was trained in this repository to work out rows of digits, which are the "
         "questions. Its experts are widened (each neuron repeated, the same function) until reading weights is most of a step's time, as in large models."
     )
     tuning = prepare(args)
-    if needs_similarity(args):
-        calibrate()
     if args.fresh:
         import shutil
 
@@ -143,7 +135,7 @@ def stage_engine(args: argparse.Namespace) -> dict[str, Any]:
     os.environ["XDG_STATE_HOME"] = str(BUILD / "run" / "state")
     run_folder = BUILD / "run"
     console.print(f"[dim]logs and the study: {run_folder.relative_to(ROOT)}; Ctrl-C stops and leaves nothing running[/dim]")
-    watch = Watch(console, run_folder / "study.journal", ROWS_MOE.experts, TUNE_MINUTES if args.no_cluster else MINUTES)
+    watch = Watch(console, run_folder / "study.journal", ROWS_MOE.experts, minutes + (0 if args.no_cluster else CLUSTER_MINUTES))
     status = run("sere", "tune", "-f", tuning, check=False, watch=watch)
     if status:
         report = BUILD / "run" / "report.html"
@@ -184,15 +176,10 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("--max-drop-points", type=float, default=1.0, help="accuracy budget of stage 1 in points")
     parser.add_argument("--tpot-p95-ms", type=float, default=200.0, help="latency limit of stage 1 in ms")
-    parser.add_argument("--trials", type=int, default=2, help="trials of stage 1, exact routing included")
     parser.add_argument(
-        "--items", type=int, default=1000 + SEARCH_ITEMS, help=f"items that stage 1 makes; {SEARCH_ITEMS} are searched on"
-    )
-    parser.add_argument(
-        "--policies",
-        default=POLICIES,
-        help="kinds that stage 1 searches, of topk, sere and oea, with commas; sere is calibrated first",
-    )
+        "--search", action="store_true",
+        help=f"stage 1 searches the kinds {', '.join(WIDE['policies'])} at every S in {WIDE['trials']} trials, about {WIDE_MINUTES} minutes, in place of trying one policy",
+    )  # fmt: skip
     parser.add_argument(
         "--kubeconfig",
         metavar="FILE",

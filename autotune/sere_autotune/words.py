@@ -52,3 +52,18 @@ def no_harm(losses: int, gains: int, items: int, harmed: bool) -> str:
     """
     shown = "shown to lose more than the limit" if harmed else "no harm shown"
     return f"{losses:,} of {items:,} answers lost, {gains:,} gained: {shown}"
+
+
+def screened(active: Sequence[float], *, recorded: bool) -> str:
+    """What counting says of all policies before any of them was tried.
+
+    Args:
+        active: mean active experts of a layer and step at the first load level, exact routing's first.
+        recorded: whether the engine's own steps were counted on, and not steps with the skew of published models.
+    """
+    exact, *others = active
+    least, most = f"{min(others):.1f}", f"{max(others):.1f}"
+    policies = "1 policy" if len(others) == 1 else f"{len(others):,} policies"
+    steps = "recorded steps of exact routing" if recorded else "assumed steps, since this engine does not record its own"
+    found = least if least == most else f"{least} to {most}"
+    return f"counted on {steps}: {policies} with {found} active experts a layer, exact routing {exact:.1f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import astuple
 from typing import Any
 
@@ -13,6 +14,7 @@ from sere_autotune.search.kinds import removed_kinds
 from sere_autotune.search.ladder import Pick, pick_ladder
 from sere_autotune.search.observations import observations
 from sere_autotune.search.open_loop import count_open
+from sere_autotune.search.pacing import time_left_s
 from sere_autotune.search.posterior import PolicyModel
 from sere_autotune.search.replay import Counts
 from sere_autotune.search.sizing import certificate_size
@@ -31,9 +33,11 @@ from sere_autotune.study.schema import (
 from sere_autotune.trial import stats
 from sere_autotune.trial.routing import Matrix, Routing
 from sere_autotune.tuning.space import EXACT, Space, Table
+from sere_autotune.words import screened
 from sere_ext.similarity.file import read_similarity
 
-_FINALS = 1 / 3  # of the trials, in which candidates of the ladder that were not measured yet come first
+_FINALS = 1 / 3  # of the trials, in which candidates of the ladder come first
+FINAL_TRIALS = 2  # that each of them gets
 
 
 def noise_floor(run: Run) -> NoiseFloor:
@@ -79,6 +83,8 @@ def count_choices(run: Run, space: Space) -> list[Counts]:
             given = routing, _matrices(run, routing), space.choices(), space.order
             found = replay.count(*given) if shares is None else count_open(*given, shares)
             run.study.put(counts_key(bucket), CountedChoices(*(values.tolist() for values in astuple(found))))
+            if bucket == 0:
+                run.report.step(screened(found.active.tolist(), recorded=recorded is not None), time_left_s(run))
     kept = [run.study.get(counts_key(bucket)) for bucket in buckets]
     return [Counts(*map(np.array, astuple(k))) for k in kept if k is not None]
 
@@ -113,17 +119,19 @@ def _matrices(run: Run, routing: Routing) -> list[Matrix] | None:
     return [found[layer % len(found)] for layer in range(len(routing.calls))]
 
 
-def untried_candidate(run: Run, space: Space) -> Table | None:
-    """Of those that the ladder would have now, the first that no trial measured; asked for in the last third of the trials.
+def finalist(run: Run, space: Space) -> Table | None:
+    """Of those that the ladder would have now, the least measured one, until each has FINAL_TRIALS; asked for in the last third of the trials.
 
-    What is certified then rests on what was seen of it, not on the model alone.
+    What is certified then rests on what was seen of it, not on the model alone. Every trial of a candidate has items and a pair of
+    blocks of its own, and the model takes them together.
     """
     done = run.study.complete()
     if len(done) < run.spec.search.trials * (1 - _FINALS):
         return None
-    tried = {space.table(trial.params) for trial in done}
+    tried = Counter(space.table(trial.params) for trial in done)
     picks = _picks(run, space, fitted_model(run, space, run.spec.search.seed + len(done)))
-    return next((pick.table for pick in picks if pick.table not in tried), None)
+    least = min((pick.table for pick in picks), key=lambda table: tried[table], default=None)
+    return least if least is not None and tried[least] < FINAL_TRIALS else None
 
 
 def _picks(run: Run, space: Space, model: PolicyModel) -> list[Pick]:

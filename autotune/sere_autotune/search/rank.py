@@ -1,7 +1,7 @@
 """The ranking stage: trials on the warm engine until a budget ends. Search ranks, nothing more.
 
 Exact routing comes first, then a few settings that evidence suggests, then what Optuna's sampler draws. In the last third of the
-trials, candidates that the ladder would have now and that no trial measured come before the sampler's.
+trials, candidates that the ladder would have now come before the sampler's until each was measured twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sere_autotune.search.baseline import check_baseline
 from sere_autotune.search.blocks import measure, trial_items, window
 from sere_autotune.search.groundwork import lay_groundwork
 from sere_autotune.search.kinds import removed_kinds
-from sere_autotune.search.learned import slots, untried_candidate
+from sere_autotune.search.learned import finalist, slots
 from sere_autotune.search.pacing import longest_trial_seconds, reserve_s, time_left_s
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import LADDER, SEARCH_ENDED
@@ -64,7 +64,7 @@ def rank(run: Run) -> None:
             _check_alive(run, gone)
             break
         space = run.space()
-        if not study.waiting() and (candidate := untried_candidate(run, space)) is not None:
+        if not study.waiting() and (candidate := finalist(run, space)) is not None:
             study.enqueue(space, candidate)
         trial, table = study.ask(space, "random" if skipped else search.sampler, search.seed)
         skipped = any(choice.kind in gone for choice in table) or (done > 0 and table == space.exact())

@@ -277,7 +277,7 @@ def test_the_quickstart_says_why_the_demo_leaves_min_share_at_0_with_the_figures
     }  # fmt: skip
     without, with_share = rows["oea S=2"], rows["oea S=2 share=0.50"]
     assert f"loses {with_share:.2f} points instead of {without:.2f}" in (ROOT / "docs/quickstart.md").read_text()
-    certified = demo.arguments([]).items - demo.SEARCH_ITEMS
+    certified = demo.ITEMS
     assert (demo.MIN_SHARE, certified) == ((0.0,), 1000)
     chances = [power(certified, d, with_share / 100, 0.01, spent_alpha(0.05, 0)) for d in (with_share / 100, 0.01, 0.02)]
     assert max(chances) == chances[0] < 0.3, "three times in ten at most, however many answers differ"
