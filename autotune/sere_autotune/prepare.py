@@ -34,14 +34,11 @@ class Prepared:
     source: calibration.Source
     plan: planner.Plan
     ledger: Ledger
+    model: str  # digest of the model's configuration and weights
 
     @property
     def out(self) -> Path:
         return Path(self.spec.out)
-
-    @property
-    def config_digest(self) -> str:
-        return model_config_digest(self.config)
 
     def work(self, traffic: Traffic) -> Work:
         """What an engine is asked for the ceiling: the requests whose latency will be judged."""
@@ -77,7 +74,8 @@ def prepare(spec: TuningSpec, only: Policy | None = None, shared: Shared | None 
             f"{spec.similarity} was made for {similarity.model_name} ({similarity.model_type}, {similarity.num_experts} experts), "
             f"not for {spec.model}; make one with `sere calibrate {spec.model} --data FILE`"
         )
-    ledger = Ledger(model_key(spec.model, digest), Path(spec.out), shared)
+    model = model_key(spec.model, digest)
+    ledger = Ledger(model, Path(spec.out), shared)
     noise, pace = ledger.known()
     openings = ledger.openings(opened_items(spec, held_out), study_id(Path(spec.out)))
     source = calibration.find(spec, digest, only)
@@ -92,7 +90,7 @@ def prepare(spec: TuningSpec, only: Policy | None = None, shared: Shared | None 
         searches=only is None,
         warning=near_duplicates(items),
     )
-    return Prepared(spec, items, mine, held_out, config, source, plan, ledger)
+    return Prepared(spec, items, mine, held_out, config, source, plan, ledger, model)
 
 
 def _check_policies(spec: TuningSpec, config: dict[str, object], only: Policy | None) -> None:

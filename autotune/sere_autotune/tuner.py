@@ -68,7 +68,7 @@ def tune(
         raise CannotCertifyError(prepared.plan.problem)
     if fresh:
         forget(out)
-    mark = fingerprint(spec, set_digest(prepared.cert), prepared.config_digest) + (f" {only.digest}" if only else "")
+    mark = fingerprint(spec, set_digest(prepared.cert), prepared.model) + (f" {only.digest}" if only else "")
     study = TuningStudy(out, mark)
     budget = Budget.of(spec.search, spec.engine.tensor_parallel_size)
     budget.began = time.monotonic()

@@ -9,7 +9,7 @@ from typing import Any
 from sere_autotune.calibration import checked_digest
 from sere_autotune.search.learned import noise_floor
 from sere_autotune.study.run import Run
-from sere_autotune.study.schema import ENGINE, FINGERPRINT, SIMILARITY, SPENT, Candidate, Spent, Verdict
+from sere_autotune.study.schema import ENGINE, FINGERPRINT, MADE, SIMILARITY, SPENT, Candidate, Made, Spent, Verdict
 from sere_autotune.trial.measures import Answer
 from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.policy import Policy
@@ -65,7 +65,11 @@ def build_profile(
     limits = {metric: (name, limit) for metric, name, limit in spec.slo.limits()}
     name = headline(spec)
     noise = noise_floor(run)
-    spent = study.get(SPENT) or Spent()
+    made = study.get(MADE)
+    if made is None:
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        made = Made(now, (study.get(SPENT) or Spent()).device_s)
+        study.put(MADE, made)
 
     def optional(metric: str) -> Paired | None:
         return _paired(result, metric, *limits[metric]) if metric in limits else None
@@ -104,10 +108,10 @@ def build_profile(
         rung=number,
         rungs=of,
         trials=len(study.complete()),
-        device_hours=spent.device_s / 3600,
+        device_hours=made.device_s / 3600,
         workload=_workload(spec),
         study=study.get(FINGERPRINT) or "",
-        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=made.created,
     )
     reference = None
     if policy.needs_similarity() and similarity is not None:

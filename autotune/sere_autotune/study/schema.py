@@ -64,6 +64,14 @@ class Spent:
 
 
 @dataclass(frozen=True)
+class Made:
+    """When the profile was made and what had been spent then: kept, so that a profile that is written again has the same digest."""
+
+    created: str  # RFC 3339
+    device_s: float  # engine seconds times devices
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A policy of the frozen ladder, with what the search predicts of it (posterior means)."""
 
@@ -263,6 +271,7 @@ LADDER: Key[list[Candidate]] = Key("ladder", list[Candidate])  # frozen before t
 OPENING: Key[Opening] = Key("opening", Opening)
 LADDER_ENDED: Key[str] = Key("ladderEnded", str)  # why later candidates were left out
 OUTCOME: Key[Outcome] = Key("outcome", Outcome)
+MADE: Key[Made] = Key("made", Made)  # when the profile was first written
 MOST_LOAD: Key[MostLoad] = Key("mostLoad", MostLoad)  # measured after the outcome, which it does not change
 
 

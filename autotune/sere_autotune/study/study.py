@@ -37,17 +37,17 @@ _ID = "study.id"
 _BUDGETS = {"trials", "device_hours", "wall_minutes"}
 
 
-def fingerprint(spec: TuningSpec, cert_digest: str, config_digest: str) -> str:
+def fingerprint(spec: TuningSpec, cert_digest: str, model: str) -> str:
     """Content address of everything that a study's trials must have in common.
 
     Args:
         cert_digest: of the held-out items.
-        config_digest: of the model's configuration.
+        model: digest of the model's configuration and weights: a folder that was trained further holds another model.
     """
     kept = spec.model_dump(mode="json", exclude={"out"})
     kept["search"] = spec.search.model_dump(mode="json", exclude=_BUDGETS)
     kept["certify"] = spec.certify.model_dump(mode="json", exclude={"most_load"})  # which is measured after the outcome
-    text = canonical_json({"spec": kept, "cert": cert_digest, "model": config_digest})
+    text = canonical_json({"spec": kept, "cert": cert_digest, "model": model})
     return "sha256:" + hashlib.sha256(text).hexdigest()
 
 

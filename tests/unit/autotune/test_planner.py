@@ -14,11 +14,11 @@ from sere_autotune.prepare import Prepared, prepare
 from sere_autotune.search import pacing
 from sere_autotune.study.ledger import Ledger
 from sere_autotune.study.schema import Pace
-from sere_autotune.study.weights import model_key
 from sere_autotune.trial.items import Item, load_items, search_count, split
 from sere_autotune.trial.stats import items_needed, largest_difference, power
 from sere_autotune.tuning.spec import AccuracySpec, TaskSpec
 from sere_ext.contract.errors import CannotCertifyError, PolicyError, UsageError
+from sere_ext.contract.model_config import model_config_digest
 from sere_ext.contract.policy import Policy
 from sere_ext.contract.similarity import SimilarityMeta
 from sere_ext.similarity.file import write_similarity
@@ -77,7 +77,7 @@ def test_the_largest_difference_is_the_one_at_which_so_many_items_are_needed(dro
 
 def test_a_stored_noise_floor_and_pace_are_used(tmp_path: Path) -> None:
     ready = prepared(tmp_path, 4000)
-    Ledger(model_key(ready.spec.model, ready.config_digest), ready.out).note(0.009, Pace(50.0, 0.3, 31.0))
+    Ledger(ready.model, ready.out).note(0.009, Pace(50.0, 0.3, 31.0))
     again = prepare(ready.spec)
     text = plan_text.describe(again.plan, again.spec)
     assert "exact against exact is taken to differ on 0.90% of items, from last time" in text
@@ -120,7 +120,7 @@ def test_an_artefact_of_an_earlier_run_is_used_again_for_the_same_model(tmp_path
     ready = prepared(tmp_path, 4000, search__policies=SERE)
     ready.out.mkdir()
     meta = SimilarityMeta(
-        model_type="m", model_name="planted", config_digest=digest or ready.config_digest, data_digest="sha256:1", tokens=7,
+        model_type="m", model_name="planted", config_digest=digest or model_config_digest(ready.config), data_digest="sha256:1", tokens=7,
         layers=(0,), num_experts=4,
     )  # fmt: skip
     write_similarity(ready.out / "similarity.safetensors", meta, {0: np.eye(4, dtype=np.float32)})

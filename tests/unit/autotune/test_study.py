@@ -1,5 +1,6 @@
 """The study as the only truth: a whole run on a planted engine, killed, resumed, out of budget, refused."""
 
+import datetime
 import io
 import json
 import os
@@ -20,13 +21,15 @@ from rich.console import Console
 
 from sere_autotune import plan_text, planner
 from sere_autotune.calibration import Origin, Source
+from sere_autotune.certify import stage
 from sere_autotune.outcome import Ending
 from sere_autotune.progress import Progress
-from sere_autotune.result import screen
+from sere_autotune.result import profile, screen
 from sere_autotune.search.learned import FINAL_TRIALS
 from sere_autotune.search.sizing import certificate_size
 from sere_autotune.study import meter
 from sere_autotune.study.budget import Budget
+from sere_autotune.study.run import Run
 from sere_autotune.study.schema import Pace
 from sere_autotune.study.study import TuningStudy, fingerprint
 from sere_autotune.trial.engine import EngineFacts
@@ -84,6 +87,23 @@ def test_a_finished_study_says_the_same_again_without_an_engine(tmp_path: Path, 
     assert engine.blocks == 0
     assert again.outcome == first.outcome
     assert again.summary["trials"] == first.summary["trials"]
+
+
+def test_a_finished_study_writes_the_same_profile_again(tmp_path: Path, items: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever pinned its digest finds it again, on another day and after the most load was measured."""
+    spec = spec_for(tmp_path / "out", items)
+    run(spec, PlantedEngine())
+    before = (tmp_path / "out" / "profile.json").read_bytes()
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+            return datetime.datetime(2030, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr(profile.datetime, "datetime", Later)
+    again = run(spec_for(tmp_path / "out", items, certify__mostLoad=True), PlantedEngine())
+    assert again.summary["mostLoad"]["load"]
+    assert (tmp_path / "out" / "profile.json").read_bytes() == before
 
 
 class Elsewhere(PlantedEngine):
@@ -276,6 +296,15 @@ def test_a_folder_of_another_tuning_is_refused_unless_fresh(tmp_path: Path, item
     with pytest.raises(UsageError, match="--fresh"):
         run(other, PlantedEngine())
     assert run(other, PlantedEngine(), fresh=True).outcome.ending is Ending.CHOSEN
+
+
+def test_a_model_that_was_trained_further_in_its_folder_is_another_study(tmp_path: Path, items: Path) -> None:
+    """Its shape is the same, and the certificate of the weights before says nothing of it."""
+    spec = spec_for(tmp_path / "out", items)
+    run(spec, PlantedEngine())
+    (Path(spec.model) / "model.safetensors").write_text('{"trained": "further"}')
+    with pytest.raises(UsageError, match="a study of another model"):
+        run(spec, PlantedEngine())
 
 
 def test_budgets_may_change_within_a_study_and_nothing_else() -> None:
@@ -474,6 +503,42 @@ def test_a_policy_that_is_not_faster_is_not_chosen(tmp_path: Path, items: Path, 
     assert bool(more) == (speed == 1.0), "an undecided speed gets more pairs, a slower policy none"
     pairs = {row["result"]["speed"]["pairs"] for row in finished.summary["ladder"] if row["result"]}
     assert pairs == ({6} if more else {3})
+
+
+def test_a_kill_among_the_further_pairs_of_an_undecided_candidate_changes_no_verdict(
+    tmp_path: Path, items: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The budget pays for the pairs that are left, and no longer for all of them once more."""
+
+    class Killed(Slow):
+        further = 10**9  # blocks until it is killed
+
+        def block(self, *args: Any, **kwargs: Any) -> Any:
+            self.further -= 1
+            if self.further < 0:
+                raise KeyboardInterrupt
+            return super().block(*args, **kwargs)
+
+    class Stages(Quiet):
+        def __init__(self, engine: Killed, blocks: int) -> None:
+            super().__init__()
+            self.engine, self.blocks = engine, blocks
+
+        def stage(self, name: str, total: int, done: int = 0) -> None:
+            self.engine.certifying = name.startswith("certify")
+            if name.endswith("more pairs"):
+                self.engine.further = self.blocks
+            super().stage(name, total, done)
+
+    spec = spec_for(tmp_path / "out", items, accuracy__maxDropPoints=2, search__rungs=1)
+    engine = Killed(1.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, engine, Stages(engine, 4))
+    monkeypatch.setattr(stage, "_block_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(Run, "left_s", lambda _: 3.0)
+    engine = Killed(1.0)
+    finished = run(spec, engine, Stages(engine, 2))
+    assert finished.summary["ladder"][0]["result"]["speed"]["pairs"] == 6
 
 
 @pytest.mark.parametrize(
