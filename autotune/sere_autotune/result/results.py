@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,10 +66,19 @@ def finish(run: Run, outcome: Outcome, similarity: Path | None = None) -> Finish
     else:
         (out / "profile.json").unlink(missing_ok=True)  # of an earlier run: never a policy that this run did not choose
     summary = build_summary(run, outcome, profile)
-    write_whole(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(out / "summary.json", json.dumps(_without_nan(summary), indent=2) + "\n")
     write_whole(out / "report.html", render(summary))
     used = similarity if profile is not None and profile.spec.similarity is not None else None
     return Finished(outcome, summary, profile.to_json_dict() if profile else None, used)
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with None for figures that were not measured: JSON has no NaN, and few readers take it."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def candidates(run: Run) -> list[tuple[Candidate, Verdict | None]]:

@@ -82,6 +82,8 @@ def points(summary: dict[str, Any]) -> list[Point]:
             ("chosen", result["active_after"], candidate["slots"][0]),
         ):
             step = result["latency_ms"][routing]["tpot"]["mean"]
+            if not math.isfinite(step):
+                continue
             name = "exact routing" if routing == "exact" else candidate["describe"]
             found.append(Point(active, slots, step, f"certificate {candidate['number']}: {name}", certified=True))
     return found

@@ -6,6 +6,7 @@ trials, candidates that the ladder would have now come before the sampler's unti
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from sere_autotune.search.learned import finalist, slots
 from sere_autotune.search.pacing import longest_trial_seconds, reserve_s, time_left_s
 from sere_autotune.study.run import Run
 from sere_autotune.study.schema import LADDER, SEARCH_ENDED
+from sere_autotune.study.study import TuningStudy
 from sere_autotune.trial.measures import LevelResult, check_exact, constraints, objective
 from sere_autotune.tuning.space import Space, Table
 from sere_ext.contract.errors import (
@@ -116,7 +118,6 @@ def _evaluate(run: Run, trial: Any, table: Table) -> None:
         if exact:
             raise SereError(f"the engine keeps failing ({error}); see its log with SERE_ENGINE_LOGS=1") from error
         keys = [f"{metric}.{name}" for metric, name, _ in limits] + ["accuracy", "failures"]
-        worst = max((t.value or 0.0 for t in study.complete()), default=1e3)
         before = removed_kinds(study.complete())
         crash: dict[str, Any] = {
             "policy": policy.to_json_dict(),
@@ -124,7 +125,7 @@ def _evaluate(run: Run, trial: Any, table: Table) -> None:
             "crash": str(error),
             "refused": not isinstance(error, EngineCrashError),  # a kind that this model's router cannot have
         }
-        study.tell(trial, worst * _CRASH_FACTOR, dict.fromkeys(keys, 1.0), crash)
+        study.tell(trial, _useless(study), dict.fromkeys(keys, 1.0), crash)
         run.report.trial({"number": trial.number, "policy": policy.describe(), "crash": str(error)})
         for kind in removed_kinds(study.complete()).keys() - before.keys():
             run.report.step(f"kind {kind.value} is left out from here: {error}", 0.0)
@@ -143,8 +144,15 @@ def _evaluate(run: Run, trial: Any, table: Table) -> None:
         "slots": slots(run, space, table),
         "seconds": time.monotonic() - began,
     }
-    study.tell(trial, objective(levels, base), violations, record)
+    value = objective(levels, base)
+    # Without a time per token there is no objective, and Optuna would not count the trial: the search would never end.
+    study.tell(trial, _useless(study) if math.isnan(value) else value, violations, record)
     run.report.trial(_row(trial.number, space, table, levels, violations, base))
+
+
+def _useless(study: TuningStudy) -> float:
+    """The objective of a trial that has none, in milliseconds: that of the slowest so far, many times over."""
+    return max((trial.value or 0.0 for trial in study.complete()), default=1e3) * _CRASH_FACTOR
 
 
 def _row(

@@ -464,6 +464,26 @@ def test_a_candidate_that_crashes_gets_that_verdict_and_the_ladder_goes_on(tmp_p
     assert again.outcome == finished.outcome
 
 
+@pytest.mark.parametrize("fault", ["fails", "one token"])
+def test_a_policy_without_a_time_per_token_is_a_trial_like_others(tmp_path: Path, items: Path, fault: str) -> None:
+    """Such a trial once did not count, so that the search went on until the whole budget was spent."""
+
+    class Mute(PlantedEngine):
+        def block(self, *args: Any, **kwargs: Any) -> Any:
+            assert self.blocks < 100, "the search does not end"
+            report = super().block(*args, **kwargs)
+            if any(bucket.kind is Kind.TOPK for bucket in self.policy.buckets):
+                changed = {"correct": None, "tokens": 0, "error": "no"} if fault == "fails" else {"tokens": 1}
+                sent = [replace(request, **changed) for request in report.block.sent]
+                report = replace(report, block=replace(report.block, sent=sent))
+            return report
+
+    finished = run(spec_for(tmp_path / "out", items), Mute())
+    assert len(finished.summary["trials"]) == 6
+    assert "topk" not in finished.outcome.message
+    json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=pytest.fail)
+
+
 class Slow(PlantedEngine):
     """Answers as planted, each policy at the given speed in certification whatever the search saw."""
 
