@@ -76,8 +76,10 @@ def count_choices(run: Run, space: Space) -> list[Counts]:
     buckets = range(len(space.edges))
     if run.study.get(counts_key(0)) is None:
         recorded = run.engine.recorded()
+        exact = run.study.levels(run.study.complete()[0])
         for bucket in buckets:
-            routing = (recorded.within(space.edges[bucket]) if recorded else None) or _assumed(run, space, bucket)
+            typical = exact[bucket].step_tokens or exact[bucket].batch
+            routing = (recorded.within(space.edges[bucket], typical) if recorded else None) or _assumed(run, space, bucket)
             ceiling = run.study.get(CEILING)
             shares = ceiling.exact_shares if ceiling and not run.spec.workload.load.levels[bucket] else None
             given = routing, _matrices(run, routing), space.choices(), space.order

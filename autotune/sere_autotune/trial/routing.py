@@ -17,6 +17,7 @@ Matrix = NDArray[np.float32]
 # Of the logarithm of an expert's popularity over its rank, fitted to the active experts that arXiv 2511.02237 measured.
 ASSUMED_SKEW = 1.1
 _ASSUMED_LAYERS, _ASSUMED_CALLS = 4, 4
+_ALIKE = 1 / 8  # of a step's tokens, which steps of about the same size may differ by
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,20 @@ class Routing:
         calls = tuple(tuple(call(kept) for kept in layer["calls"]) for layer in layers)
         return cls(calls, layers[0]["renormalise"], layers[0]["scoring"] or kernel.SOFTMAX)
 
-    def within(self, edge: BucketEdges) -> Routing | None:
-        """The steps alone whose tokens a bucket takes; None where there is none."""
-        steps = [i for i, call in enumerate(self.calls[0]) if edge.min_tokens <= len(call.ids) <= edge.max_tokens]
+    def within(self, edge: BucketEdges, typical: float) -> Routing | None:
+        """Of the steps whose tokens a bucket takes those about as large as most are; None where the bucket takes none.
+
+        A record has as many steps of the sizes at the beginning and the end of a block as of those that it has nearly always.
+
+        Args:
+            typical: tokens of the median step.
+        """
+        off = {
+            i: abs(len(call.ids) - typical)
+            for i, call in enumerate(self.calls[0])
+            if edge.min_tokens <= len(call.ids) <= edge.max_tokens
+        }
+        steps = [i for i, tokens in off.items() if tokens <= max(_ALIKE * typical, min(off.values()))]
         return replace(self, calls=tuple(tuple(layer[i] for i in steps) for layer in self.calls)) if steps else None
 
     def thinned(self, share: float) -> Routing:

@@ -65,9 +65,18 @@ def test_assumed_calls_touch_as_many_experts_as_published_models_do() -> None:
 
 
 def test_the_steps_of_a_bucket_alone_are_taken(routing: Routing) -> None:
-    assert routing.within(BucketEdges(min_tokens=17)) is None
-    inside = routing.within(BucketEdges(min_tokens=8, max_tokens=16))
+    assert routing.within(BucketEdges(min_tokens=17), 16) is None
+    inside = routing.within(BucketEdges(min_tokens=8, max_tokens=16), 16)
     assert inside is not None and len(inside.calls[0]) == len(routing.calls[0])
+
+
+@pytest.mark.parametrize(("typical", "sizes"), [(16, [15, 16, 18]), (12, [11]), (40, [33])])
+def test_steps_are_counted_that_are_as_large_as_most_and_not_those_of_a_blocks_ends(typical: float, sizes: list[int]) -> None:
+    """A block of 16 requests begins and ends with smaller steps, and prompts make some larger; the nearest stand in where none is alike."""
+    tokens = (4, 8, 11, 15, 16, 18, 24, 33, 128)
+    recorded = Routing((tuple(Routing.assumed(16, 4, count).calls[0][0] for count in tokens),) * 2)
+    found = recorded.within(BucketEdges(min_tokens=8, max_tokens=64), typical)
+    assert found is not None and [[len(call.ids) for call in layer] for layer in found.calls] == [sizes, sizes]
 
 
 def test_a_mix_counts_an_expert_that_a_token_has_twice() -> None:
