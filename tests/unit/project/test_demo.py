@@ -283,6 +283,16 @@ def test_the_quickstart_says_why_the_demo_leaves_min_share_at_0_with_the_figures
     assert max(chances) == chances[0] < 0.3, "three times in ten at most, however many answers differ"
 
 
+def test_what_the_quickstart_says_of_a_search_is_what_its_run_kept() -> None:
+    kept = json.loads((ROOT / "benchmarks/results/demo-search.json").read_text())
+    tpot, ratio, active, accuracy = (kept[key] for key in ("tpot_ms", "speedup_mean", "active_experts", "accuracy"))
+    lost = 100 * (accuracy["exact"] - accuracy["tuned"])
+    assert (
+        f"mean TPOT {tpot['exact']:.1f} -> {tpot['tuned']:.1f} ms, {ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]; "
+        f"{lost:.2f} points lost, at most {accuracy['points_lost_at_most']:.2f}; {active['tuned']:.1f} active experts of {active['exact']:.1f}"
+    ) in (ROOT / "docs/quickstart.md").read_text()
+
+
 def test_answers_per_minute_are_those_of_so_many_requests_in_flight() -> None:
     """A request of 2.4 s and 16 of them at a time: 400 a minute."""
     latency = {"exact": {"e2el": {"mean": 2400.0}}, "chosen": {"e2el": {"mean": 1200.0}}}
