@@ -241,11 +241,7 @@ def _trials(summary: dict[str, Any]) -> str:
     rows = []
     for trial in summary["trials"]:
         broken = [key for key, by in trial["violations"].items() if by > 0]
-        state = (
-            "<span class=good>feasible</span>"
-            if not broken
-            else f"<span class=bad>{_e(over_limits(broken, trial['items']))}</span>"
-        )
+        state = "<span class=good>feasible</span>" if not broken else f"<span class=bad>{_e(over_limits(broken, 0))}</span>"
         if trial["crash"]:
             state = "<span class=bad>engine crashed</span>"
         elif trial["stopped"]:
@@ -255,7 +251,7 @@ def _trials(summary: dict[str, Any]) -> str:
                      _points(trial["dropPoints"]), f"{trial['differShare']:.1%}", _number(active, ".1f"), str(trial["items"] or "–"), state])  # fmt: skip
     head = ["trial", "policy", "mean TPOT ms", "accuracy", "points", "answers differ", "experts", "items", ""]
     note = (
-        "<p class=soft>A trial only ranks. Mean TPOT: over several loads their geometric mean; what the machine was slower or faster than in "
+        "<p class=soft>A trial only ranks: one answer of its items weighs 100 / items points. Mean TPOT: over several loads their geometric mean; what the machine was slower or faster than in "
         "trial 0 is taken out, by answers under exact routing beside each trial. Points and items: against exact routing's answers in trial "
         "0 to the same items.</p>"
     )
