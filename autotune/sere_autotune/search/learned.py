@@ -85,7 +85,7 @@ def count_choices(run: Run, space: Space) -> list[Counts]:
             given = routing, _matrices(run, routing), space.choices(), space.order
             found = replay.count(*given) if shares is None else count_open(*given, shares)
             run.study.put(counts_key(bucket), CountedChoices(*(values.tolist() for values in astuple(found))))
-            if bucket == 0:
+            if bucket == 0 and run.spec.search.trials > 1 and len(found.active) > 1:
                 run.report.step(screened(found.active.tolist(), recorded=recorded is not None), time_left_s(run))
     kept = [run.study.get(counts_key(bucket)) for bucket in buckets]
     return [Counts(*map(np.array, astuple(k))) for k in kept if k is not None]

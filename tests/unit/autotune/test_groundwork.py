@@ -16,13 +16,21 @@ def test_all_policies_are_told_by_their_active_experts_beside_those_of_exact_rou
     assert screened([8, 4], recorded=False).startswith("counted on assumed steps, since this engine does not record its own")
 
 
-def test_a_search_counts_before_its_first_policy(tmp_path: Path) -> None:
+def told(out: Path, items: Path, trials: int) -> list[str]:
+    """Every step that a run reports."""
     lines: list[str] = []
 
     class Told(Quiet):
         def step(self, text: str, left_s: float) -> None:
             lines.append(text)
 
-    run(spec_for(tmp_path / "out", write_items(tmp_path / "items.jsonl", 6000), search__trials=3), PlantedEngine(), report=Told())
+    run(spec_for(out, items, search__trials=trials), PlantedEngine(), report=Told())
+    return lines
+
+
+def test_a_search_counts_before_its_first_policy_and_a_run_without_one_says_nothing_of_it(tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 6000)
+    lines = told(tmp_path / "three" / "out", items, 3)
     (counted,) = [i for i, line in enumerate(lines) if line.startswith("counted on ")]
     assert counted < next(i for i, line in enumerate(lines) if line.startswith("trial 1"))
+    assert not [line for line in told(tmp_path / "one" / "out", items, 1) if line.startswith("counted on ")]
