@@ -66,7 +66,7 @@ def _accuracy(plan: Plan, spec: TuningSpec) -> list[str]:
         )
     if plan.smallest is not None:
         lines.append(
-            f"           the smallest limit that {plan.cert_items:,} items could certify is {plan.smallest * 100:.2f} points"
+            f"           the smallest limit that {plan.cert_items:,} items could certify is {plan.smallest:g} points"
             + ("" if plan.noise is not None else ", if no answer differs at all")
         )
     return lines
@@ -98,6 +98,12 @@ def _time(plan: Plan, spec: TuningSpec) -> list[str]:
     ]
     if budget_seconds(spec) < plan.start_s:
         lines.append(f"           it ends before an engine has started ({about(plan.start_s)}); raise search.deviceHours")
+    elif budget_seconds(spec) < plan.least_s:
+        hours = plan.least_s * spec.engine.tensor_parallel_size / 3600
+        lines.append(
+            f"           it pays for no certificate: the engine's start, one trial and one candidate take {least}{about(plan.least_s)}; "
+            f"give search.deviceHours {math.ceil(hours * 100) / 100:g} or more"
+        )
     return lines
 
 

@@ -53,7 +53,7 @@ class Plan:
     needs: list[Need] = field(default_factory=list)
     most_zero: float | None = None  # largest discordance at which the items kept certify a policy that costs nothing,
     most_some: float | None = None  # and one that truly costs ASSUMED_TRUE_DROP of the limit; None: at none
-    smallest: float | None = None  # share that the items could certify at the least discordance in question
+    smallest: float | None = None  # points that the items could certify at the least discordance in question, rounded up
     openings: int = 0
     can_certify: bool = True
     problem: str = ""
@@ -62,6 +62,7 @@ class Plan:
     certify_s: float = 0.0
     most_load_s: float = 0.0
     start_s: float = 0.0
+    least_s: float = 0.0  # of a run that certifies one candidate after no more trials than exact routing's
     trials: int = 0
     rungs: int = 0
     pace_known: bool = False
@@ -73,7 +74,7 @@ class Plan:
             "certItems": self.cert_items, "noiseFloor": self.noise, "canCertify": self.can_certify, "problem": self.problem,
             "similarity": self.source.to_dict(),
             "needs": [{"discordance": n.discordance, "trueDropZero": n.true_zero, "trueDropSome": n.true_some} for n in self.needs],
-            "smallestLimitPoints": None if self.smallest is None else round(self.smallest * 100, 2),
+            "smallestLimitPoints": self.smallest,
             "notes": self.notes, "openings": self.openings, "trials": self.trials, "rungs": self.rungs,
             "seconds": {"start": self.start_s, "ceiling": self.ceiling_s, "search": self.search_s, "certification": self.certify_s, "mostLoad": self.most_load_s},
         }  # fmt: skip
@@ -106,7 +107,7 @@ def make_plan(
     limit = spec.accuracy.max_drop_points / 100
     alpha = spent_alpha(spec.accuracy.alpha, openings)
     usable = min(cert_items, spec.certify.items or cert_items)
-    levels = len(spec.workload.load.levels)
+    levels, start_s = len(spec.workload.load.levels), pace.start_s if pace else ASSUMED_START_S
     candidates = planned_candidates(spec, pace) if searches else 1
     grid: Sequence[float] = (noise, 0.05) if noise is not None else (0.01, 0.02, 0.05)
     needs = []
@@ -116,13 +117,14 @@ def make_plan(
         ]
     most_zero, most_some = (largest_difference(usable, drop * limit, limit, alpha) for drop in (0.0, ASSUMED_TRUE_DROP))
     least = noise if noise is not None else 0.0
-    smallest = smallest_limit(usable, least, alpha)
+    share = smallest_limit(usable, least, alpha)
+    smallest = None if share is None else math.ceil(round(share * 10_000, 6)) / 100
     problem = _problem(spec, limit, usable, least, alpha, smallest)
     return Plan(
         limit=limit, confidence=spec.accuracy.confidence, alpha=alpha, items=items, cert_items=usable,
         search_items=items - cert_items, source=source, noise=noise, needs=needs, most_zero=most_zero, most_some=most_some, smallest=smallest, openings=openings,
         can_certify=not problem, problem=problem,
-        start_s=pace.start_s if pace else ASSUMED_START_S, trials=spec.search.trials if searches else 0,
+        start_s=start_s, least_s=start_s + estimated_trial_seconds(spec, pace) + candidate_seconds(spec, pace, levels), trials=spec.search.trials if searches else 0,
         ceiling_s=ceiling_seconds(budget_seconds(spec)) if searches else 0.0,
         rungs=candidates, search_s=search_seconds(spec, pace) if searches else 0.0, certify_s=candidates * candidate_seconds(spec, pace, levels) + edges_seconds(spec, pace),
         most_load_s=most_load_seconds(spec, pace), pace_known=pace is not None,
@@ -137,10 +139,10 @@ def _problem(spec: TuningSpec, limit: float, usable: int, least: float, alpha: f
             f"a limit of {points} points cannot be certified by any number of items, since no finite sample shows a drop of "
             "exactly nothing; allow a drop (maxDropPoints 0.5 or more), or serve exact routing"
         )
-    if smallest is not None and smallest <= limit:
+    if smallest is not None and smallest <= spec.accuracy.max_drop_points:
         return ""
     needed = items_needed(least, 0.0, limit, alpha)
-    wider = "no limit" if smallest is None else f"{math.ceil(round(smallest * 10_000, 6)) / 100:g} points"
+    wider = "no limit" if smallest is None else f"{smallest:g} points"
     return (
         f"{usable:,} held-out items cannot certify a limit of {points} points at {percent(spec.accuracy.confidence)}: "
         f"{needed:,} would be needed even by a policy that costs nothing, and {wider} is the least that these can; "

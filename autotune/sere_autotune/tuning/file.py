@@ -44,7 +44,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the tuning file {path}: {getattr(error, 'strerror', 'it is no text')}") from error
+        raise UsageError(
+            f"cannot read the tuning file {path}: {getattr(error, 'strerror', 'it is no text')}; README.md has one to begin with"
+        ) from error
     except yaml.YAMLError as error:
         raise UsageError(f"{path} cannot be read as YAML ({yaml_problem(error)}); correct that place") from error
     if not isinstance(raw, dict):

@@ -97,6 +97,11 @@ class AccuracySpec(AccuracyLimits):
 class SearchSpec(SearchDetails, SearchBudget):
     """What is searched and what may be spent on it."""
 
+    @field_validator("policies", "min_share", "s_values", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | int | float) else value
+
 
 class TuningSpec(Constrained):
     """tuning.yaml, whole."""

@@ -98,7 +98,7 @@ class AccuracyLimits(Record):
     search_items: Annotated[
         int | None,
         Field(ge=20, le=1_000_000, description="items kept for the search, the rest certify"),
-        Unset("a sixth, 500 to 2,000"),
+        Unset("a sixth, 500 to 2,000, but a third at most"),
     ] = None
     chat: Annotated[
         bool,

@@ -1,6 +1,7 @@
 """The plan: what certainty costs is said, and refused, before anything is spent."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,6 +159,26 @@ def test_a_budget_below_the_estimate_says_so(tmp_path: Path) -> None:
     for hours, short in ((0.01, True), (1000.0, False)):
         raised = spec.model_copy(update={"search": spec.search.model_copy(update={"device_hours": hours})})
         assert ("less than the estimate above" in plan_text.describe(ready.plan, raised)) is short
+
+
+def test_a_budget_that_pays_for_no_certificate_says_what_would(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, 8800)
+
+    def told(hours: float) -> str:
+        spec = ready.spec.model_copy(update={"search": ready.spec.search.model_copy(update={"device_hours": hours})})
+        return plan_text.describe(ready.plan, spec)
+
+    (enough,) = re.findall(
+        r"pays for no certificate: .* give search\.deviceHours ([\d.]+) or more", told(1.01 * ready.plan.start_s / 3600)
+    )
+    assert 3600 * float(enough) >= ready.plan.least_s > 3600 * (float(enough) - 0.011)
+    assert "pays for no certificate" not in told(float(enough))
+
+
+def test_the_smallest_limit_is_one_number_wherever_it_is_told(tmp_path: Path) -> None:
+    plan = prepared(tmp_path, 8800, accuracy__maxDropPoints=0.03).plan
+    assert plan.to_dict()["smallestLimitPoints"] == plan.smallest == 0.05
+    assert "could certify is 0.05 points" in plan_text.describe(plan, prepared(tmp_path, 8800).spec)
 
 
 def test_too_few_items_are_refused_before_anything_is_spent(tmp_path: Path) -> None:

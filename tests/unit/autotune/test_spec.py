@@ -16,6 +16,7 @@ from sere_autotune.tuning.file import load_spec, to_yaml
 from sere_autotune.tuning.options import leaves, overrides
 from sere_autotune.tuning.spec import TuningSpec
 from sere_ext.contract.errors import ExitCode, UsageError
+from sere_ext.contract.policy import Kind
 from tests.kit.planted import spec_for, write_items
 
 WHOLE = """
@@ -155,6 +156,11 @@ def test_a_missing_file_is_named_with_its_field(tmp_path: Path) -> None:
         spec(tmp_path).check_files()
     with pytest.raises(UsageError, match="cannot read the tuning file"):
         load_spec(tmp_path / "none.yaml")
+
+
+def test_one_value_stands_for_a_list_of_it(tmp_path: Path) -> None:
+    search = spec(tmp_path, {("search", "policies"): "oea", ("search", "minShare"): 0.5, ("search", "sValues"): 2}).search
+    assert (search.policies, search.min_share, search.s_values) == ((Kind.OEA,), (0.5,), (2.0,))
 
 
 def test_no_yaml_is_said(tmp_path: Path) -> None:
