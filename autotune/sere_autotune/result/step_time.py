@@ -148,7 +148,7 @@ def _words(measured: Sequence[Point], line: Line | None) -> str:
     if len(certified) >= 2:
         before, after = certified[-2:]
         predicted = line.at(before.active, before.slots) / line.at(after.active, after.slots)
-        text += f" For the certified policy it predicts {predicted:.2f}x; measured: {before.step_ms / after.step_ms:.2f}x."
+        text += f" For the certified policy this line, drawn through its own diamond too, gives {predicted:.2f}x; measured: {before.step_ms / after.step_ms:.2f}x."
     return text
 
 
@@ -166,8 +166,8 @@ def _beside_the_ceiling(ceiling: dict[str, Any] | None, line: Line) -> str:
     where = "its slots together with active experts" if line.c > 0 else "slots in its constant"
     return (
         f"Ceiling, from decode steps alone that were timed before the search under policies that differ in slots, too: {ceiling['sentence']}. "
-        f"Of such a step of {load['requests']} requests under exact routing active experts take {shares.active:.0%} and slots {shares.slots:.0%}, "
-        f"together the {load['expertsShare'][0]:.0%} that the ceiling calls the share of experts. The line above has prompts in its step{prompts}, and {where}."
+        f"Of such a step of {load['requests']} requests under exact routing active experts take {shares.active:.1%} and slots {shares.slots:.1%}, "
+        f"together the {load['expertsShare'][0]:.1%} that the ceiling calls the share of experts. The line above has prompts in its step{prompts}, and {where}."
     )
 
 

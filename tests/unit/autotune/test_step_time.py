@@ -74,7 +74,7 @@ def test_trials_and_certificate_are_points_and_the_page_compares_prediction_and_
     assert page.count("<rect") == 2
     assert page.count("<path") == 2
     assert "active experts take 7" in page  # 1 - a/T with a = 9.25 of 33.5
-    assert "For the certified policy it predicts 1.70x; measured: 1.70x." in page
+    assert "For the certified policy this line, drawn through its own diamond too, gives 1.70x; measured: 1.70x." in page
     assert "<b>" not in page
 
 
@@ -98,10 +98,10 @@ def ceiling(**changed: object) -> dict:
 def test_the_page_says_why_the_ceiling_and_the_line_name_two_shares_of_experts() -> None:
     page = section({**SUMMARY, "ceiling": ceiling()})
     assert (
-        "at most 3.8x; experts take 92%. Of such a step of 16 requests under exact routing active experts take 70% and slots 22%"
+        "at most 3.8x; experts take 92%. Of such a step of 16 requests under exact routing active experts take 70.0% and slots 22.4%"
         in page
     )
-    assert "together the 92% that the ceiling calls the share of experts" in page
+    assert "together the 92.0% that the ceiling calls the share of experts" in page
     assert "The line above has prompts in its step (6% of it), and slots in its constant." in page
     apart = [{**trial, "slots": [slots]} for trial, slots in zip(SUMMARY["trials"], (8.0, 2.0), strict=False)]
     assert "active experts and slots take" in section({**SUMMARY, "trials": apart, "ceiling": ceiling()})
