@@ -66,7 +66,7 @@ def _accuracy(plan: Plan, spec: TuningSpec) -> list[str]:
         )
     if plan.smallest is not None:
         lines.append(
-            f"           the smallest limit that {plan.cert_items:,} items could certify is {plan.smallest:g} points"
+            f"           the smallest limit that {plan.cert_items:,} items could certify is {plan.smallest_points:g} points"
             + ("" if plan.noise is not None else ", if no answer differs at all")
         )
     return lines

@@ -53,7 +53,7 @@ class Plan:
     needs: list[Need] = field(default_factory=list)
     most_zero: float | None = None  # largest discordance at which the items kept certify a policy that costs nothing,
     most_some: float | None = None  # and one that truly costs ASSUMED_TRUE_DROP of the limit; None: at none
-    smallest: float | None = None  # points that the items could certify at the least discordance in question, rounded up
+    smallest: float | None = None  # share that the items could certify at the least discordance in question
     openings: int = 0
     can_certify: bool = True
     problem: str = ""
@@ -68,13 +68,18 @@ class Plan:
     pace_known: bool = False
     notes: list[str] = field(default_factory=list)  # on settings that work and are hardly meant
 
+    @property
+    def smallest_points(self) -> float | None:
+        """`smallest` as people are told it."""
+        return _points_up(self.smallest)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "maxDropPoints": round(self.limit * 100, 6), "confidence": self.confidence, "alpha": self.alpha, "items": self.items,
             "certItems": self.cert_items, "noiseFloor": self.noise, "canCertify": self.can_certify, "problem": self.problem,
             "similarity": self.source.to_dict(),
             "needs": [{"discordance": n.discordance, "trueDropZero": n.true_zero, "trueDropSome": n.true_some} for n in self.needs],
-            "smallestLimitPoints": self.smallest,
+            "smallestLimitPoints": self.smallest_points,
             "notes": self.notes, "openings": self.openings, "trials": self.trials, "rungs": self.rungs,
             "seconds": {"start": self.start_s, "ceiling": self.ceiling_s, "search": self.search_s, "certification": self.certify_s, "mostLoad": self.most_load_s},
         }  # fmt: skip
@@ -117,8 +122,7 @@ def make_plan(
         ]
     most_zero, most_some = (largest_difference(usable, drop * limit, limit, alpha) for drop in (0.0, ASSUMED_TRUE_DROP))
     least = noise if noise is not None else 0.0
-    share = smallest_limit(usable, least, alpha)
-    smallest = None if share is None else math.ceil(round(share * 10_000, 6)) / 100
+    smallest = smallest_limit(usable, least, alpha)
     problem = _problem(spec, limit, usable, least, alpha, smallest)
     return Plan(
         limit=limit, confidence=spec.accuracy.confidence, alpha=alpha, items=items, cert_items=usable,
@@ -132,6 +136,11 @@ def make_plan(
     )  # fmt: skip
 
 
+def _points_up(share: float | None) -> float | None:
+    """A share in points, rounded up to hundredths: a limit that is told can be given."""
+    return None if share is None else math.ceil(round(share * 10_000, 6)) / 100
+
+
 def _problem(spec: TuningSpec, limit: float, usable: int, least: float, alpha: float, smallest: float | None) -> str:
     points = f"{spec.accuracy.max_drop_points:g}"
     if limit <= 0:
@@ -139,10 +148,10 @@ def _problem(spec: TuningSpec, limit: float, usable: int, least: float, alpha: f
             f"a limit of {points} points cannot be certified by any number of items, since no finite sample shows a drop of "
             "exactly nothing; allow a drop (maxDropPoints 0.5 or more), or serve exact routing"
         )
-    if smallest is not None and smallest <= spec.accuracy.max_drop_points:
+    if smallest is not None and smallest <= limit:
         return ""
     needed = items_needed(least, 0.0, limit, alpha)
-    wider = "no limit" if smallest is None else f"{smallest:g} points"
+    wider = "no limit" if smallest is None else f"{_points_up(smallest):g} points"
     return (
         f"{usable:,} held-out items cannot certify a limit of {points} points at {percent(spec.accuracy.confidence)}: "
         f"{needed:,} would be needed even by a policy that costs nothing, and {wider} is the least that these can; "

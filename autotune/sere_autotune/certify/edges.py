@@ -95,12 +95,9 @@ def _asked(run: Run, index: int, policy: Policy, verdict: Verdict) -> Verdict:
             0,
         )
     for number, load in enumerate(edges):
-        if run.left_s() < run.spec.search.trial_seconds:
-            run.report.step(f"{load} requests at a time: not asked, since the budget is spent", 0.0)
-            continue
         try:
             found, failed = _answered(run, policy, load, tuned, number)
-        except BudgetExhaustedError:  # in the middle of it; the certificate was complete before
+        except BudgetExhaustedError:  # the certificate was complete before
             run.report.step(f"{load} requests at a time: not asked, since the budget is spent", 0.0)
             continue
         except EngineCrashError as error:
@@ -131,9 +128,11 @@ def _answered(run: Run, policy: Policy, load: int, tuned: Sequence[float], numbe
         The pairs, without failed requests, and the share of requests that failed.
 
     Raises:
-        BudgetExhaustedError: the budget ran out meanwhile.
+        BudgetExhaustedError: the budget does not pay for a trial's time, or ran out meanwhile.
         EngineCrashError: the engine died of it twice.
     """
+    if run.left_s() < run.spec.search.trial_seconds:
+        raise BudgetExhaustedError("the budget does not pay for a harm check")
     nearest = min(range(len(tuned)), key=lambda level: abs(tuned[level] - load))
     items = trial_items(run, number)
     requests = run.traffic.requests(items, offset=number * len(items))

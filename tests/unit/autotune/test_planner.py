@@ -177,8 +177,14 @@ def test_a_budget_that_pays_for_no_certificate_says_what_would(tmp_path: Path) -
 
 def test_the_smallest_limit_is_one_number_wherever_it_is_told(tmp_path: Path) -> None:
     plan = prepared(tmp_path, 8800, accuracy__maxDropPoints=0.03).plan
-    assert plan.to_dict()["smallestLimitPoints"] == plan.smallest == 0.05
+    assert plan.to_dict()["smallestLimitPoints"] == plan.smallest_points == 0.05
     assert "could certify is 0.05 points" in plan_text.describe(plan, prepared(tmp_path, 8800).spec)
+
+
+def test_a_limit_is_judged_by_what_the_items_can_show_and_not_by_the_rounded_figure(tmp_path: Path) -> None:
+    smallest = prepared(tmp_path, 8800).plan.smallest
+    assert prepared(tmp_path, 8800, accuracy__maxDropPoints=smallest * 100 + 1e-4).plan.can_certify
+    assert not prepared(tmp_path, 8800, accuracy__maxDropPoints=smallest * 100 - 1e-4).plan.can_certify
 
 
 def test_too_few_items_are_refused_before_anything_is_spent(tmp_path: Path) -> None:
